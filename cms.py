@@ -1,0 +1,171 @@
+"""Continuum Memory System: a chain of feed-forward memories, each updated at its own rate (NL sec. 7.1, eq. 70-74).
+
+A Transformer block has two memories: attention, new for every token, and a feed-forward network, fixed after
+training. CMS fills the range between: level l is an MLP whose weights take one step every `chunk` ticks and stand
+still otherwise (NL 71),
+
+    w_{i+1} = w_i - sum_{t = i-chunk+1..i} eta_t * error(w_t; x_t)     if i = 0 mod chunk,     else w_{i+1} = w_i
+
+so fast levels hold what was just read and slow levels hold what lasts. A tick is a token (in context) or a step (in
+training). Three ways to put the levels together:
+
+    sequential (NL 70, 73)   x -> [fast] -> [mid] -> [slow] -> y       every level starts from its own learned weights
+    nested     (NL 72)       the same chain; a level returns to its learned start whenever the next slower level updates
+    independent (NL 74)      y = x + sum_l mix_l * MLP_l(x)            a learned weighted sum of parallel levels
+
+This file holds the forward pass and the calendar: which level is due at which tick. The parameters are the learned
+starts w_0; the weights of the moment ("fast weights", one copy per batch row) live in the state, so that the gradient
+of what is read later flows back into the starts. One level that never updates is the usual SwiGLU block of a
+Transformer.
+
+    python cms.py        the calendar of each variant, and what an update costs
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+VARIANTS = ("sequential", "nested", "independent")
+
+
+@dataclass(frozen=True)
+class Level:
+    """One memory of the chain. chunk: ticks between updates (C^(l) of NL 71), None = never; hidden: width of its MLP.
+
+    Raises ValueError for chunk < 1 or hidden < 1.
+    """
+
+    chunk: int | None
+    hidden: int
+
+    def __post_init__(self):
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"level chunk is {self.chunk}; it must be at least 1 tick, or None (never updates)")
+        if self.hidden < 1:
+            raise ValueError(f"level hidden is {self.hidden}; it must be at least 1")
+
+
+class MLP(nn.Module):
+    """SwiGLU behind its norm, without the residual: `w_out (silu(gate) * up)`, `[gate; up] = w_in norm(x)`.
+
+    w_in [2 hidden, d_model] holds both projections (one product); w_out [d_model, hidden]. Only these two are ever
+    fast: the norm, like everything outside the levels, moves on the training clock alone.
+    """
+
+    def __init__(self, d_model, hidden, out_scale=1.0):
+        super().__init__()
+        self.norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.w_in = nn.Parameter(torch.randn(2 * hidden, d_model) * d_model**-0.5)
+        self.w_out = nn.Parameter(torch.randn(d_model, hidden) * (out_scale * hidden**-0.5))
+
+    def forward(self, x, fast=None):
+        """x [B, T, d_model] -> the same shape. fast: {"w_in" [B, 2h, d], "w_out" [B, d, h]}, one memory per row, or
+        None for the learned start."""
+        w_in, w_out = (self.w_in, self.w_out) if fast is None else (fast["w_in"], fast["w_out"])
+        gate, up = (self.norm(x) @ w_in.mT).chunk(2, dim=-1)
+        return (F.silu(gate) * up) @ w_out.mT
+
+    def start(self, batch):
+        """The learned start as fast weights of `batch` rows: views, so every row's gradient reaches the parameters."""
+        return {name: getattr(self, name).expand(batch, -1, -1) for name in ("w_in", "w_out")}
+
+
+class CMS(nn.Module):
+    """Continuum Memory System (NL 70-74): residuals and norms included, `x, state = cms(x, state)`.
+
+    levels: from fast to slow; each chunk is a multiple of the one before, so that a slow update always falls on the
+    end of a fast chunk, and only the last level may have chunk=None. variant: one of VARIANTS. out_scale: factor on
+    the initial w_out (1 / sqrt(2 n_layers) keeps a deep residual stream at unit scale).
+
+    state is None when nothing updates in context. Otherwise it is a plain tree, {"position": ticks seen, "fast": [one
+    entry per level]}, an entry being the level's fast weights (see MLP.forward), or None for a level that stays at its
+    start. Raises ValueError for an empty or ill-ordered list of levels, an unknown variant, shapes that do not fit.
+    """
+
+    def __init__(self, d_model, levels, variant="sequential", out_scale=1.0):
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"unknown CMS variant {variant!r}; choose one of {', '.join(VARIANTS)}")
+        if d_model < 1:
+            raise ValueError(f"d_model is {d_model}; it must be at least 1")
+        if not levels:
+            raise ValueError("levels is empty; a CMS has at least one (chunk=None: an ordinary feed-forward block)")
+        for fast, slow in zip(levels, levels[1:]):
+            if fast.chunk is None or (slow.chunk is not None and (slow.chunk <= fast.chunk or slow.chunk % fast.chunk)):
+                raise ValueError(
+                    f"level chunks are {[level.chunk for level in levels]}; they must grow from fast to slow, "
+                    "each a multiple of the one before, None (never updates) only as the last"
+                )
+        self.d_model, self.levels, self.variant = d_model, tuple(levels), variant
+        self.mlps = nn.ModuleList(MLP(d_model, level.hidden, out_scale) for level in levels)
+        if variant == "independent":
+            self.mix = nn.Parameter(torch.full((len(levels),), 1 / len(levels)))
+
+    def forward(self, x, state=None):
+        """x [B, T, d_model] -> (y [B, T, d_model], state with its position T ticks on; None stays None)."""
+        if x.shape[-1] != self.d_model:
+            raise ValueError(f"x has width {x.shape[-1]}; this CMS has d_model {self.d_model}")
+        fast = [None] * len(self.mlps)
+        if state is not None:
+            self._check(state, x)
+            fast = state["fast"]
+            state = {"position": state["position"] + x.shape[1], "fast": list(fast)}
+        if self.variant == "independent":
+            return sum((mix * mlp(x, w) for mix, mlp, w in zip(self.mix, self.mlps, fast)), start=x), state
+        for mlp, w in zip(self.mlps, fast):
+            x = x + mlp(x, w)
+        return x, state
+
+    def _check(self, state, x):
+        if len(state["fast"]) != len(self.mlps):
+            raise ValueError(f"the state has {len(state['fast'])} levels; this CMS has {len(self.mlps)}")
+        for number, w in enumerate(state["fast"]):
+            if w is not None and w["w_in"].shape[0] != x.shape[0]:  # a batch never shares a memory, so no broadcasting
+                rows = w["w_in"].shape[0]
+                raise ValueError(f"level {number} of the state has fast weights for {rows} rows; x has {x.shape[0]}")
+
+    def start_state(self, batch):
+        """State at tick 0 for `batch` rows: each level that has a chunk carries fast weights equal to its start."""
+        if batch < 1:
+            raise ValueError(f"batch is {batch}; it must be at least 1 row")
+        fast = [None if level.chunk is None else mlp.start(batch) for level, mlp in zip(self.levels, self.mlps)]
+        return {"position": 0, "fast": fast}
+
+    def due(self, tick):
+        """Numbers of the levels that update at the end of tick (the first is 1): chunk C at C, 2C, ... (NL 71)."""
+        if tick < 1:
+            raise ValueError(f"tick is {tick}; ticks count from 1")
+        return [number for number, level in enumerate(self.levels) if level.chunk and tick % level.chunk == 0]
+
+    def resets(self, tick):
+        """Numbers of the levels that return to their learned start after the updates of tick: in the nested variant
+        those whose next slower level is due, so each takes C_slow / C_fast steps from one start (NL 72); else none."""
+        due = self.due(tick)
+        return [number for number in due if number + 1 in due] if self.variant == "nested" else []
+
+
+def main():
+    levels = [Level(2, 64), Level(4, 128), Level(12, 256), Level(None, 512)]
+    print("Updates (u) and updates followed by a return to the learned start (R), tick by tick\n")
+    for variant in VARIANTS:
+        cms = CMS(64, levels, variant)
+        print(f"{variant:<14}" + "".join(f"{tick:>3}" for tick in range(1, 25)))
+        for number, level in enumerate(levels):
+            marks = ["R" if number in cms.resets(t) else "u" if number in cms.due(t) else "." for t in range(1, 25)]
+            print(f"  chunk {level.chunk or 'never':<6}" + "".join(f"{mark:>3}" for mark in marks))
+        print()
+    print("What it costs (d_model 64): a slow memory is large and cheap to update, because it seldom is\n")
+    print("  chunk   hidden  parameters  updated per tick")
+    for level, mlp in zip(cms.levels, cms.mlps):
+        count = sum(w.numel() for w in mlp.parameters())
+        rate = (mlp.w_in.numel() + mlp.w_out.numel()) / level.chunk if level.chunk else 0
+        print(f"  {level.chunk or 'never':<6}{level.hidden:>8}{count:>12,}{rate:>18,.0f}")
+    y, state = cms(torch.randn(3, 10, 64), cms.start_state(batch=3))
+    shapes = [tuple(w["w_in"].shape) if w else None for w in state["fast"]]
+    print(f"\nafter {state['position']} tokens of 3 rows: y {tuple(y.shape)}, fast w_in per level {shapes}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""The baselines' mixers against textbook loops, and what every mixer owes its caller: causality and exact state."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from baselines import Attention, GatedDeltaNet, rotate
+
+D, H = 16, 2
+MIXERS = {
+    "attention": lambda: Attention(D, H),
+    "attention_conv": lambda: Attention(D, H, conv=4),
+    "gated_deltanet": lambda: GatedDeltaNet(D, H, chunk=8),
+}
+each_mixer = pytest.mark.parametrize("mixer", MIXERS, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def mixer(request):
+    return MIXERS[request.param]()
+
+
+def in_pieces(mixer, x, cuts):
+    ys, state = [], None
+    for start, stop in zip([0, *cuts], [*cuts, x.shape[1]]):
+        y, state = mixer(x[:, start:stop], state)
+        ys.append(y)
+    return torch.cat(ys, dim=1), state
+
+
+def check_cuts(mixer, x, cuts):
+    whole, final = mixer(x)
+    pieces, state = in_pieces(mixer, x, cuts)
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-9)
+    assert state.keys() == final.keys() and state["position"] == x.shape[1]
+    for name in final:
+        torch.testing.assert_close(state[name], final[name], rtol=0, atol=1e-9)
+
+
+def rope_by_hand(x, t, base):
+    """x [dk] turned by the angles of position t, pair by pair."""
+    out = torch.empty_like(x)
+    for i in range(0, len(x), 2):
+        angle = t * base ** (-i / len(x))
+        out[i] = x[i] * math.cos(angle) - x[i + 1] * math.sin(angle)
+        out[i + 1] = x[i] * math.sin(angle) + x[i + 1] * math.cos(angle)
+    return out
+
+
+def attention_by_hand(mixer, x, qkv):
+    """Softmax attention with RoPE, query by query, from the projections qkv [B, T, 3 d]."""
+    B, T, d = x.shape
+    w = d // mixer.n_heads
+    y = torch.zeros(B, T, d)
+    for b in range(B):
+        for h in range(mixer.n_heads):
+            q, k, v = (qkv[b, :, i * d + h * w : i * d + (h + 1) * w] for i in range(3))
+            for t in range(T):
+                query = rope_by_hand(q[t], t, mixer.rope_base)
+                keys = torch.stack([rope_by_hand(k[s], s, mixer.rope_base) for s in range(t + 1)])
+                y[b, t, h * w : (h + 1) * w] = torch.softmax(keys @ query / math.sqrt(w), dim=0) @ v[: t + 1]
+    return y @ mixer.out.weight.T
+
+
+@pytest.mark.parametrize("base", [10000.0, 50.0])
+def test_attention_is_softmax_over_the_past_with_rotated_keys(base):
+    mixer, x = Attention(D, H, rope_base=base), torch.randn(2, 7, D)
+    y, state = mixer(x)
+    torch.testing.assert_close(y, attention_by_hand(mixer, x, x @ mixer.qkv.weight.T), rtol=0, atol=1e-10)
+    assert state["position"] == 7 and state["k"].shape == state["v"].shape == (2, H, 7, D // H)
+
+
+def test_convolution_of_attention_acts_on_queries_keys_and_values():
+    mixer, x = Attention(D, H, conv=3), torch.randn(2, 7, D)
+    qkv, _ = mixer.conv(x @ mixer.qkv.weight.T)
+    torch.testing.assert_close(mixer(x)[0], attention_by_hand(mixer, x, qkv), rtol=0, atol=1e-10)
+
+
+def test_rope_scores_depend_on_relative_distance_only():
+    q, k = torch.randn(1, 1, 3, 8), torch.randn(1, 1, 3, 8)
+    score = lambda t, s: (rotate(q, t) * rotate(k, s)).sum(-1)  # noqa: E731
+    torch.testing.assert_close(score(9, 4), score(1_000_005, 1_000_000), rtol=0, atol=1e-8)
+    assert (score(9, 4) - score(9, 5)).abs().max() > 1e-3
+    torch.testing.assert_close(rotate(q, 1234).norm(dim=-1), q.norm(dim=-1))
+
+
+def test_rope_is_exact_far_from_the_start_in_float32():
+    x = torch.randn(1, 1, 1, 64, dtype=torch.float32)
+    far = 10_000_000
+    torch.testing.assert_close(rotate(x, far).double(), rotate(x.double(), far), rtol=0, atol=1e-5)
+    assert rotate(x.bfloat16(), far).dtype == torch.bfloat16
+
+
+def test_rotations_first_used_in_inference_mode_serve_training():
+    mixer, x = Attention(D, H, rope_base=123.0), torch.randn(1, 5, D)
+    with torch.inference_mode():
+        mixer(x)
+    mixer(x)[0].sum().backward()
+    assert mixer.qkv.weight.grad.abs().max() > 0
+
+
+def gated_deltanet_by_hand(mixer, x):
+    """Token by token as in the Gated DeltaNet paper: S_t = S_{t-1} alpha (I - beta k k^T) + beta v k^T."""
+    B, T, d = x.shape
+    w, y = d // H, torch.zeros(B, T, d)
+    qkv, gate, b_in, a_in = (x @ mixer.proj.weight.T).split((3 * d, d, H, H), dim=-1)
+    qkv, _ = mixer.conv(qkv)
+    finals = torch.zeros(B, H, w, w)
+    for b in range(B):
+        for h in range(H):
+            S = torch.zeros(w, w)
+            for t in range(T):
+                q, k, v = (qkv[b, t, i * d + h * w : i * d + (h + 1) * w] for i in range(3))
+                q, k = q / torch.sqrt(q @ q + 1e-6), k / torch.sqrt(k @ k + 1e-6)
+                beta = 1 / (1 + torch.exp(-b_in[b, t, h]))
+                dt = torch.log1p(torch.exp(a_in[b, t, h] + mixer.dt_bias[h]))
+                alpha = torch.exp(-torch.exp(mixer.log_A[h]) * dt)
+                S = S @ (alpha * (torch.eye(w) - beta * torch.outer(k, k))) + beta * torch.outer(v, k)
+                read = S @ q
+                read = read / torch.sqrt((read**2).mean() + 1e-6) * mixer.norm.weight
+                y[b, t, h * w : (h + 1) * w] = read * F.silu(gate[b, t, h * w : (h + 1) * w])
+            finals[b, h] = S
+    return y @ mixer.out.weight.T, finals
+
+
+@pytest.mark.parametrize("T, chunk", [(1, 8), (13, 8), (13, 4), (16, 64)])
+def test_gated_deltanet_is_its_textbook_recurrence(T, chunk):
+    mixer, x = GatedDeltaNet(D, H, chunk=chunk), torch.randn(2, T, D)
+    with torch.no_grad():
+        mixer.norm.weight.uniform_(0.5, 1.5)
+        y, state = mixer(x)
+        expected, S = gated_deltanet_by_hand(mixer, x)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(state["W"], S, rtol=0, atol=1e-10)
+
+
+def test_gated_deltanet_starts_with_retention_close_to_one():
+    mixer = GatedDeltaNet(1024, 512)
+    dt, A = F.softplus(mixer.dt_bias), mixer.log_A.exp()
+    assert 1e-3 * 0.999 <= dt.min() and dt.max() <= 1e-1 * 1.001 and dt.log().std() > 1
+    assert A.min() >= 1 and A.max() <= 16 and A.mean().item() == pytest.approx(8.5, abs=0.5)
+    assert torch.exp(-A * dt).max() > 0.99
+
+
+def test_gated_deltanet_survives_complete_forgetting():
+    mixer, x = GatedDeltaNet(D, H).float(), torch.randn(1, 40, D, dtype=torch.float32)
+    with torch.no_grad():
+        mixer.dt_bias.fill_(1000.0)  # alpha underflows to 0 in float32
+    y, state = mixer(x)
+    y.sum().backward()
+    assert y.isfinite().all() and state["W"].isfinite().all()
+    assert all(p.grad.isfinite().all() for p in mixer.parameters())
+
+
+@each_mixer
+def test_future_tokens_never_change_past_outputs(mixer):
+    x = torch.randn(2, 21, D)
+    y = mixer(x)[0]
+    for t in (1, 8, 15, 20):
+        changed = x.clone()
+        changed[:, t] = torch.randn(2, D) * 10
+        other = mixer(changed)[0]
+        assert (y[:, :t] - other[:, :t]).abs().max() < 1e-12
+        assert (y[:, t] - other[:, t]).abs().max() > 1e-6
+
+
+@each_mixer
+def test_outputs_have_no_gradient_from_the_future(mixer):
+    x = torch.randn(1, 12, D, requires_grad=True)
+    (grad,) = torch.autograd.grad(mixer(x)[0][:, 6].sum(), x)
+    assert (grad[:, 7:] == 0).all() and (grad[:, :7].abs().amax(-1) > 0).all()
+
+
+@each_mixer
+def test_rows_of_a_batch_are_independent(mixer):
+    x = torch.randn(3, 9, D)
+    y = mixer(x)[0]
+    for b in range(3):
+        torch.testing.assert_close(mixer(x[b : b + 1])[0], y[b : b + 1], rtol=0, atol=1e-12)
+
+
+@each_mixer
+@pytest.mark.parametrize("seed", range(3))
+def test_cutting_a_sequence_into_calls_changes_nothing(mixer, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 37, D)
+    cuts = sorted(set(torch.randint(1, 37, (5,), generator=g).tolist()))
+    check_cuts(mixer, x, cuts)
+
+
+@each_mixer
+def test_one_token_at_a_time_changes_nothing(mixer):
+    check_cuts(mixer, torch.randn(2, 19, D), list(range(1, 19)))
+
+
+@each_mixer
+def test_a_state_is_a_value(mixer):
+    """Continuing twice from one state gives the same answer twice: a call writes into nothing it was given."""
+    x = torch.randn(2, 11, D)
+    _, state = mixer(x[:, :5])
+    before = {name: z.clone() if torch.is_tensor(z) else z for name, z in state.items()}
+    first, second = mixer(x[:, 5:], state)[0], mixer(x[:, 5:], state)[0]
+    assert torch.equal(first, second)
+    for name in before:
+        torch.testing.assert_close(state[name], before[name], rtol=0, atol=0)
+
+
+@each_mixer
+def test_gradient_flows_through_the_state_into_the_first_piece(mixer):
+    x = torch.randn(1, 10, D, requires_grad=True)
+    whole = torch.autograd.grad(mixer(x)[0][:, 6:].square().sum(), x)[0]
+    pieces = torch.autograd.grad(in_pieces(mixer, x, [6])[0][:, 6:].square().sum(), x)[0]
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-9)
+
+
+@each_mixer
+def test_every_parameter_is_trained(mixer):
+    mixer(torch.randn(2, 9, D))[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in mixer.parameters())
+
+
+def test_memory_of_attention_grows_and_that_of_gated_deltanet_does_not():
+    def numbers(mixer, T):
+        state = mixer(torch.randn(1, T, D))[1]
+        return sum(z.untyped_storage().nbytes() // z.itemsize for z in state.values() if torch.is_tensor(z))
+
+    attention, gated = Attention(D, H), GatedDeltaNet(D, H)
+    assert [numbers(attention, T) for T in (8, 32)] == [2 * 8 * D, 2 * 32 * D]
+    assert gated(torch.randn(1, 8, D))[1]["W"].numel() == gated(torch.randn(1, 32, D))[1]["W"].numel() == D * D // H
+
+
+@pytest.mark.parametrize("kind", [Attention, GatedDeltaNet])
+def test_out_scale_scales_only_the_output_projection(kind):
+    mixer = kind(256, 4, out_scale=0.25)
+    assert mixer.out.weight.std().item() == pytest.approx(0.25 / 16, rel=0.02)
+    first = mixer.qkv if kind is Attention else mixer.proj
+    assert first.weight.std().item() == pytest.approx(1 / 16, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "make_it, message",
+    [
+        (lambda: Attention(16, 3), r"d_model is 16, n_heads is 3"),
+        (lambda: GatedDeltaNet(16, 0), r"n_heads is 0"),
+        (lambda: Attention(15, 3), r"head width is 5 .*even"),
+        (lambda: GatedDeltaNet(16, 2, chunk=0), r"chunk is 0.*at least 1"),
+    ],
+)
+def test_bad_input_is_named_with_its_value_and_the_legal_range(make_it, message):
+    with pytest.raises(ValueError, match=message):
+        make_it()

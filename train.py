@@ -1,0 +1,525 @@
+"""Train a language model of this repository on real text: one loop, read top to bottom.
+
+    python train.py                                         # Hope (nano) on the standard library's source
+    python train.py --model transformer --tokens 1e6        # another model, the same data
+    python train.py --data notes.txt --set n_layers=2 --set chunk=32
+    python train.py --resume runs/hope-nano                 # go on after Ctrl-C, a kill, a power cut
+    python train.py --resume runs/hope-nano --tokens 4e6    # train longer
+    python train.py --help                                  # every field of TrainConfig, with its default
+
+A run is a folder; everything needed to continue is in it:
+
+    config.json     {"model": HopeConfig, "train": TrainConfig, "tokenizer": name, "corpus": its sizes and checksum}
+    metrics.jsonl   a line per step {"step", "tokens", "bits_per_byte", "lr", "grad_norm", "tokens_per_s"}, and lines of
+                    validation {"step", "tokens", "val_bits_per_byte", "val_tokens"}
+    loss.png        the same as a picture
+    checkpoint.pt   {"model", "optimizer", "step"}: written beside and renamed, so it is always whole
+    sample.txt      text generated at the end
+
+Resuming gives the losses of a run that was never stopped, bit for bit on CPU: a batch depends on (seed, step) alone and
+the optimizer's state is saved. (More --tokens stretch the cosine: then the learning rate differs from there on.)
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from data import batch, load_corpus, n_bytes, tokenizer, windows
+from hope import Hope, HopeConfig
+
+
+def flag(default, help, legal="", check=lambda value: True, on_resume=False):
+    """A field that is also a flag: its help, its legal range in words and as a test, whether a resumed run may change it."""
+    metadata = {"help": help, "legal": legal, "check": check, "on_resume": on_resume}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+AT_LEAST_1 = ("at least 1", lambda value: value >= 1)
+AT_LEAST_0 = ("at least 0", lambda value: value >= 0)
+POSITIVE = ("above 0", lambda value: 0 < value < math.inf)
+FRACTION = ("0 to 1", lambda value: 0 <= value <= 1)
+BELOW_1 = ("0 to below 1", lambda value: 0 <= value < 1)
+
+
+@dataclass
+class TrainConfig:
+    """One run. Values are checked on creation; ValueError names the field, the value and the legal range."""
+
+    model: str = flag("hope", "hope, hope_attention, titans, transformer, gated_deltanet, ...")
+    preset: str = flag("nano", "size of the model")
+    set: dict = flag({}, "set a field of HopeConfig, as in --set n_layers=2 (repeatable)")
+    data: str = flag("stdlib", "'stdlib' (this Python's own source), a text file, or a folder", on_resume=True)
+    out: str | None = flag(None, "folder of the run; without it runs/<model>-<preset>, numbered if taken")
+    resume: str | None = flag(None, "folder of a run to continue", on_resume=True)
+    tokens: int = flag(2_000_000, "tokens to train on, rounded up to whole steps", *AT_LEAST_1, on_resume=True)
+    batch_size: int = flag(4, "rows in a micro-batch", *AT_LEAST_1)
+    seq_len: int = flag(512, "tokens in a row", *AT_LEAST_1)
+    accumulate: int = flag(1, "micro-batches in a step", *AT_LEAST_1)
+    lr: float = flag(3e-3, "highest learning rate", *POSITIVE, on_resume=True)
+    min_lr_ratio: float = flag(0.1, "learning rate of the last step, as a fraction of lr", *FRACTION, on_resume=True)
+    warmup: float = flag(0.05, "fraction of the steps in which the learning rate rises", *FRACTION, on_resume=True)
+    weight_decay: float = flag(0.1, "AdamW's, on matrices", *AT_LEAST_0)
+    beta1: float = flag(0.9, "AdamW's", *BELOW_1)
+    beta2: float = flag(0.95, "AdamW's", *BELOW_1)
+    grad_clip: float = flag(1.0, "longest gradient norm; a longer gradient is scaled to it", *POSITIVE, on_resume=True)
+    seed: int = flag(0, "of the weights and the batches", "0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+    eval_every: int = flag(200, "steps between validations; 0: only at the end", *AT_LEAST_0, on_resume=True)
+    eval_tokens: int = flag(32_768, "held-out tokens of those; at the end, all", *AT_LEAST_1, on_resume=True)
+    save_every: int = flag(200, "steps between checkpoints", *AT_LEAST_1, on_resume=True)
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N", on_resume=True)
+    threads: int = flag(0, "CPU threads; 0: torch's own choice", *AT_LEAST_0, on_resume=True)
+    compile: bool = flag(False, "torch.compile the model", on_resume=True)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = _convert(f.name, f.type, getattr(self, f.name))
+            if not f.metadata["check"](value):
+                raise ValueError(f"{f.name} is {value}: legal is {f.metadata['legal']}")
+            setattr(self, f.name, value)
+        if self.data != "stdlib":
+            self.data = os.path.abspath(self.data)  # a run can be resumed from another folder
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return -(-self.tokens // self.tokens_per_step)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.accumulate * self.seq_len
+
+    def fresh_folder(self) -> Path:
+        """The folder a new run will make. ValueError if `out` is taken."""
+        if self.out:
+            if Path(self.out).exists():
+                raise ValueError(f"out {self.out!r} exists: name a new folder, or continue a run with --resume {self.out}")
+            return Path(self.out)
+        names = (f"runs/{self.model}-{self.preset}" + (f"-{k}" if k > 1 else "") for k in range(1, 10**6))
+        return next(Path(name) for name in names if not Path(name).exists())
+
+
+def _convert(name: str, kind: type, value):
+    """`value`, maybe the text of a flag, as the field's type; 2e6 is an int."""
+    try:
+        if kind is int:
+            whole = int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value
+            if isinstance(whole, int) and not isinstance(whole, bool):
+                return whole
+            if not float(value).is_integer():
+                raise ValueError
+            return int(float(value))
+        if kind is float:
+            return float(value)
+        if kind is dict and not isinstance(value, dict):
+            pairs = dict(item.split("=", 1) for item in value)
+            return {key: _json_or_text(text) for key, text in pairs.items()}
+    except (ValueError, TypeError):
+        legal = {int: "a whole number, as 2000000 or 2e6", float: "a number", dict: "field=value"}[kind]
+        raise ValueError(f"{name} is {value!r}: legal is {legal}") from None
+    return value
+
+
+def _json_or_text(text: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+# The pieces of the loop
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """Learning rate of step 0 .. steps - 1: a line up to lr, then a cosine down to lr * min_lr_ratio at the last step."""
+    rising = round(config.warmup * steps)
+    if step < rising:
+        return config.lr * (step + 1) / rising
+    done = (step - rising) / max(1, steps - 1 - rising)
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def optimizer_for(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only: not on embeddings, gains, biases, or the learned starts of memories."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed, plain = [], []
+    for name, p in model.named_parameters():
+        (decayed if p.ndim >= 2 and id(p) not in embeddings and "start" not in name else plain).append(p)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+def loss_fn(logits: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """Cross-entropy in nats, in float32. logits: [B, T, vocab], targets: [B, T] int64 -> a scalar (mean or sum)."""
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction=reduction)
+
+
+def precision(device: torch.device):
+    """bfloat16 matrix products on a GPU, plain float32 on a CPU, which has no fast bfloat16."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def validate(model: nn.Module, tokens: np.ndarray, batch_size: int, seq_len: int, device) -> tuple[float, int]:
+    """(nats, count) of a token stream [N]: every token scored once, memories starting afresh every seq_len tokens."""
+    device, training = torch.device(device), model.training
+    model.eval()
+    nats, count = 0.0, 0
+    for inputs, targets in windows(tokens, batch_size, seq_len):
+        with precision(device):
+            logits, _ = model(inputs.to(device))
+        nats += loss_fn(logits, targets.to(device), reduction="sum").item()
+        count += targets.numel()
+    model.train(training)
+    return nats, count
+
+
+def device_for(name: str) -> torch.device:
+    """The device of that name; "auto" is the GPU if there is one. ValueError for one this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise ValueError(f"device is {name!r}: legal are auto, cpu, cuda, cuda:N")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(index or 0) >= gpus:
+        raise ValueError(f"device is {name!r}, but torch sees {gpus} GPUs here: legal is {'cpu' if not gpus else 'cuda:N'}")
+    return torch.device(name)
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient that is not a number or infinite."""
+
+
+def gradient_norm(model: nn.Module, step: int, loss: float) -> torch.Tensor:
+    """Norm of all gradients; NonFinite names the step and the first tensor that is not finite."""
+    grads = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([grad for _, grad in grads])
+    if math.isfinite(loss) and math.isfinite(norm.item()):
+        return norm
+    bad = [name for name, grad in grads if not torch.isfinite(grad).all()]
+    tensor = f"the gradient of {bad[0]}" if bad else "the norm of the gradient"
+    raise NonFinite(f"step {step}: {f'the loss is {loss}, ' if not math.isfinite(loss) else ''}{tensor} is not finite")
+
+
+# The folder of a run
+
+
+def write_beside(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file whole or not at all: `write` to a name beside it, then rename. OSError says what stayed."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        write(beside)
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save calls a full disk a RuntimeError
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        kept = f"the earlier {path.name} is intact" if path.exists() else "nothing is left behind"
+        raise OSError(f"could not write {path} ({str(error).splitlines()[0]}); {kept}") from error
+
+
+def write_json(path: Path, value) -> None:
+    write_beside(path, lambda beside: beside.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def read_config(folder: str | Path) -> dict:
+    """config.json of a run. FileNotFoundError or ValueError in one line."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not the folder of a run: it has no config.json")
+    try:
+        config = json.loads(path.read_text())
+        return {key: config[key] for key in ("model", "train", "tokenizer", "corpus")}
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from None
+
+
+def read_checkpoint(folder: Path) -> dict:
+    """checkpoint.pt of a run, on the CPU. FileNotFoundError or ValueError in one line."""
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no checkpoint.pt: the run stopped before its first; start it again")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: checkpoint[key] for key in ("model", "optimizer", "step")}
+    except Exception as error:  # what a torn file raises depends on where it is torn
+        raise ValueError(f"{path} is truncated or damaged ({str(error).splitlines()[0][:80]})") from None
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl; a last line torn by a kill is left out."""
+    records = []
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            records.append(json.loads(line))
+    return records
+
+
+def resumed(folder: str, **changes) -> TrainConfig:
+    """The config of a run to continue, with some fields changed. ValueError for one that would make it another run."""
+    saved = TrainConfig(**read_config(folder)["train"])
+    config = TrainConfig(**{**asdict(saved), "resume": folder, **changes})
+    for f in fields(config):
+        was, now = getattr(saved, f.name), getattr(config, f.name)
+        if was != now and not f.metadata["on_resume"]:
+            legal = ", ".join(g.name for g in fields(config) if g.metadata["on_resume"] and g.name != "resume")
+            raise ValueError(f"{folder} was trained with {f.name} {was}, not {now}: a resumed run may change {legal}")
+    return config
+
+
+def plot(folder: Path, title: str) -> None:
+    """loss.png from metrics.jsonl."""
+    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
+
+    records = read_metrics(folder)
+    x, y = np.array([(r["tokens"], r["bits_per_byte"]) for r in records if "bits_per_byte" in r]).reshape(-1, 2).T
+    val = np.array([(r["tokens"], r["val_bits_per_byte"]) for r in records if "val_bits_per_byte" in r]).reshape(-1, 2)
+    if not len(x):
+        return
+    window = max(1, len(y) // 50)
+    total = np.cumsum(np.concatenate([[0.0], y]))
+    low = np.maximum(0, np.arange(1, len(y) + 1) - window)  # a trailing mean: no step looks ahead
+    smooth = (total[1:] - total[low]) / (np.arange(1, len(y) + 1) - low)
+
+    unit, name = (1e9, "billion") if x[-1] >= 1e9 else (1e6, "million") if x[-1] >= 1e6 else (1e3, "thousand")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(x / unit, y, color="tab:blue", alpha=0.2, linewidth=0.8, label="training, each step")
+    axes.plot(x / unit, smooth, color="tab:blue", linewidth=1.8, label=f"training, mean of {window} steps")
+    if len(val):
+        axes.plot(val[:, 0] / unit, val[:, 1], "o-", color="tab:orange", markersize=5, linewidth=1.2, label="held-out files")
+        axes.annotate(f"{val[-1, 1]:.3f}", (val[-1, 0] / unit, val[-1, 1]), xytext=(0, 8), textcoords="offset points",
+                      ha="right", color="tab:orange", fontweight="bold")  # fmt: skip
+    axes.set(xlabel=f"training tokens ({name})", ylabel="loss (bits per byte)", title=title)
+    axes.set_ylim(0.95 * min(smooth.min(), *val[:, 1]), 1.02 * max(smooth[len(smooth) // 50 :].max(), *val[:, 1]))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    write_beside(folder / "loss.png", lambda beside: figure.savefig(beside, dpi=150, format="png"))
+
+
+@contextlib.contextmanager
+def ctrl_c():
+    """A list that fills at Ctrl-C, so that the step can be finished; the second Ctrl-C kills."""
+    pressed = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+
+    def handler(number, frame):
+        pressed.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# The run
+
+
+def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) -> dict:
+    """Train, or continue, one run and return what it came to; `on_step` is given every line of metrics.jsonl.
+
+    Raises ValueError or OSError for bad input before any file is touched, NonFinite (a RuntimeError) for a loss or
+    gradient that is not finite, OSError for a checkpoint that cannot be written; the earlier checkpoint stays.
+    """
+    # Everything that can be wrong is found here, before anything is written.
+    saved = None
+    if config.resume:
+        folder, saved = Path(config.resume), read_config(config.resume)
+        resumed(config.resume, **{**asdict(config), "resume": config.resume})
+    else:
+        folder = config.fresh_folder()
+    device = device_for(config.device)
+    encoding = tokenizer()
+    if saved:
+        model_config = HopeConfig(**saved["model"])
+    else:
+        model_config = HopeConfig.preset(config.preset, model=config.model, vocab_size=encoding.n_vocab, **config.set)
+    corpus = load_corpus(config.data, encoding)
+    if saved and corpus.fingerprint() != saved["corpus"]:
+        raise ValueError(f"data {config.data!r} is {corpus.fingerprint()}, not what {folder} was trained on: {saved['corpus']}")
+    batch(corpus.train, 1, config.seq_len, config.seed, 0)
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    model = Hope(model_config).to(device=device, dtype=torch.float32)
+    forward = torch.compile(model) if config.compile else model
+    optimizer = optimizer_for(model, config)
+    start, steps = 0, config.steps
+    if config.resume:
+        checkpoint = read_checkpoint(folder)
+        start = checkpoint["step"]
+        if steps < start:
+            done = start * config.tokens_per_step
+            raise ValueError(f"tokens is {config.tokens}, but {folder} has trained on {done} already: legal is more")
+        try:
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{folder}/checkpoint.pt does not fit its config.json ({str(error).splitlines()[0]})") from None
+
+    folder.mkdir(parents=True, exist_ok=bool(config.resume))
+    own = {**asdict(config), "resume": None}
+    fingerprint = corpus.fingerprint()
+    write_json(folder / "config.json", {"model": model_config.to_dict(), "train": own, "tokenizer": encoding.name, "corpus": fingerprint})  # fmt: skip
+    # What a killed run logged after its last checkpoint is computed again.
+    lines = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= start]
+    write_beside(folder / "metrics.jsonl", lambda beside: beside.write_text("".join(lines)))
+
+    size = sum(p.numel() for p in model.parameters())
+    title = f"{config.model}-{config.preset}, {size / 1e6:.2f}M parameters, on {corpus.name}"
+    print(f"{title} ({len(corpus.train):,} training tokens), {device}, in {folder}")
+    if start == steps:
+        print(f"nothing left to train: {steps * config.tokens_per_step:,} tokens are done; --tokens asks for more")
+
+    def save(step: int) -> None:
+        checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        write_beside(folder / "checkpoint.pt", lambda beside: torch.save(checkpoint, beside))
+
+    def report(record: dict) -> None:
+        log.write(json.dumps(record) + "\n")
+        log.flush()
+        if on_step:
+            on_step(record)
+
+    def validation(step: int, tokens: np.ndarray) -> float:
+        nats, count = validate(model, tokens, config.batch_size, config.seq_len, device)
+        bits = nats / math.log(2) / n_bytes(tokens, encoding)
+        report({"step": step, "tokens": step * config.tokens_per_step, "val_bits_per_byte": bits, "val_tokens": count})
+        return bits
+
+    bits_per_nat = len(corpus.train) / corpus.train_bytes / math.log(2)  # nats per token -> bits per byte
+    smooth, began_run = None, time.perf_counter()
+    bar = tqdm(
+        total=steps, initial=start, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True,
+        bar_format="{percentage:3.0f}%|{bar:20}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left",
+    )  # fmt: skip
+    with open(folder / "metrics.jsonl", "a") as log, bar:
+        if not config.resume:
+            save(0)  # a full disk shows now, not after the first hour
+        with ctrl_c() as stop:
+            model.train()
+            for step in range(start, steps):
+                began = time.perf_counter()
+                lr = learning_rate(step, steps, config)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                # One draw for the whole step, so that accumulating changes the memory used and not the result.
+                rows = batch(corpus.train, config.batch_size * config.accumulate, config.seq_len, config.seed, step)
+                loss = 0.0
+                for inputs, targets in zip(*(part.to(device).split(config.batch_size) for part in rows), strict=True):
+                    with precision(device):
+                        logits, _ = forward(inputs)
+                    part = loss_fn(logits, targets) / config.accumulate
+                    part.backward()
+                    loss += part.item()
+                norm = gradient_norm(model, step + 1, loss)
+                torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+                done = step + 1
+                record = {"step": done, "tokens": done * config.tokens_per_step, "bits_per_byte": loss * bits_per_nat, "lr": lr,
+                          "grad_norm": norm.item(), "tokens_per_s": config.tokens_per_step / (time.perf_counter() - began)}  # fmt: skip
+                report(record)
+                blend = lambda key: 0.95 * (smooth or record)[key] + 0.05 * record[key]  # noqa: B023, E731
+                smooth = {key: blend(key) for key in ("bits_per_byte", "tokens_per_s")}
+                bar.set_postfix_str(f"{smooth['bits_per_byte']:.3f} bits per byte, {smooth['tokens_per_s']:,.0f} tokens/s", False)
+                bar.update()
+                if config.eval_every and done % config.eval_every == 0 and done < steps:
+                    validation(done, corpus.val[: config.eval_tokens])
+                if done % config.save_every == 0 or done == steps or stop:
+                    save(done)
+                    plot(folder, title)
+                if stop and done < steps:
+                    bar.close()
+                    print(f"stopped after step {done} of {steps}, saved; to go on:\n  python train.py --resume {folder}")
+                    return {"run": str(folder), "step": done, "steps": steps, "interrupted": True}
+        bar.close()
+
+        print(f"validating on all {len(corpus.val):,} held-out tokens ...", flush=True)
+        bits = validation(steps, corpus.val)
+    plot(folder, title)
+
+    prompt = "def " if config.data == "stdlib" else encoding.decode(corpus.val[:64].tolist(), errors="ignore").split("\n")[0]
+    tokens = torch.tensor([encoding.encode_ordinary(prompt or "\n")], device=device)
+    model.eval()
+    torch.manual_seed(config.seed)
+    written = [int(token) for token in model.generate(tokens, 200, temperature=0.8)]
+    sample = (prompt or "\n") + encoding.decode([token for token in written if token != encoding.eot_token], errors="replace")
+    write_beside(folder / "sample.txt", lambda beside: beside.write_text(sample + "\n", encoding="utf-8"))
+
+    print(f"\na sample:\n{'-' * 80}\n{sample}\n{'-' * 80}")
+    print(f"{bits:.4f} bits per byte on the held-out files ({corpus.val_bytes:,} bytes), run in {folder}")
+    print(f"  evaluate   python eval.py {folder}")
+    print(f"  continue   python train.py --resume {folder} --tokens {2 * config.tokens:.3g}")
+    print(f"  generate   python hope.py generate {folder} --prompt {json.dumps(prompt or 'The ')}")
+    return {"run": str(folder), "step": steps, "steps": steps, "interrupted": False, "val_bits_per_byte": bits,
+            "parameters": size, "seconds": time.perf_counter() - began_run}  # fmt: skip
+
+
+# The command line
+
+
+def parse(argv: list[str] | None) -> TrainConfig:
+    """TrainConfig from flags. ValueError for a bad one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python train.py [--flag value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    for f in fields(TrainConfig):
+        default = "none" if f.type is dict or f.default is None else f.default
+        text = f"{f.metadata['help']} (default: {default})"
+        if f.type is bool:
+            parser.add_argument(f"--{f.name}", help=text, action=argparse.BooleanOptionalAction)
+        elif f.type is dict:
+            parser.add_argument(f"--{f.name}", help=text, action="append", metavar="FIELD=VALUE")
+        else:
+            parser.add_argument(f"--{f.name}", help=text, metavar={int: "N", float: "X"}.get(f.type, "NAME"))
+
+    def error(message):
+        raise ValueError(f"{message} (--help lists the flags)")
+
+    parser.error = error  # one line, like every other message
+    given = vars(parser.parse_args(argv))
+    return resumed(given.pop("resume"), **given) if given.get("resume") else TrainConfig(**given)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status: 0 done, 2 bad input or a failed run, 130 stopped by Ctrl-C."""
+    try:
+        return 130 if train(parse(argv))["interrupted"] else 0
+    except (ValueError, OSError, NonFinite, torch.OutOfMemoryError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train.py: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
