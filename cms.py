@@ -22,6 +22,7 @@ Transformer.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -92,7 +93,7 @@ class CMS(nn.Module):
             raise ValueError(f"d_model is {d_model}; it must be at least 1")
         if not levels:
             raise ValueError("levels is empty; a CMS has at least one (chunk=None: an ordinary feed-forward block)")
-        for fast, slow in zip(levels, levels[1:]):
+        for fast, slow in pairwise(levels):
             if fast.chunk is None or (slow.chunk is not None and (slow.chunk <= fast.chunk or slow.chunk % fast.chunk)):
                 raise ValueError(
                     f"level chunks are {[level.chunk for level in levels]}; they must grow from fast to slow, "
@@ -113,8 +114,8 @@ class CMS(nn.Module):
             fast = state["fast"]
             state = {"position": state["position"] + x.shape[1], "fast": list(fast)}
         if self.variant == "independent":
-            return sum((mix * mlp(x, w) for mix, mlp, w in zip(self.mix, self.mlps, fast)), start=x), state
-        for mlp, w in zip(self.mlps, fast):
+            return sum((mix * mlp(x, w) for mix, mlp, w in zip(self.mix, self.mlps, fast, strict=True)), start=x), state
+        for mlp, w in zip(self.mlps, fast, strict=True):
             x = x + mlp(x, w)
         return x, state
 
@@ -130,7 +131,8 @@ class CMS(nn.Module):
         """State at tick 0 for `batch` rows: each level that has a chunk carries fast weights equal to its start."""
         if batch < 1:
             raise ValueError(f"batch is {batch}; it must be at least 1 row")
-        fast = [None if level.chunk is None else mlp.start(batch) for level, mlp in zip(self.levels, self.mlps)]
+        updates = [level.chunk is not None for level in self.levels]
+        fast = [mlp.start(batch) if moves else None for mlp, moves in zip(self.mlps, updates, strict=True)]
         return {"position": 0, "fast": fast}
 
     def due(self, tick):
@@ -158,7 +160,7 @@ def main():
         print()
     print("What it costs (d_model 64): a slow memory is large and cheap to update, because it seldom is\n")
     print("  chunk   hidden  parameters  updated per tick")
-    for level, mlp in zip(cms.levels, cms.mlps):
+    for level, mlp in zip(cms.levels, cms.mlps, strict=True):
         count = sum(w.numel() for w in mlp.parameters())
         rate = (mlp.w_in.numel() + mlp.w_out.numel()) / level.chunk if level.chunk else 0
         print(f"  {level.chunk or 'never':<6}{level.hidden:>8}{count:>12,}{rate:>18,.0f}")

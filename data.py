@@ -3,8 +3,8 @@
     python data.py                  # what the embedded corpus is: this Python's own standard library source
     python data.py notes.txt        # the same for a text file, or for a folder of text files
 
-A corpus is two token streams. The held-out one is 5% of the *files*, so nothing of a held-out file is ever trained on; a
-single file gives its last 5% (cut at a line end). Documents are joined with <|endoftext|> between them:
+A corpus is two token streams. The held-out one is 5% of the *files*, so nothing of a held-out file is ever trained on;
+a single file gives its last 5% (cut at a line end). Documents are joined with <|endoftext|> between them:
 
     train:  doc_7 <|endoftext|> doc_2 <|endoftext|> doc_9 ...        val:  doc_4 <|endoftext|> doc_1 ...
 
@@ -56,7 +56,7 @@ class Corpus:
 
 @cache
 def tokenizer(name: str = "bytes") -> tiktoken.Encoding:
-    """The encoding of that name: "bytes" has the 256 single bytes and <|endoftext|> = 256. ValueError on another name."""
+    """The encoding of that name: "bytes" is the 256 single bytes and <|endoftext|> = 256. ValueError for others."""
     if name != "bytes":
         raise ValueError(f"unknown tokenizer {name!r}: legal is 'bytes'")
     return tiktoken.Encoding(
@@ -108,7 +108,7 @@ def documents(source: str = "stdlib") -> list[tuple[str, bytes]]:
     if root.is_file():
         data = root.read_bytes()
         if not data:
-            raise ValueError(f"data {source!r} is empty: at least two rows of text are needed")
+            raise ValueError(f"data {source!r} is empty: text is needed")
         if why := _why_not_text(data):
             raise ValueError(f"data {source!r} {why}: only UTF-8 text is read")
         return [(root.name, data)]

@@ -33,8 +33,8 @@ def evaluate(run: str, data: str | None = None, device: str = "auto") -> dict:
         corpus = load_corpus(config["train"]["data"], encoding)
         if corpus.fingerprint() != config["corpus"]:
             raise ValueError(
-                f"data {config['train']['data']!r} is no longer the text {run} was trained on, so its held-out part may "
-                "have been trained on: name a text with --data"
+                f"data {config['train']['data']!r} has changed since {run} was trained, so its held-out part may have "
+                "been trained on: name a text with --data"
             )
         text, tokens, size = f"held-out part of {corpus.name}", corpus.val, corpus.val_bytes
     else:

@@ -38,24 +38,29 @@ import torch.nn.functional as F
 # Three small pieces of algebra, each with the backward that autograd would not find
 
 
+def decay_forward(alpha):
+    """alpha [..., C] -> P [..., C+1, C+1], see `decay`."""
+    C = alpha.shape[-1]
+    below = torch.ones(C + 1, C + 1, dtype=torch.bool, device=alpha.device).tril_(-1)
+    rows = F.pad(alpha, (1, 0)).unsqueeze(-1)  # row t holds alpha_t
+    return torch.where(below, rows, rows.new_ones(())).cumprod(-2).tril_()
+
+
+def decay_backward(P, grad):
+    """d alpha_i = sum_{s < i <= t} grad[t, s] P[t, i] P[i-1, s]. No division: exact at zeros and where products underflow."""
+    return ((P[..., 1:].mT @ grad) * P[..., :-1, :]).sum(-1)
+
+
 class _Decay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, alpha):
-        C = alpha.shape[-1]
-        below = torch.ones(C + 1, C + 1, dtype=torch.bool, device=alpha.device).tril_(-1)
-        rows = F.pad(alpha, (1, 0)).unsqueeze(-1)  # row t holds alpha_t
-        P = torch.where(below, rows, rows.new_ones(())).cumprod(-2).tril_()
+        P = decay_forward(alpha)
         ctx.save_for_backward(P)
         return P
 
     @staticmethod
     def backward(ctx, grad):
         return decay_backward(*ctx.saved_tensors, grad)
-
-
-def decay_backward(P, grad):
-    """d alpha_i = sum_{s < i <= t} grad[t, s] P[t, i] P[i-1, s]. No division: exact at zeros and where products underflow."""
-    return ((P[..., 1:].mT @ grad) * P[..., :-1, :]).sum(-1)
 
 
 def decay(alpha):
@@ -313,11 +318,12 @@ def surprise(layers, k, target, objective="l2", residual=True):
 
 
 def write(layers, k, target, eta, alpha, q=None, *, theta=None, momentum=None, delta=1.0, objective="l2",
-          residual=True, mode="token"):  # fmt: skip
+          residual=True, mode="token", running=None):  # fmt: skip
     """Write one chunk k -> target into a memory network, and read it at q: every layer is a memory from x_l to -g_l.
 
     layers: weights at the chunk boundary, [..., d_out, d_in] each; k [..., T, d_in] unit length; target [..., T, d_out];
-    eta, alpha, theta [..., T], shared by all layers; momentum: a list like layers, or None.
+    eta, alpha, theta [..., T], shared by all layers; momentum: a list like layers, or None. running: the weights so far,
+    where k begins inside a chunk (default: layers, where it begins at the boundary).
     mode: where reads inside the chunk look, "token" at the running weights W_t layer by layer, "boundary" at the
     boundary weights only (NL eq. 90), so that tokens of one chunk cannot see each other.
     Returns (y [..., T, d_out] or None, new layers, new momentum or None without theta). Raises ValueError for unknown names.
@@ -335,7 +341,7 @@ def write(layers, k, target, eta, alpha, q=None, *, theta=None, momentum=None, d
     y = read(layers, q, residual) if q is not None and mode == "boundary" else None
     h = q if mode == "token" else None
     new_layers, new_momentum = [], []
-    for i, (W, x, g) in enumerate(zip(layers, inputs, gradients, strict=True)):
+    for i, (W, x, g) in enumerate(zip(running or layers, inputs, gradients, strict=True)):
         last = i == len(layers) - 1
         u = (target - k if residual else target) if last and exact else -g
         step = eta if i == 0 else eta / (1 + eta * x.square().sum(-1))

@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from memory import _Decay, decay_backward, l2norm, scan, silu_derivative, unit_lower_inverse, write
+from memory import decay_backward, decay_forward, l2norm, scan, silu_derivative, unit_lower_inverse, write
 
 EPS = 1e-6  # of l2norm
 
@@ -79,6 +79,13 @@ class ShortConvolution(nn.Module):
             tail = x.new_zeros(x.shape[0], width - 1, x.shape[2])
         x = torch.cat([tail, x], 1)
         return F.silu(_CausalConv.apply(x, self.weight)), x[:, x.shape[1] - width + 1 :]
+
+
+def linear(d_in, d_out, scale=1.0):
+    """A projection without bias, std scale / sqrt(d_in): inputs of unit variance give outputs of variance scale^2."""
+    layer = nn.Linear(d_in, d_out, bias=False)
+    nn.init.normal_(layer.weight, std=scale * d_in**-0.5)
+    return layer
 
 
 def heads(x, n):
@@ -134,7 +141,7 @@ class _SelfModify(torch.autograd.Function):
             sig = torch.sigmoid(g[..., 2 * d] + b_eta)
             eta = step * (1 + alpha) * sig
             # solve for the errors r of all rows; targets and base share one product: v^ - a k W = residual + (v - a k) W
-            P = _Decay.forward(_NoSave, alpha)
+            P = decay_forward(alpha)
             a, ce = P[..., :1], P[..., 1:] * eta.unsqueeze(1)
             kq = torch.cat([k, qc], 1)
             S = kq @ k.mT
@@ -225,7 +232,230 @@ class _SelfModify(torch.autograd.Function):
         return dx, dq, dW, dz_eta.sum(1, keepdim=True), dz_alpha.sum(1, keepdim=True), dA, None, None
 
 
-class _NoSave:
-    """Stands for the ctx of a Function whose forward is called inside another Function's forward."""
 
-    save_for_backward = staticmethod(lambda *tensors: None)
+# ---------------------------------------------------------------------------------------------------------------------
+# The mixers. (x [B, T, d_model], state) -> (y [B, T, d_model], state); state is a plain dict of tensors and ints
+
+
+class SelfModifyingTitans(nn.Module):
+    """NL eq. 83-93, see the top of this file.
+
+    memory: "matrix", or "mlp" for M(z) = z + W1 silu(W2 z) with hidden width = head width (NL eq. 89).
+    adaptive: which of "k", "v", "q" have a memory of their own; the others are static projections of the token.
+    momentum: adds theta, one more self-generated row. chunk: tokens that share the weights everything is generated from.
+    inner_step: 1; 0 freezes every memory at its learned start (the control: memories that never learn).
+    gate, conv: the output gate; the width of the short convolution (0: none).
+
+    Chunks sit at absolute positions, so any way of cutting a sequence into calls gives the same result. The state holds
+    "position", "boundary" and "running" weights (lists: first layers [B, H, rows, d], second layers [B, H, m, d, hidden]),
+    "momentum" (list like "running", or None) and "conv", the tail of the convolution.
+    Raises ValueError for sizes that do not fit and for unknown names.
+    """
+
+    def __init__(self, d_model, n_heads, chunk=64, memory="matrix", adaptive=("k", "v"), momentum=False, inner_step=1.0,
+                 conv=4, gate=True, mode="token", out_scale=1.0):  # fmt: skip
+        super().__init__()
+        d = head_width(d_model, n_heads)
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+        if memory not in ("matrix", "mlp"):
+            raise ValueError(f"memory must be 'matrix' or 'mlp', got {memory!r}")
+        if not set(adaptive) <= {"k", "v", "q"}:
+            raise ValueError(f"adaptive must be a subset of k, v, q, got {adaptive!r}")
+        if mode not in ("token", "boundary"):
+            raise ValueError(f"mode must be 'token' or 'boundary', got {mode!r}")
+        self.n_heads, self.d, self.chunk, self.momentum, self.mode = n_heads, d, chunk, momentum, mode
+        self.inner_step = inner_step
+        self.adaptive = [name for name in ("k", "v", "q") if name in adaptive]
+        self.static = [name for name in ("k", "v", "q") if name not in adaptive]
+        n = 1 + len(self.adaptive)  # memories with an output of width d
+        gates = 3 if momentum else 2
+        self.fused = memory == "matrix" and self.adaptive == ["k", "v"] and not momentum and mode == "token"
+
+        self.in_proj = linear(d_model, (1 + len(self.static)) * d_model)
+        self.gate_proj = linear(d_model, d_model) if gate else None
+        self.conv = ShortConvolution((1 + len(self.static)) * d_model, conv) if conv else None
+        self.start = nn.Parameter(torch.randn(n_heads, n * d + gates, d) * d**-0.5)
+        with torch.no_grad():
+            self.start[:, n * d :] = 0.0  # the first step sizes are the biases
+        self.start2 = nn.Parameter(torch.randn(n_heads, n, d, d) * d**-0.5) if memory == "mlp" else None
+        self.b_eta = nn.Parameter(torch.zeros(n_heads))
+        # retentions around 0.98: the heads start with memories of 1 / (1 - alpha) = 20 to 200 tokens
+        lives = [20 * 10 ** (h / max(1, n_heads - 1)) for h in range(n_heads)]
+        self.b_alpha = nn.Parameter(torch.tensor([retention_bias(1 - 1 / life) for life in lives]))
+        self.log_A = nn.Parameter(torch.zeros(n_heads))
+        self.b_theta = nn.Parameter(torch.zeros(n_heads)) if momentum else None
+        self.norm = nn.RMSNorm(d, eps=EPS)
+        self.out_proj = linear(d_model, d_model, out_scale)
+
+    def forward(self, x, state=None):
+        B, T, _ = x.shape
+        state = state or self.start_state(B)
+        z, tail = self.in_proj(x), state["conv"]
+        if self.conv is not None:
+            z, tail = self.conv(z, tail)
+        streams = dict(zip(["x", *self.static], map(lambda s: heads(s, self.n_heads), z.chunk(1 + len(self.static), -1)), strict=True))
+        for name in self.static:
+            streams[name] = l2norm(streams[name], EPS)
+
+        position, boundary, running, momentum = (state[name] for name in ("position", "boundary", "running", "momentum"))
+        y, i = [], 0
+        while i < T:
+            left = self.chunk - (position + i) % self.chunk  # tokens of this chunk still to come
+            if left == self.chunk:
+                boundary = running
+            whole = self.fused and left == self.chunk and T - i >= self.chunk
+            n = T - i if whole else left
+            now = {name: s[:, :, i : i + n] for name, s in streams.items()}
+            if whole:
+                y_now, boundary, running = self._chunks(now["x"], now["q"], running)
+            else:
+                y_now, running, momentum = self._chunk(now, boundary, running, momentum)
+            y.append(y_now)
+            i += n
+        y = self.norm(torch.cat(y, 2) if len(y) > 1 else y[0]).transpose(1, 2).flatten(2)
+        if self.gate_proj is not None:
+            y = y * F.silu(self.gate_proj(x))
+        state = {"position": position + T, "boundary": boundary, "running": running, "momentum": momentum, "conv": tail}
+        return self.out_proj(y), state
+
+    def start_state(self, batch):
+        """The state before the first token: every row has its own copy of the learned start."""
+        starts = [self.start] if self.start2 is None else [self.start, self.start2]
+        running = [start.expand(batch, *start.shape) for start in starts]
+        momentum = [torch.zeros_like(W) for W in running] if self.momentum else None
+        return {"position": 0, "boundary": running, "running": running, "momentum": momentum, "conv": None}
+
+    def _chunks(self, x, q, running):
+        """All chunks at once, from a boundary on, by `_SelfModify`."""
+        B, H = x.shape[:2]
+        gates = [g.expand(B, H).reshape(B * H, 1) for g in (self.b_eta, self.b_alpha, self.log_A.exp())]
+        flat = [t.flatten(0, 1) for t in (x, q, running[0])]
+        y, W, boundary = _SelfModify.apply(*flat, *gates, self.chunk, self.inner_step)
+        return y.unflatten(0, (B, H)), [boundary.unflatten(0, (B, H))], [W.unflatten(0, (B, H))]
+
+    def _chunk(self, streams, boundary, running, momentum):
+        """Tokens of one chunk, generated from `boundary`, read and written from `running` on: the definition.
+
+        streams: x and the static projections, [B, H, C, d]. Returns (y [B, H, C, d], running, momentum).
+        """
+        x, d, n = streams["x"], self.d, 1 + len(self.adaptive)
+        blocks, gates = self._outputs(boundary, x, first=1)
+        made = dict(zip(self.adaptive, l2norm(blocks, EPS).unbind(-3), strict=True)) | streams
+        k, v, q = made["k"], made["v"], made["q"]
+        alpha = torch.exp(-self.inner_step * self.log_A.exp()[:, None] * F.softplus(gates[..., 1] + self.b_alpha[:, None]))
+        eta = self.inner_step * (1 + alpha) * torch.sigmoid(gates[..., 0] + self.b_eta[:, None])
+        theta = None
+        if self.momentum:
+            theta = torch.sigmoid(gates[..., 2] + self.b_theta[:, None])
+            eta = eta * (1 - theta)  # so that a lasting surprise is written at the same rate
+        targets, gate_targets = self._outputs(boundary, v)
+        u = targets - k.unsqueeze(-3)
+        S1 = momentum and momentum[0]
+        rest = slice(d, None)  # rows of the first layer that nobody reads at q
+
+        def first_layer(u_first):
+            """Memory's own rows are read at q, the others only written."""
+            keys = dict(eta=eta, alpha=alpha, theta=theta)
+            yq, W_read, S_read = scan(running[0][..., :d, :], k, u_first[..., :d], q=q, S=S1 if S1 is None else S1[..., :d, :], **keys)
+            _, W_rest, S_rest = scan(running[0][..., rest, :], k, u_first[..., rest], S=S1 if S1 is None else S1[..., rest, :], **keys)
+            S = None if S1 is None else torch.cat([S_read, S_rest], -2)
+            return yq, torch.cat([W_read, W_rest], -2), S
+
+        if len(running) == 1:
+            if self.mode == "boundary":
+                y = q @ boundary[0][..., :d, :].mT
+            yq, W, S = first_layer(torch.cat([u.transpose(-3, -2).flatten(-2), gate_targets], -1))
+            return q + (yq if self.mode == "token" else y), [W], momentum and [S]
+
+        # two layers: the first is a memory from k to -gradient, the second from h = silu(W2 k) to its exact l2 target
+        z = (k @ boundary[0][..., : n * d, :].mT).unflatten(-1, (n, d)).transpose(-3, -2)
+        h = F.silu(z)
+        g = ((h @ boundary[1].mT - u) @ boundary[1]) * silu_derivative(z)
+        yq, W, S = first_layer(torch.cat([-g.transpose(-3, -2).flatten(-2), gate_targets], -1))
+        step = eta.unsqueeze(-2) / (1 + eta.unsqueeze(-2) * h.square().sum(-1))
+        S2 = momentum and momentum[1]
+        hq = torch.zeros_like(h) if self.mode == "boundary" else F.silu(yq).unsqueeze(-3).expand_as(h)
+        theta2 = None if theta is None else theta.unsqueeze(-2)
+        yq2, W2, S2 = scan(running[1], h, u, step, alpha.unsqueeze(-2), hq, theta=theta2, S=S2)
+        if self.mode == "boundary":
+            y = self._outputs([w[..., :1, :, :] if i else w[..., :d, :] for i, w in enumerate(boundary)], q)[0].squeeze(-3)
+        else:
+            y = q + yq2[..., 0, :, :]
+        return y, [W, W2], momentum and [S, S2]
+
+    def _outputs(self, weights, z, first=0):
+        """Memories first.. at z [B, H, C, d] -> (M(z) [B, H, m, C, d], single rows [B, H, C, 2 or 3])."""
+        d, m = self.d, 1 + len(self.adaptive) - first
+        out = z @ weights[0][..., first * d :, :].mT
+        blocks = out[..., : m * d].unflatten(-1, (m, d)).transpose(-3, -2)
+        if len(weights) > 1:
+            blocks = F.silu(blocks) @ weights[1][..., first:, :, :].mT
+        return z.unsqueeze(-3) + blocks, out[..., m * d :]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Titans
+
+
+class NeuralMemory(nn.Module):
+    """The long-term memory module of Titans (LMM, Titans paper sec. 3): momentum of surprise, with forgetting.
+
+        S_t = theta_t S_{t-1} - eta_t grad |M(k_t) - v_t|^2 / 2      W_t = alpha_t W_{t-1} + S_t      y_t = M_t(q_t)
+
+    with static projections k, v, q, an MLP memory of `depth` layers (residual; 1: a matrix), gradients at the weights of
+    the chunk boundary, reads at the running weights. eta, theta, alpha are read off the token. All writes of a chunk
+    repeat the same gradient step for equal keys, so eta < (1 - theta) / chunk: then one chunk can at most close the gap.
+    State as in SelfModifyingTitans. Raises ValueError for sizes that do not fit.
+    """
+
+    def __init__(self, d_model, n_heads, chunk=64, depth=2, conv=4, out_scale=1.0):
+        super().__init__()
+        d = head_width(d_model, n_heads)
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+        if depth < 1:
+            raise ValueError(f"depth of a memory must be at least 1 layer, got {depth}")
+        self.n_heads, self.chunk = n_heads, chunk
+        self.sizes = (3 * d_model, d_model, 3 * n_heads)  # q, k, v | output gate | eta, theta, alpha
+        self.in_proj = linear(d_model, sum(self.sizes))
+        self.conv = ShortConvolution(3 * d_model, conv) if conv else None
+        self.start = nn.ParameterList(torch.randn(n_heads, d, d) * d**-0.5 for _ in range(depth))
+        self.bias = nn.Parameter(torch.tensor([[0.0], [0.0], [retention_bias(0.98)]]).repeat(1, n_heads))
+        self.norm = nn.RMSNorm(d, eps=EPS)
+        self.out_proj = linear(d_model, d_model, out_scale)
+
+    def forward(self, x, state=None):
+        """x [B, T, d_model] -> (y [B, T, d_model], state)."""
+        B, T, _ = x.shape
+        state = state or self.start_state(B)
+        qkv, gate, rates = self.in_proj(x).split(self.sizes, -1)
+        tail = state["conv"]
+        if self.conv is not None:
+            qkv, tail = self.conv(qkv, tail)
+        q, k, v = (heads(z, self.n_heads) for z in qkv.chunk(3, -1))
+        q, k = l2norm(q, EPS), l2norm(k, EPS)
+        eta, theta, alpha = (rates.unflatten(-1, (3, -1)) + self.bias).permute(2, 0, 3, 1)  # each [B, H, T]
+        theta, alpha = torch.sigmoid(theta), retention(alpha, 1.0)
+        eta = torch.sigmoid(eta) * (1 - theta) / self.chunk
+        position, boundary, running, momentum = (state[name] for name in ("position", "boundary", "running", "momentum"))
+        y, i = [], 0
+        while i < T:
+            left = self.chunk - (position + i) % self.chunk
+            if left == self.chunk:
+                boundary = running
+            now = slice(i, i + left)
+            y_now, running, momentum = write(
+                boundary, k[:, :, now], v[:, :, now], eta[..., now], alpha[..., now], q[:, :, now],
+                theta=theta[..., now], momentum=momentum, delta=0.0, running=running,
+            )  # fmt: skip
+            y.append(y_now)
+            i += left
+        y = self.norm(torch.cat(y, 2)).transpose(1, 2).flatten(2) * F.silu(gate)
+        state = {"position": position + T, "boundary": boundary, "running": running, "momentum": momentum, "conv": tail}
+        return self.out_proj(y), state
+
+    def start_state(self, batch):
+        running = [start.expand(batch, *start.shape) for start in self.start]
+        return {"position": 0, "boundary": running, "running": running, "conv": None,
+                "momentum": [torch.zeros_like(W) for W in running]}  # fmt: skip

@@ -25,10 +25,12 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -44,7 +46,7 @@ from hope import Hope, HopeConfig
 
 
 def flag(default, help, legal="", check=lambda value: True, on_resume=False):
-    """A field that is also a flag: its help, its legal range in words and as a test, whether a resumed run may change it."""
+    """A field that is also a flag: help, legal range in words and as a test, whether a resumed run may change it."""
     metadata = {"help": help, "legal": legal, "check": check, "on_resume": on_resume}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
@@ -109,7 +111,7 @@ class TrainConfig:
         """The folder a new run will make. ValueError if `out` is taken."""
         if self.out:
             if Path(self.out).exists():
-                raise ValueError(f"out {self.out!r} exists: name a new folder, or continue a run with --resume {self.out}")
+                raise ValueError(f"out {self.out!r} exists: name a new folder, or continue it with --resume {self.out}")
             return Path(self.out)
         names = (f"runs/{self.model}-{self.preset}" + (f"-{k}" if k > 1 else "") for k in range(1, 10**6))
         return next(Path(name) for name in names if not Path(name).exists())
@@ -147,12 +149,13 @@ def _json_or_text(text: str):
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """Learning rate of step 0 .. steps - 1: a line up to lr, then a cosine down to lr * min_lr_ratio at the last step."""
+    """Learning rate of step 0 .. steps - 1: a line up to lr, then a cosine down to lr * min_lr_ratio at the last."""
     rising = round(config.warmup * steps)
     if step < rising:
         return config.lr * (step + 1) / rising
-    done = (step - rising) / max(1, steps - 1 - rising)
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    done = min(1.0, (step - rising) / max(1, steps - 1 - rising))
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
 
 def optimizer_for(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -200,7 +203,7 @@ def device_for(name: str) -> torch.device:
         raise ValueError(f"device is {name!r}: legal are auto, cpu, cuda, cuda:N")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(index or 0) >= gpus:
-        raise ValueError(f"device is {name!r}, but torch sees {gpus} GPUs here: legal is {'cpu' if not gpus else 'cuda:N'}")
+        raise ValueError(f"device is {name!r}, but torch sees {gpus} GPUs here: legal are auto, cpu, cuda:N with N < {gpus}")
     return torch.device(name)
 
 
@@ -215,8 +218,8 @@ def gradient_norm(model: nn.Module, step: int, loss: float) -> torch.Tensor:
     if math.isfinite(loss) and math.isfinite(norm.item()):
         return norm
     bad = [name for name, grad in grads if not torch.isfinite(grad).all()]
-    tensor = f"the gradient of {bad[0]}" if bad else "the norm of the gradient"
-    raise NonFinite(f"step {step}: {f'the loss is {loss}, ' if not math.isfinite(loss) else ''}{tensor} is not finite")
+    tensor = f"the gradient of {bad[0]}" if bad else "the norm of the gradient" if math.isfinite(loss) else "the loss"
+    raise NonFinite(f"step {step}: {tensor} is not finite (loss {loss}); the last checkpoint is kept")
 
 
 # The folder of a run
@@ -276,7 +279,10 @@ def read_metrics(folder: Path) -> list[dict]:
 
 def resumed(folder: str, **changes) -> TrainConfig:
     """The config of a run to continue, with some fields changed. ValueError for one that would make it another run."""
-    saved = TrainConfig(**read_config(folder)["train"])
+    try:
+        saved = TrainConfig(**read_config(folder)["train"])
+    except TypeError as error:
+        raise ValueError(f"{folder}/config.json is of another version: {error}") from None
     config = TrainConfig(**{**asdict(saved), "resume": folder, **changes})
     for f in fields(config):
         was, now = getattr(saved, f.name), getattr(config, f.name)
@@ -295,7 +301,7 @@ def plot(folder: Path, title: str) -> None:
     val = np.array([(r["tokens"], r["val_bits_per_byte"]) for r in records if "val_bits_per_byte" in r]).reshape(-1, 2)
     if not len(x):
         return
-    window = max(1, len(y) // 50)
+    window = min(len(y), max(20, len(y) // 50))
     total = np.cumsum(np.concatenate([[0.0], y]))
     low = np.maximum(0, np.arange(1, len(y) + 1) - window)  # a trailing mean: no step looks ahead
     smooth = (total[1:] - total[low]) / (np.arange(1, len(y) + 1) - low)
@@ -306,11 +312,11 @@ def plot(folder: Path, title: str) -> None:
     axes.plot(x / unit, y, color="tab:blue", alpha=0.2, linewidth=0.8, label="training, each step")
     axes.plot(x / unit, smooth, color="tab:blue", linewidth=1.8, label=f"training, mean of {window} steps")
     if len(val):
-        axes.plot(val[:, 0] / unit, val[:, 1], "o-", color="tab:orange", markersize=5, linewidth=1.2, label="held-out files")
+        axes.plot(val[:, 0] / unit, val[:, 1], "o-", color="tab:orange", markersize=5, label="held-out files")
         axes.annotate(f"{val[-1, 1]:.3f}", (val[-1, 0] / unit, val[-1, 1]), xytext=(0, 8), textcoords="offset points",
                       ha="right", color="tab:orange", fontweight="bold")  # fmt: skip
     axes.set(xlabel=f"training tokens ({name})", ylabel="loss (bits per byte)", title=title)
-    axes.set_ylim(0.95 * min(smooth.min(), *val[:, 1]), 1.02 * max(smooth[len(smooth) // 50 :].max(), *val[:, 1]))
+    axes.set_ylim(0.95 * min(smooth.min(), *val[:, 1]), 1.02 * max(smooth[len(smooth) // 100 :].max(), *val[:, 1]))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -359,8 +365,9 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     else:
         model_config = HopeConfig.preset(config.preset, model=config.model, vocab_size=encoding.n_vocab, **config.set)
     corpus = load_corpus(config.data, encoding)
-    if saved and corpus.fingerprint() != saved["corpus"]:
-        raise ValueError(f"data {config.data!r} is {corpus.fingerprint()}, not what {folder} was trained on: {saved['corpus']}")
+    fingerprint = corpus.fingerprint()
+    if saved and fingerprint != saved["corpus"]:
+        raise ValueError(f"data {config.data!r} is {fingerprint}, but {folder} was trained on {saved['corpus']}")
     batch(corpus.train, 1, config.seq_len, config.seed, 0)
 
     if config.threads:
@@ -380,12 +387,13 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{folder}/checkpoint.pt does not fit its config.json ({str(error).splitlines()[0]})") from None
+            why = str(error).splitlines()[0]
+            raise ValueError(f"{folder}/checkpoint.pt is of another config than its config.json ({why})") from None
 
     folder.mkdir(parents=True, exist_ok=bool(config.resume))
     own = {**asdict(config), "resume": None}
-    fingerprint = corpus.fingerprint()
-    write_json(folder / "config.json", {"model": model_config.to_dict(), "train": own, "tokenizer": encoding.name, "corpus": fingerprint})  # fmt: skip
+    everything = {"model": model_config.to_dict(), "train": own, "tokenizer": encoding.name, "corpus": fingerprint}
+    write_json(folder / "config.json", everything)
     # What a killed run logged after its last checkpoint is computed again.
     lines = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= start]
     write_beside(folder / "metrics.jsonl", lambda beside: beside.write_text("".join(lines)))
@@ -413,7 +421,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
         return bits
 
     bits_per_nat = len(corpus.train) / corpus.train_bytes / math.log(2)  # nats per token -> bits per byte
-    smooth, began_run = None, time.perf_counter()
+    recent = deque(maxlen=50)  # lines of the last steps, for the progress line
+    began_run = time.perf_counter()
     bar = tqdm(
         total=steps, initial=start, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True,
         bar_format="{percentage:3.0f}%|{bar:20}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left",
@@ -443,12 +452,18 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
                 optimizer.zero_grad(set_to_none=True)
 
                 done = step + 1
-                record = {"step": done, "tokens": done * config.tokens_per_step, "bits_per_byte": loss * bits_per_nat, "lr": lr,
-                          "grad_norm": norm.item(), "tokens_per_s": config.tokens_per_step / (time.perf_counter() - began)}  # fmt: skip
+                record = {
+                    "step": done,
+                    "tokens": done * config.tokens_per_step,
+                    "bits_per_byte": loss * bits_per_nat,
+                    "lr": lr,
+                    "grad_norm": norm.item(),
+                    "tokens_per_s": config.tokens_per_step / (time.perf_counter() - began),
+                }
                 report(record)
-                blend = lambda key: 0.95 * (smooth or record)[key] + 0.05 * record[key]  # noqa: B023, E731
-                smooth = {key: blend(key) for key in ("bits_per_byte", "tokens_per_s")}
-                bar.set_postfix_str(f"{smooth['bits_per_byte']:.3f} bits per byte, {smooth['tokens_per_s']:,.0f} tokens/s", False)
+                recent.append((record["bits_per_byte"], record["tokens_per_s"]))
+                loss_now, speed = np.mean(recent, axis=0)
+                bar.set_postfix_str(f"{loss_now:.3f} bits per byte, {speed:,.0f} tokens/s", refresh=False)
                 bar.update()
                 if config.eval_every and done % config.eval_every == 0 and done < steps:
                     validation(done, corpus.val[: config.eval_tokens])
@@ -456,8 +471,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
                     save(done)
                     plot(folder, title)
                 if stop and done < steps:
-                    bar.close()
-                    print(f"stopped after step {done} of {steps}, saved; to go on:\n  python train.py --resume {folder}")
+                    bar.close()  # else it draws over the message
+                    print(f"stopped after step {done} of {steps} and saved; go on with\n  python train.py --resume {folder}")
                     return {"run": str(folder), "step": done, "steps": steps, "interrupted": True}
         bar.close()
 
@@ -465,19 +480,20 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
         bits = validation(steps, corpus.val)
     plot(folder, title)
 
-    prompt = "def " if config.data == "stdlib" else encoding.decode(corpus.val[:64].tolist(), errors="ignore").split("\n")[0]
-    tokens = torch.tensor([encoding.encode_ordinary(prompt or "\n")], device=device)
+    first_line = encoding.decode(corpus.val[:64].tolist(), errors="ignore").split("\n")[0]
+    prompt = "def " if config.data == "stdlib" else first_line or "\n"
+    tokens = torch.tensor([encoding.encode_ordinary(prompt)], device=device)
     model.eval()
     torch.manual_seed(config.seed)
     written = [int(token) for token in model.generate(tokens, 200, temperature=0.8)]
-    sample = (prompt or "\n") + encoding.decode([token for token in written if token != encoding.eot_token], errors="replace")
+    sample = prompt + encoding.decode(written, errors="replace")
     write_beside(folder / "sample.txt", lambda beside: beside.write_text(sample + "\n", encoding="utf-8"))
 
     print(f"\na sample:\n{'-' * 80}\n{sample}\n{'-' * 80}")
     print(f"{bits:.4f} bits per byte on the held-out files ({corpus.val_bytes:,} bytes), run in {folder}")
     print(f"  evaluate   python eval.py {folder}")
     print(f"  continue   python train.py --resume {folder} --tokens {2 * config.tokens:.3g}")
-    print(f"  generate   python hope.py generate {folder} --prompt {json.dumps(prompt or 'The ')}")
+    print(f"  generate   python hope.py generate {folder} --prompt {shlex.quote(prompt)}")
     return {"run": str(folder), "step": steps, "steps": steps, "interrupted": False, "val_bits_per_byte": bits,
             "parameters": size, "seconds": time.perf_counter() - began_run}  # fmt: skip
 

@@ -92,7 +92,7 @@ def test_out_scale_scales_only_the_output_weights():
     a = CMS(D, LEVELS)
     torch.manual_seed(1)
     b = CMS(D, LEVELS, out_scale=0.1)
-    for p, q in zip(a.mlps, b.mlps):
+    for p, q in zip(a.mlps, b.mlps, strict=True):
         assert torch.equal(p.w_in, q.w_in)
         torch.testing.assert_close(q.w_out, 0.1 * p.w_out)
 
@@ -136,7 +136,7 @@ def test_gradient_through_fast_copies_is_the_gradient_of_the_starts():
     cms, x, target = make(), torch.randn(3, 4, D), torch.randn(3, 4, D)
     plain = torch.autograd.grad(((cms(x)[0] - target) ** 2).sum(), list(cms.parameters()))
     through = torch.autograd.grad(((cms(x, cms.start_state(3))[0] - target) ** 2).sum(), list(cms.parameters()))
-    for a, b in zip(plain, through):
+    for a, b in zip(plain, through, strict=True):
         assert a.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -151,7 +151,7 @@ def test_gradient_reaches_the_starts_through_an_update_of_the_fast_weights():
         y, state = cms(x[:, :2], {"position": 0, "fast": [fast]})
         loss = ((y - target[:, :2]) ** 2).sum()
         grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
-        state["fast"] = [{name: w - 0.05 * g for (name, w), g in zip(fast.items(), grads)}]
+        state["fast"] = [{name: w - 0.05 * g for (name, w), g in zip(fast.items(), grads, strict=True)}]
         return ((cms(x[:, 2:], state)[0] - target[:, 2:]) ** 2).sum()
 
     assert torch.autograd.gradcheck(later_loss, mlp.w_in)

@@ -1,0 +1,346 @@
+"""Hope: a self-modifying memory followed by a continuum of slower ones (NL section 8.3, eq. 94-97), as a language model.
+
+Block:   x = x + mixer(norm(x))      self-modifying Titans: fast weights that learn from every token    (titans.py)
+         x = cms(x)                  MLPs that learn at slower and slower rates                         (cms.py)
+
+Every mixer, Hope's and its rivals', has one signature, mixer(x, state) -> (y, state), so `model` in the config only swaps
+a class. Whatever the model, `hidden` is solved so that all models of a preset have the same number of parameters as
+Transformer++ (within 2%).
+
+State is the product: a plain tree of tensors and ints, apart from the weights, that can be saved, loaded, moved and
+continued. Any way of cutting a sequence into calls gives the same logits as one call.
+
+    python hope.py                                       the model as a nested system: who learns when, from what
+    python hope.py generate runs/x --prompt "def "       text from a trained model, streamed, at constant memory
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from baselines import Attention, GatedDeltaNet
+from cms import CMS, VARIANTS, Level
+from titans import NeuralMemory, SelfModifyingTitans
+
+# d_model, n_layers, n_heads, vocab_size: the sizes of the Transformer++ that all models of a preset equal in parameters
+PRESETS = {
+    "nano": (128, 5, 2, 257),
+    "30m": (384, 10, 6, 32768),
+    "125m": (768, 14, 12, 32768),
+    "340m": (1024, 24, 16, 32768),
+    "760m": (1536, 25, 24, 32768),
+    "1.3b": (2048, 24, 32, 32768),
+}
+
+MIXERS = {
+    "hope": lambda c: SelfModifyingTitans(
+        c.d_model, c.n_heads, c.chunk, c.memory, tuple(c.adaptive), c.momentum, c.inner_step, c.width, out_scale=c.out_scale
+    ),
+    "hope_attention": lambda c: Attention(c.d_model, c.n_heads, c.width, out_scale=c.out_scale),
+    "titans": lambda c: NeuralMemory(c.d_model, c.n_heads, c.chunk, c.depth, c.width, c.out_scale),
+    "transformer": lambda c: Attention(c.d_model, c.n_heads, c.width, out_scale=c.out_scale),
+    "gated_deltanet": lambda c: GatedDeltaNet(c.d_model, c.n_heads, c.width, out_scale=c.out_scale),
+}
+
+
+def one_of(what, value, choices):
+    """value, if it is among choices; else ValueError with the nearest name."""
+    if value in choices:
+        return value
+    near = difflib.get_close_matches(str(value), choices, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown {what} {value!r}: must be one of {', '.join(choices)}{hint}")
+
+
+@dataclass
+class HopeConfig:
+    """Everything that defines a model; saved with every run. Raises ValueError, with value and range, for what is not legal.
+
+    levels: chunk lengths of the CMS from fast to slow, in tokens, None = never updates. hidden: width of the feed-forward
+    block, all levels together; None = solved for equal parameters. conv: width of the short convolution in tokens, 0 =
+    none; None = 4, but none for attention. The remaining fields belong to the mixers in titans.py.
+    """
+
+    model: str = "hope"
+    vocab_size: int = 257
+    d_model: int = 128
+    n_layers: int = 5
+    n_heads: int = 2
+    hidden: int | None = None
+    levels: list | None = None
+    variant: str = "sequential"
+    conv: int | None = None
+    chunk: int = 64
+    memory: str = "matrix"
+    adaptive: list = dataclasses.field(default_factory=lambda: ["k", "v"])
+    momentum: bool = False
+    inner_step: float = 1.0
+    depth: int = 2
+
+    def __post_init__(self):
+        one_of("model", self.model, MIXERS)
+        one_of("memory", self.memory, ("matrix", "mlp"))
+        one_of("variant", self.variant, VARIANTS)
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "chunk", "depth"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model must be a multiple of n_heads, got d_model {self.d_model} and n_heads {self.n_heads}")
+        if not 0 <= self.inner_step <= 1:
+            raise ValueError(f"inner_step must be in [0, 1], got {self.inner_step}")
+        if self.conv is not None and self.conv < 0:
+            raise ValueError(f"conv must be at least 0 tokens, got {self.conv}")
+        if self.levels is None:
+            self.levels = [512, None] if self.model.startswith("hope") else [None]
+        if self.hidden is None:
+            self.hidden = self._equal_hidden()
+
+    @classmethod
+    def preset(cls, name, model="hope", **overrides):
+        """The config of a preset: nano, 30m, 125m, 340m, 760m, 1.3b. Overrides are fields of HopeConfig."""
+        d_model, n_layers, n_heads, vocab_size = PRESETS[one_of("preset", name, PRESETS)]
+        for field in overrides:
+            one_of("field of HopeConfig", field, [f.name for f in dataclasses.fields(cls)])
+        sizes = dict(d_model=d_model, n_layers=n_layers, n_heads=n_heads, vocab_size=vocab_size)
+        return cls(model=model, **(sizes | overrides))
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+    @property
+    def width(self):
+        """Width of the short convolution in tokens, 0 for none."""
+        return self.conv if self.conv is not None else 0 if self.model in ("transformer", "hope_attention") else 4
+
+    @property
+    def out_scale(self):
+        """Of projections into the residual stream, so that its variance does not grow with depth."""
+        return (2 * self.n_layers) ** -0.5
+
+    def _equal_hidden(self):
+        """Total feed-forward width at which a block has the parameters of Transformer++'s (SwiGLU of 8/3 d_model)."""
+        d = self.d_model
+        target = 4 * d * d + 3 * d * (8 * round(d / 3)) + 2 * d
+        with torch.device("meta"):  # counts only
+            mixer = sum(p.numel() for p in MIXERS[self.model](self).parameters())
+        n = len(self.levels)
+        each = round((target - mixer - d * (n + 1)) / (3 * d * n) / 4) * 4
+        if each < 4:
+            raise ValueError(f"{self.model} at d_model {d} leaves no parameters for {n} CMS levels; set hidden or fewer levels")
+        return n * each
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm = nn.RMSNorm(c.d_model, eps=1e-6)
+        self.mixer = MIXERS[c.model](c)
+        if c.hidden % len(c.levels):
+            raise ValueError(f"hidden must be a multiple of the number of levels, got {c.hidden} for {len(c.levels)} levels")
+        levels = [Level(chunk, c.hidden // len(c.levels)) for chunk in c.levels]
+        self.cms = CMS(c.d_model, levels, c.variant, c.out_scale)
+
+    def forward(self, x, state):
+        y, mixer = self.mixer(self.norm(x), state and state["mixer"])
+        x, cms = self.cms(x + y, state and state["cms"])
+        return x, {"mixer": mixer, "cms": cms}
+
+
+class Hope(nn.Module):
+    """The language model. (tokens [B, T] int64, state=None) -> (logits [B, T, vocab_size], state)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
+
+    def forward(self, tokens, state=None):
+        """Embeddings are tied: the table that reads tokens in also scores them. Raises ValueError for ids out of range."""
+        if tokens.ndim != 2 or tokens.dtype != torch.int64:
+            raise ValueError(f"tokens must be [B, T] int64, got shape {tuple(tokens.shape)} of {tokens.dtype}")
+        if not tokens.is_cuda and tokens.numel():  # on a GPU the check would stall the stream; the embedding asserts there
+            low, high = tokens.min().item(), tokens.max().item()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), got {low if low < 0 else high}")
+        x, states = self.embedding(tokens) * math.sqrt(self.config.d_model), []
+        for i, block in enumerate(self.blocks):
+            x, s = block(x, state and state["blocks"][i])
+            states.append(s)
+        logits = F.linear(self.norm(x), self.embedding.weight) * self.config.d_model**-0.5
+        return logits, {"blocks": states}
+
+    @torch.no_grad()
+    def generate(self, tokens, n, state=None, temperature=1.0, top_k=None):
+        """Sample n tokens after the prompt tokens [B, T], T >= 1; yields each as [B] int64 the moment it is known.
+
+        Constant memory for recurrent mixers. temperature 0 takes the most likely token. state continues an earlier call.
+        """
+        if n < 0:
+            raise ValueError(f"n must be at least 0 tokens, got {n}")
+        if temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        if tokens.ndim != 2 or tokens.shape[1] < 1:
+            raise ValueError(f"the prompt must be [B, T] with at least one token, got shape {tuple(tokens.shape)}")
+        return self._generate(tokens, n, state, temperature, top_k)
+
+    @torch.no_grad()
+    def _generate(self, tokens, n, state, temperature, top_k):
+        for _ in range(n):
+            logits, state = self(tokens, state)
+            logits = logits[:, -1]
+            if temperature == 0:
+                token = logits.argmax(-1)
+            else:
+                logits = logits / temperature
+                if top_k is not None and top_k < logits.shape[-1]:
+                    logits = logits.masked_fill(logits < logits.topk(top_k)[0][:, -1:], -math.inf)
+                token = torch.multinomial(logits.softmax(-1), 1).squeeze(1)
+            yield token
+            tokens = token[:, None]
+
+    def levels(self):
+        """The model as a nested system (NL Definition 2): its components from the highest update frequency to the lowest.
+
+        Rows {"component", "level", "updates", "context", "parameters"}; level 1 updates most often.
+        """
+        c, count = self.config, lambda modules: sum(p.numel() for m in modules for p in m.parameters())
+        mixers = [b.mixer for b in self.blocks]
+        rows = []  # (tokens between updates, component, updates, context, parameters)
+        if hasattr(mixers[0], "start_state"):
+            starts = sum(p.numel() for m in mixers for name, p in m.named_parameters() if name.startswith("start"))
+            made = ", ".join(["content", *c.adaptive, "eta", "alpha"]) if c.model == "hope" else "content"
+            rows.append((1, f"memories ({made})", "every token" + (f", from gradients every {c.chunk}" if c.chunk > 1 else ""),
+                         "own targets, in context", starts))  # fmt: skip
+        elif c.model in ("transformer", "hope_attention"):
+            rows.append((1, "attention (non-parametric)", "every token", "keys and values, in context", 0))
+        else:
+            rows.append((1, "matrix memory", "every token", "keys and values, in context", 0))
+        for i, level in enumerate(self.blocks[0].cms.levels):
+            size = count(b.cms.mlps[i] for b in self.blocks)
+            if level.chunk is not None:
+                rows.append((level.chunk, f"CMS level {i + 1}", f"every {level.chunk} tokens", "next-token loss, in context", size))
+        static = count([self]) - sum(row[-1] for row in rows)
+        rows.append((math.inf, "projections, embedding, static MLP", "every training step", "next-token loss, training set", static))
+        periods = sorted({row[0] for row in rows})
+        names = ("component", "updates", "context", "parameters")
+        return [dict(zip(names, row[1:], strict=True)) | {"level": periods.index(row[0]) + 1} for row in rows]
+
+    @classmethod
+    def load(cls, run, device="cpu"):
+        """(model in eval mode, name of its tokenizer) from a run folder. Raises ValueError with what is wrong with it."""
+        config, path = os.path.join(run, "config.json"), os.path.join(run, "checkpoint.pt")
+        for needed in (config, path):
+            if not os.path.isfile(needed):
+                raise ValueError(f"{run!r} is no run folder: {needed} does not exist")
+        with open(config) as f:
+            saved = json.load(f)
+        model = cls(HopeConfig(**saved["model"]))
+        weights = load_file(path)
+        try:
+            model.load_state_dict(weights["model"])
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{path} does not hold the model of {config}: {str(error).splitlines()[0]}") from None
+        return model.to(device).eval(), saved["tokenizer"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# State as a value
+
+
+def map_state(f, state):
+    """The same tree with f applied to every tensor."""
+    if torch.is_tensor(state):
+        return f(state)
+    if isinstance(state, dict):
+        return {name: map_state(f, value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [map_state(f, value) for value in state]
+    return state
+
+
+def save_state(state, path):
+    """Write a state to a file: cut from the graph, on the CPU; a kill never leaves half a file."""
+    torch.save(map_state(lambda t: t.detach().cpu().clone(), state), f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def load_state(path, device="cpu"):
+    """The state `save_state` wrote. Raises ValueError where the file is torn or no such file."""
+    return map_state(lambda t: t.to(device), load_file(path))
+
+
+def load_file(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except Exception as error:  # torch raises a different kind for every way a file can be damaged
+        raise ValueError(f"{path} cannot be read, it is truncated or no checkpoint: {str(error).splitlines()[0]}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def table(config):
+    model = Hope(config)
+    rows = model.levels()
+    total = sum(p.numel() for p in model.parameters())
+    print(f"{config.model}: {total:,} parameters, d_model {config.d_model}, {config.n_layers} layers, {config.n_heads} heads\n")
+    print(f"{'level':>5}  {'component':<44}{'updates':<38}{'context':<32}{'parameters':>12}")
+    for row in rows:
+        print(f"{row['level']:>5}  {row['component']:<44}{row['updates']:<38}{row['context']:<32}{row['parameters']:>12,}")
+    print("\nLevel 1 updates most often. Parameters of a level that learns in context are its learned start.")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Hope as a nested system; text from a trained model")
+    commands = parser.add_subparsers(dest="command")
+    g = commands.add_parser("generate", help="stream text from a run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    g.add_argument("run", help="run folder of train.py")
+    g.add_argument("--prompt", default="def ", help="text to continue")
+    g.add_argument("--n", type=int, default=400, help="tokens to generate")
+    g.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+    g.add_argument("--top-k", type=int, default=None, help="sample among the k most likely tokens")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--device", default="cpu")
+    parser.add_argument("--preset", default="nano", help="preset to show (default nano)")
+    parser.add_argument("--model", default="hope", help="model to show (default hope)")
+    args = parser.parse_args()
+    try:
+        if args.command is None:
+            return table(HopeConfig.preset(args.preset, args.model))
+        from data import tokenizer
+
+        model, name = Hope.load(args.run, args.device)
+        encoding = tokenizer(name)
+        torch.manual_seed(args.seed)
+        prompt = encoding.encode(args.prompt, disallowed_special=()) or [encoding.eot_token]
+        print(args.prompt, end="", flush=True)
+        out = model.generate(torch.tensor([prompt], device=args.device), args.n, temperature=args.temperature, top_k=args.top_k)
+        for token in out:
+            sys.stdout.buffer.write(encoding.decode_bytes(token.tolist()))
+            sys.stdout.flush()
+        print()
+    except (ValueError, RuntimeError) as error:
+        print(f"hope.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
