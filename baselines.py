@@ -21,21 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from memory import l2norm, scan
-from titans import ShortConvolution
-
-
-def linear(d_in, d_out, scale=1.0):
-    """A projection without bias, std scale / sqrt(d_in): inputs of unit variance give outputs of variance scale^2."""
-    layer = nn.Linear(d_in, d_out, bias=False)
-    nn.init.normal_(layer.weight, std=scale * d_in**-0.5)
-    return layer
-
-
-def head_width(d_model, n_heads):
-    """d_model / n_heads. Raises ValueError where that is no positive integer."""
-    if n_heads < 1 or d_model < 1 or d_model % n_heads:
-        raise ValueError(f"d_model is {d_model}, n_heads is {n_heads}; n_heads must be a divisor of d_model")
-    return d_model // n_heads
+from titans import ShortConvolution, head_width, linear
 
 
 @lru_cache(maxsize=8)

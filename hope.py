@@ -163,7 +163,7 @@ class Hope(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
+        nn.init.normal_(self.embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
 
@@ -175,12 +175,11 @@ class Hope(nn.Module):
             low, high = tokens.min().item(), tokens.max().item()
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), got {low if low < 0 else high}")
-        x, states = self.embedding(tokens) * math.sqrt(self.config.d_model), []
+        x, states = self.embedding(tokens), []
         for i, block in enumerate(self.blocks):
             x, s = block(x, state and state["blocks"][i])
             states.append(s)
-        logits = F.linear(self.norm(x), self.embedding.weight) * self.config.d_model**-0.5
-        return logits, {"blocks": states}
+        return F.linear(self.norm(x), self.embedding.weight), {"blocks": states}
 
     @torch.no_grad()
     def generate(self, tokens, n, state=None, temperature=1.0, top_k=None):
@@ -289,8 +288,9 @@ def load_file(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except Exception as error:  # torch raises a different kind for every way a file can be damaged
-        raise ValueError(f"{path} cannot be read, it is truncated or no checkpoint: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # torch raises a different kind, some without a message, for every way a file can be damaged
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read, it is truncated or no checkpoint: {why}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

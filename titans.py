@@ -78,7 +78,8 @@ class ShortConvolution(nn.Module):
         if tail is None:
             tail = x.new_zeros(x.shape[0], width - 1, x.shape[2])
         x = torch.cat([tail, x], 1)
-        return F.silu(_CausalConv.apply(x, self.weight)), x[:, x.shape[1] - width + 1 :]
+        # a copy, or the state would keep the whole input alive
+        return F.silu(_CausalConv.apply(x, self.weight)), x[:, x.shape[1] - width + 1 :].clone()
 
 
 def linear(d_in, d_out, scale=1.0):
@@ -94,8 +95,9 @@ def heads(x, n):
 
 
 def head_width(d_model, n_heads):
-    if n_heads < 1 or d_model % n_heads:
-        raise ValueError(f"d_model must be a multiple of n_heads, got d_model {d_model} and n_heads {n_heads}")
+    """d_model / n_heads. Raises ValueError where that is no positive integer."""
+    if n_heads < 1 or d_model < 1 or d_model % n_heads:
+        raise ValueError(f"d_model is {d_model}, n_heads is {n_heads}; n_heads must be a divisor of d_model")
     return d_model // n_heads
 
 

@@ -58,6 +58,7 @@ AT_LEAST_0 = ("at least 0", lambda value: value >= 0)
 POSITIVE = ("above 0", lambda value: 0 < value < math.inf)
 FRACTION = ("0 to 1", lambda value: 0 <= value <= 1)
 BELOW_1 = ("0 to below 1", lambda value: 0 <= value < 1)
+NOT_SET = ("all but model, a flag, and vocab_size, the tokenizer's", {"model", "vocab_size"}.isdisjoint)
 
 
 @dataclass
@@ -66,7 +67,7 @@ class TrainConfig:
 
     model: str = flag("hope", "hope, hope_attention, titans, transformer, gated_deltanet, ...")
     preset: str = flag("nano", "size of the model")
-    set: dict = flag({}, "set a field of HopeConfig, as in --set n_layers=2 (repeatable)")
+    set: dict = flag({}, "set a field of HopeConfig, as in --set n_layers=2 (repeatable)", *NOT_SET)
     data: str = flag("stdlib", "'stdlib' (this Python's own source), a text file, or a folder", on_resume=True)
     out: str | None = flag(None, "folder of the run; without it runs/<model>-<preset>, numbered if taken")
     resume: str | None = flag(None, "folder of a run to continue", on_resume=True)
@@ -203,7 +204,7 @@ def device_for(name: str) -> torch.device:
         raise ValueError(f"device is {name!r}: legal are auto, cpu, cuda, cuda:N")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(index or 0) >= gpus:
-        raise ValueError(f"device is {name!r}, but torch sees {gpus} GPUs here: legal are auto, cpu, cuda:N with N < {gpus}")
+        raise ValueError(f"device is {name!r}, but torch sees {gpus} GPUs: legal are auto, cpu, cuda:N with N < {gpus}")
     return torch.device(name)
 
 
@@ -225,6 +226,11 @@ def gradient_norm(model: nn.Module, step: int, loss: float) -> torch.Tensor:
 # The folder of a run
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; some say nothing but their kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def write_beside(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file whole or not at all: `write` to a name beside it, then rename. OSError says what stayed."""
     beside = path.with_name(path.name + ".tmp")
@@ -237,7 +243,7 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
         kept = f"the earlier {path.name} is intact" if path.exists() else "nothing is left behind"
-        raise OSError(f"could not write {path} ({str(error).splitlines()[0]}); {kept}") from error
+        raise OSError(f"could not write {path} ({first_line(error)}); {kept}") from error
 
 
 def write_json(path: Path, value) -> None:
@@ -265,7 +271,7 @@ def read_checkpoint(folder: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return {key: checkpoint[key] for key in ("model", "optimizer", "step")}
     except Exception as error:  # what a torn file raises depends on where it is torn
-        raise ValueError(f"{path} is truncated or damaged ({str(error).splitlines()[0][:80]})") from None
+        raise ValueError(f"{path} is truncated or damaged ({first_line(error)})") from None
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -316,7 +322,8 @@ def plot(folder: Path, title: str) -> None:
         axes.annotate(f"{val[-1, 1]:.3f}", (val[-1, 0] / unit, val[-1, 1]), xytext=(0, 8), textcoords="offset points",
                       ha="right", color="tab:orange", fontweight="bold")  # fmt: skip
     axes.set(xlabel=f"training tokens ({name})", ylabel="loss (bits per byte)", title=title)
-    axes.set_ylim(0.95 * min(smooth.min(), *val[:, 1]), 1.02 * max(smooth[len(smooth) // 100 :].max(), *val[:, 1]))
+    shown = np.concatenate([smooth, val[:, 1]])
+    axes.set_ylim(0.95 * shown.min(), 1.02 * shown.max())
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -360,10 +367,14 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
         folder = config.fresh_folder()
     device = device_for(config.device)
     encoding = tokenizer()
-    if saved:
-        model_config = HopeConfig(**saved["model"])
-    else:
-        model_config = HopeConfig.preset(config.preset, model=config.model, vocab_size=encoding.n_vocab, **config.set)
+    try:
+        if saved:
+            model_config = HopeConfig(**saved["model"])
+        else:
+            fields_set = {"vocab_size": encoding.n_vocab, **config.set}
+            model_config = HopeConfig.preset(config.preset, model=config.model, **fields_set)
+    except TypeError as error:  # a value of another kind than its field
+        raise ValueError(f"set is {config.set}: {first_line(error)}") from None
     corpus = load_corpus(config.data, encoding)
     fingerprint = corpus.fingerprint()
     if saved and fingerprint != saved["corpus"]:
@@ -387,8 +398,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError) as error:
-            why = str(error).splitlines()[0]
-            raise ValueError(f"{folder}/checkpoint.pt is of another config than its config.json ({why})") from None
+            why = f"is of another config than its config.json ({first_line(error)})"
+            raise ValueError(f"{folder}/checkpoint.pt {why}") from None
 
     folder.mkdir(parents=True, exist_ok=bool(config.resume))
     own = {**asdict(config), "resume": None}
@@ -472,7 +483,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
                     plot(folder, title)
                 if stop and done < steps:
                     bar.close()  # else it draws over the message
-                    print(f"stopped after step {done} of {steps} and saved; go on with\n  python train.py --resume {folder}")
+                    print(f"stopped and saved after step {done} of {steps}; go on with")
+                    print(f"  python train.py --resume {folder}")
                     return {"run": str(folder), "step": done, "steps": steps, "interrupted": True}
         bar.close()
 
@@ -480,8 +492,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
         bits = validation(steps, corpus.val)
     plot(folder, title)
 
-    first_line = encoding.decode(corpus.val[:64].tolist(), errors="ignore").split("\n")[0]
-    prompt = "def " if config.data == "stdlib" else first_line or "\n"
+    beginning = encoding.decode(corpus.val[:64].tolist(), errors="ignore").split("\n")[0]
+    prompt = "def " if config.data == "stdlib" else beginning or "\n"
     tokens = torch.tensor([encoding.encode_ordinary(prompt)], device=device)
     model.eval()
     torch.manual_seed(config.seed)

@@ -1,4 +1,4 @@
-"""What data.py promises: lossless tokens, a split by files, batches from (seed, step), validation that counts every token."""
+"""What data.py promises: lossless tokens, a split by files, batches from (seed, step), every held-out token scored."""
 
 import math
 import random
@@ -148,7 +148,12 @@ def test_uniform_model_has_log2_of_257_bits_per_token(folder):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist"), (b"", "is empty"), (b"text\0more", "NUL byte at offset 4"), (b"abc\xff", "not UTF-8 at offset 3")],
+    [
+        (None, "does not exist"),
+        (b"", "is empty"),
+        (b"text\0more", "NUL byte at offset 4"),
+        (b"abc\xff", "not UTF-8 at offset 3"),
+    ],
 )
 def test_bad_file_is_refused_by_name(tmp_path, content, message):
     path = tmp_path / "input.bin"

@@ -60,7 +60,7 @@ def recurrence(W, k, u, eta, alpha, q=None, *, theta=None, S=None, delta=1.0):
 
 
 def problem(seed, batch=(2, 3), T=11, dk=4, dv=5, momentum=True, delta="tensor", q=True):
-    """Random arguments of scan, with gradients. Steps up to 1 + alpha, as far as the rule is stable; keys not of unit length."""
+    """Random arguments of scan, with gradients. Steps reach 1 + alpha where the rule is stable; keys of any length."""
     rng = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -252,12 +252,9 @@ def test_each_argument_gets_its_gradient_also_when_it_is_the_only_one_that_needs
     assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("result", [0, 1, 2], ids=["y", "W_T", "S_T"])
-@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
-def test_a_loss_on_one_result_alone_has_the_right_gradients(result, momentum):
+@pytest.mark.parametrize("momentum, result", [(False, 0), (False, 1), (True, 0), (True, 1), (True, 2)])
+def test_a_loss_on_one_result_alone_has_the_right_gradients(momentum, result):
     args = problem(11, (2,), T=9, momentum=momentum)
-    if result == 2 and not momentum:
-        pytest.skip("no momentum, no S_T")
     inputs = tensors(args)
     ours = gradients(scan(**args, tile=4)[result : result + 1], inputs.values())
     expected = gradients(recurrence(**args)[result : result + 1], inputs.values())
@@ -306,6 +303,15 @@ def test_later_tokens_never_change_earlier_outputs():
     assert not torch.equal(before[..., 12:, :], after[..., 12:, :])
 
 
+@pytest.mark.parametrize("eta", [1.0, 1.9])
+def test_a_key_repeated_for_many_tiles_is_as_exact_as_any(eta):
+    args = problem(17, (2,), T=150, momentum=False, delta=1.0)
+    with torch.no_grad():
+        args["k"][:] = unit(4)
+        args["eta"][:], args["alpha"][:] = eta, 1.0
+    assert_same_function(scan, recurrence, args, tile=64)
+
+
 def test_a_memory_that_never_learns_only_forgets():
     args = problem(16, T=20, momentum=False) | {"eta": torch.zeros(2, 3, 20, dtype=torch.float64)}
     assert_close(scan(**args)[1], args["alpha"].prod(-1)[..., None, None] * args["W"])
@@ -333,7 +339,7 @@ def test_4096_tokens_in_float32_with_this_alpha_stay_finite_and_near_float64(cas
         assert_close(a, b, 1e-5, what)
     ours, expected = gradients(ours, single.values()), gradients(expected, double.values())
     for name, a, b in zip(single, ours, expected, strict=True):
-        assert_close(a, b, 1e-4, f"gradient of {name}")
+        assert_close(a, b, 1e-5, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("delta", [0.0, 1.0, "tensor"])
@@ -586,7 +592,7 @@ def test_delta_gradient_descent_lands_on_the_minimiser_for_keys_of_any_length():
 
 def test_delta_rule_step_is_the_running_gradient_step_of_the_l2_objective():
     k, v, W = unit(1, 4, seed=1), normal(1, 3, seed=2), normal(3, 4, seed=3).requires_grad_()
-    eta, alpha = torch.tensor([0.7]).double(), torch.tensor([0.9]).double()
+    eta, alpha = torch.tensor([[0.7], [0.9]], dtype=torch.float64)
     (slope,) = torch.autograd.grad(0.5 * ((W @ k[0] - v[0]) ** 2).sum(), W)
     assert_close(scan(W, k, v, eta, alpha)[1], 0.9 * W - 0.7 * slope)
 
@@ -605,7 +611,7 @@ def test_frozen_gradients_with_step_a_tenth_converge_at_chunk_16_and_explode_at_
     for chunk, factor in ((16, -0.6), (64, -5.4)):
         T = 16 * chunk
         k, v = unit(1, 4).expand(T, 4), torch.tensor([[2.0, -1.0, 0.5, 1.0]]).double().expand(T, 4)
-        eta, zeros, ones = torch.full((T,), 0.1).double(), torch.zeros(T).double(), torch.ones(T).double()
+        eta, zeros, ones = torch.tensor([[0.1], [0.0], [1.0]], dtype=torch.float64).expand(3, T)
         if model == "titans_linear":
             _, W, _ = titans_linear(k, k, v, eta, zeros, ones, chunk)
         else:
@@ -837,6 +843,27 @@ def test_a_matrix_under_l2_and_the_delta_rule_does_not_depend_on_the_chunk():
         assert_close(layers[0], expected[1][0])
 
 
+@pytest.mark.parametrize("mode", ["token", "boundary"])
+@pytest.mark.parametrize("delta", [0.0, 1.0])
+@pytest.mark.parametrize("memory", SHAPES)
+def test_a_chunk_written_in_pieces_is_the_chunk_written_at_once(memory, delta, mode):
+    """`running` carries the weights inside a chunk; gradients stay those of the boundary."""
+    depth, residual = SHAPES[memory]
+    boundary, data, theta = network(depth), chunk_of_data(T=8), uniform(2, 8, seed=80, high=0.9)
+    options = {"residual": residual, "delta": delta, "mode": mode}
+    expected = write(boundary, **data, theta=theta, **options)
+    running = momentum = None
+    reads = []
+    for now in (slice(0, 3), slice(3, 4), slice(4, 8)):
+        piece = {name: data[name][..., now, :] for name in ("k", "target", "q")}
+        piece |= {name: data[name][..., now] for name in ("eta", "alpha")} | {"theta": theta[..., now]}
+        y, running, momentum = write(boundary, **piece, momentum=momentum, running=running, **options)
+        reads.append(y)
+    ours, expected = flat((torch.cat(reads, -2), running, momentum)), flat(expected)
+    for a, b in zip((*ours, *gradients(ours, boundary)), (*expected, *gradients(expected, boundary)), strict=True):
+        assert_close(a, b)
+
+
 def test_a_matrix_written_by_the_dot_objective_is_linear_attention_and_by_l2_is_delta_net():
     q, k, v = qkv()
     ones, beta = torch.ones(2, 3, 23, dtype=torch.float64), uniform(2, 3, 23, seed=3)
@@ -992,7 +1019,7 @@ def test_momentum_state_without_theta_is_refused(f):
 def test_a_tile_below_one_and_an_unknown_backend_are_refused_with_the_legal_values():
     for tile in (0, -3):
         assert_refused(scan, "tile", tile, **problem(132), tile=tile)
-    assert_refused(scan, "backend", "cuda", "auto", "torch", "triton", **problem(132), backend="cuda")
+    assert_refused(scan, "backend", "cuda", "auto", "torch", **problem(132), backend="cuda")
 
 
 def test_titans_refuses_a_chunk_below_one():
@@ -1001,13 +1028,23 @@ def test_titans_refuses_a_chunk_below_one():
     assert_refused(titans_linear, "chunk", 0, q=q, k=k, v=v, eta=rate, theta=rate, alpha=rate, chunk=0)
 
 
-def test_classical_models_refuse_rates_of_another_length():
+@pytest.mark.parametrize("length", [9, 30])
+@pytest.mark.parametrize(
+    "model, rates, options",
+    [
+        (retention, ["alpha"], {}),
+        (delta_net, ["beta"], {}),
+        (gated_delta_net, ["beta", "alpha"], {}),
+        (titans_linear, ["eta", "theta", "alpha"], {"chunk": 4}),
+        (titans_linear, ["eta", "theta", "alpha"], {"chunk": 23}),
+    ],
+)
+def test_classical_models_refuse_rates_of_another_length(model, rates, options, length):
     q, k, v = qkv()
-    wrong, right = uniform(2, 3, 9), uniform(2, 3, 23)
-    assert_refused(delta_net, "2, 3, 9", q=q, k=k, v=v, beta=wrong)
-    assert_refused(retention, "2, 3, 9", q=q, k=k, v=v, alpha=wrong)
-    assert_refused(gated_delta_net, "2, 3, 9", q=q, k=k, v=v, beta=wrong, alpha=right)
-    assert_refused(titans_linear, "2, 3, 9", q=q, k=k, v=v, eta=wrong, theta=right, alpha=right, chunk=4)
+    for rate in rates:
+        given = dict.fromkeys(rates, uniform(2, 3, 23)) | {rate: uniform(2, 3, length)}
+        # by shape only: a model may hand its rate on to scan under scan's name for it
+        assert_refused(model, f"2, 3, {length}", q=q, k=k, v=v, **given, **options)
 
 
 def test_write_names_an_unknown_objective_or_mode_and_the_legal_ones():
@@ -1016,13 +1053,35 @@ def test_write_names_an_unknown_objective_or_mode_and_the_legal_ones():
     assert_refused(write, "chunk", "token", "boundary", layers=layers, **data, mode="chunk")
 
 
-def test_write_and_read_refuse_layers_targets_and_momenta_that_do_not_fit():
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("eta", (2, 9)),
+        ("alpha", (2, 9)),
+        ("target", (2, 7, 9)),
+        ("target", (2, 5, 3)),
+        ("q", (2, 7, 9)),
+        ("k", (2, 7, 9)),
+    ],
+)
+def test_write_refuses_a_wrong_shape_by_name_and_shape(name, shape):
+    data = chunk_of_data() | {name: torch.ones(shape, dtype=torch.float64)}
+    assert_refused(write, name, ", ".join(map(str, shape)), layers=network(2), **data)
+
+
+def test_write_and_read_refuse_layers_that_do_not_chain():
+    layers, data = [network(2)[0], torch.ones(2, 3, 6, dtype=torch.float64)], chunk_of_data()
+    assert_refused(write, "2, 3, 6", layers=layers, **data)
+    assert_refused(read, "2, 3, 6", layers=layers, x=data["q"])
+
+
+def test_write_and_read_refuse_a_residual_between_different_widths():
+    layers, data = network(2, d_out=2), chunk_of_data(d_out=2)
+    assert_refused(write, "residual", layers=layers, **data)
+    assert_refused(read, "residual", layers=layers, x=data["q"])
+
+
+def test_write_refuses_momentum_without_theta_and_momentum_of_another_depth():
     layers, data = network(2), chunk_of_data()
-    crossed = [layers[0], torch.ones(2, 3, 6, dtype=torch.float64)]
-    assert_refused(write, "2, 3, 6", layers=crossed, **data)
-    assert_refused(read, "2, 3, 6", layers=crossed, x=data["q"])
-    assert_refused(write, "target", "2, 7, 9", layers=layers, **data | {"target": torch.ones(2, 7, 9).double()})
-    assert_refused(write, "eta", "2, 9", layers=layers, **data | {"eta": torch.ones(2, 9).double()})
     assert_refused(write, "momentum", "theta", layers=layers, **data, momentum=network(2))
     assert_refused(write, "momentum", layers=layers, **data, theta=uniform(2, 7), momentum=network(1))
-    assert_refused(write, "2, 2, 4", layers=network(2, d_out=2), **data | {"target": torch.ones(2, 7, 2).double()})
