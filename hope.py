@@ -96,12 +96,15 @@ class HopeConfig:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model must be a multiple of n_heads, got d_model {self.d_model} and n_heads {self.n_heads}")
-        if not 0 <= self.inner_step <= 1:
-            raise ValueError(f"inner_step must be in [0, 1], got {self.inner_step}")
-        if self.conv is not None and self.conv < 0:
-            raise ValueError(f"conv must be at least 0 tokens, got {self.conv}")
+        if not isinstance(self.inner_step, (int, float)) or not 0 <= self.inner_step <= 1:
+            raise ValueError(f"inner_step must be in [0, 1], got {self.inner_step!r}")
+        if self.conv is not None and (not isinstance(self.conv, int) or self.conv < 0):
+            raise ValueError(f"conv must be an integer of at least 0 tokens, got {self.conv!r}")
         if self.levels is None:
             self.levels = [512, None] if self.model.startswith("hope") else [None]
+        if not isinstance(self.levels, (list, tuple)) or not self.levels:
+            raise ValueError(f"levels must be a list of chunk lengths (None: never updates), from fast to slow, got {self.levels!r}")
+        self.levels, self.adaptive = list(self.levels), list(self.adaptive)
         if self.hidden is None:
             self.hidden = self._equal_hidden()
 
@@ -163,15 +166,15 @@ class Hope(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=0.05)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
 
     def forward(self, tokens, state=None):
         """Embeddings are tied: the table that reads tokens in also scores them. Raises ValueError for ids out of range."""
-        if tokens.ndim != 2 or tokens.dtype != torch.int64:
-            raise ValueError(f"tokens must be [B, T] int64, got shape {tuple(tokens.shape)} of {tokens.dtype}")
-        if not tokens.is_cuda and tokens.numel():  # on a GPU the check would stall the stream; the embedding asserts there
+        if tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
+            raise ValueError(f"tokens must be [B, T] int64 with B, T >= 1, got shape {tuple(tokens.shape)} of {tokens.dtype}")
+        if not tokens.is_cuda:  # on a GPU the check would stall the stream; the embedding asserts there
             low, high = tokens.min().item(), tokens.max().item()
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), got {low if low < 0 else high}")
@@ -246,15 +249,18 @@ class Hope(nn.Module):
         for needed in (config, path):
             if not os.path.isfile(needed):
                 raise ValueError(f"{run!r} is no run folder: {needed} does not exist")
-        with open(config) as f:
-            saved = json.load(f)
-        model = cls(HopeConfig(**saved["model"]))
+        try:
+            with open(config) as f:
+                saved = json.load(f)
+            model, tokenizer = cls(HopeConfig(**saved["model"])), saved["tokenizer"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{config} is damaged: {error!r}") from None
         weights = load_file(path)
         try:
             model.load_state_dict(weights["model"])
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{path} does not hold the model of {config}: {str(error).splitlines()[0]}") from None
-        return model.to(device).eval(), saved["tokenizer"]
+        return model.to(device).eval(), tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,7 +304,8 @@ def load_file(path):
 
 
 def table(config):
-    model = Hope(config)
+    with torch.device("meta"):  # counts only
+        model = Hope(config)
     rows = model.levels()
     total = sum(p.numel() for p in model.parameters())
     print(f"{config.model}: {total:,} parameters, d_model {config.d_model}, {config.n_layers} layers, {config.n_heads} heads\n")
@@ -337,7 +344,7 @@ def main():
             sys.stdout.buffer.write(encoding.decode_bytes(token.tolist()))
             sys.stdout.flush()
         print()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, AssertionError) as error:  # the last is torch's, for a GPU it was not built for
         print(f"hope.py: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -100,16 +100,20 @@ class _Solve(torch.autograd.Function):
         X = unit_lower_inverse(L)
         r = X @ b
         ctx.save_for_backward(X, r)
-        return r, X
+        ctx.set_materialize_grads(False)
+        return r, X  # X is a result only so that the backward, too, can be differentiated
 
     @staticmethod
-    def backward(ctx, dr, dX):  # X is returned only so that it can be saved and differentiated once more
+    def backward(ctx, dr, dX):
         X, r = ctx.saved_tensors
-        db = X.mT @ dr
-        dL = -(db @ r.mT)
-        if ctx.needs_input_grad[0] and dX is not None:
-            dL = dL - X.mT @ dX @ X.mT
-        return dL.tril(-1), db
+        dL = db = None
+        if dr is not None:
+            db = X.mT @ dr
+            dL = -(db @ r.mT).tril(-1)
+        if dX is not None:  # in a second derivative only
+            d = -(X.mT @ dX @ X.mT).tril(-1)
+            dL = d if dL is None else dL + d
+        return dL, db
 
 
 def solve(L, b):
@@ -243,8 +247,10 @@ def linear_attention(q, k, v, W=None):
 
 
 def retention(q, k, v, alpha, W=None):
-    """W_t = alpha_t W_{t-1} + v_t k_t^T: RetNet with a fixed alpha per head (expanded to [..., T]), Mamba-2 with alpha from x_t."""
+    """W_t = alpha_t W_{t-1} + v_t k_t^T: RetNet with a fixed alpha [heads, 1], Mamba-2 with alpha from x_t."""
     W = _zeros(v, k) if W is None else W
+    if alpha.shape[-1:] == (1,):
+        alpha = alpha.expand(*alpha.shape[:-1], k.shape[-2])
     return scan(W, k, v, torch.ones_like(alpha), alpha, q, delta=0.0)
 
 
@@ -261,6 +267,11 @@ def gated_delta_net(q, k, v, beta, alpha, W=None):
 
 def titans_linear(q, k, v, eta, theta, alpha, chunk, W=None, S=None):
     """Titans with a matrix memory: momentum of l2 gradients taken at the weights of the chunk boundary (`chunk` in tokens)."""
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    for name, rate in {"eta": eta, "theta": theta, "alpha": alpha}.items():
+        if rate.shape[-1:] != k.shape[-2:-1]:
+            raise ValueError(f"{name} must be [..., T] with T = {k.shape[-2]}, got shape {tuple(rate.shape)}")
     W = _zeros(v, k) if W is None else W
     layers, momentum, y = [W], None if S is None else [S], []
     for i in range(0, k.shape[-2], chunk):
@@ -291,8 +302,22 @@ OBJECTIVES = {
 }
 
 
+def _check_network(layers, residual, **ends):
+    """ValueError unless the layers chain, and their ends fit the widths of the named tensors (input first, then output)."""
+    shapes = ", ".join(str(tuple(W.shape)) for W in layers)
+    if any(below.shape[-2] != W.shape[-1] for below, W in zip(layers, layers[1:], strict=False)):
+        raise ValueError(f"layers must chain, each [..., d_out, d_in] with the d_out below it as d_in, got {shapes}")
+    d_in, d_out = layers[0].shape[-1], layers[-1].shape[-2]
+    if residual and d_in != d_out:
+        raise ValueError(f"a residual memory needs d_in = d_out, got {d_in} and {d_out} from layers {shapes}")
+    for (name, x), width in zip(ends.items(), (d_in, d_out), strict=False):
+        if x.ndim < 2 or x.shape[-1] != width:
+            raise ValueError(f"{name} must be [..., T, {width}] for layers {shapes}, got shape {tuple(x.shape)}")
+
+
 def read(layers, x, residual=True):
     """M(x) = x + W_L silu(... silu(W_1 x)) for x [..., T, d_in]; without the leading x if not residual (NL eq. 89)."""
+    _check_network(layers, residual, x=x)
     h = x
     for W in layers[:-1]:
         h = F.silu(h @ W.mT)
@@ -336,8 +361,14 @@ def write(layers, k, target, eta, alpha, q=None, *, theta=None, momentum=None, d
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     if mode not in ("token", "boundary"):
         raise ValueError(f"mode must be 'token' or 'boundary', got {mode!r}")
+    _check_network(layers, residual, k=k, target=target)
+    if target.shape[-2] != k.shape[-2]:
+        raise ValueError(f"target must be [..., T, d_out] with T = {k.shape[-2]}, got shape {tuple(target.shape)}")
+    if momentum is not None and (theta is None or len(momentum) != len(layers)):
+        given = f"{len(momentum)} matrices, theta {'missing' if theta is None else 'given'}"
+        raise ValueError(f"momentum must come with theta and have one matrix per layer ({len(layers)}), got {given}")
     inputs, gradients = surprise(layers, k, target, objective, residual)
-    exact = objective == "l2" and not torch.is_tensor(delta) and delta == 1
+    exact = objective == "l2" and not torch.is_tensor(delta) and delta == 1  # a tensor of ones means the printed form
     y = read(layers, q, residual) if q is not None and mode == "boundary" else None
     h = q if mode == "token" else None
     new_layers, new_momentum = [], []

@@ -18,7 +18,8 @@ one read, one triangular system and one write per chunk instead of five.
 Departures from the printed formulas, and why: the boundary is the end of the *previous* chunk (NL eq. 91 prints the end of
 the current one, which would leak the future); v is normalised, because self-generated targets are quadratic in the weights
 and otherwise diverge; the l2 gradient is taken once, at the running weights (see memory.write); eta stays below
-1 + alpha, where the factor alpha - eta along a key is stable, yet can be negative; one chunk length for all memories
+1 + alpha, where the factor alpha - eta along a key is stable, yet can be negative; the gradient that an MLP's second
+layer W1 hands down is divided by 1 + |W1|^2, so that it stays shorter than the error (else chunks of 16 explode); one chunk length for all memories
 (the paper has two), because the rows are stacked; eta and alpha are single rows also where the others are MLPs.
 
 `python titans.py` trains one small memory to do what it was not told: look up what it saw before.
@@ -160,7 +161,7 @@ class _SelfModify(torch.autograd.Function):
             saved += [boundary, kv, norm, kq, S, Z, X, r, P, alpha, sig, z_alpha, qW]
         ctx.save_for_backward(x, A, *saved)
         ctx.chunk, ctx.step = chunk, step
-        return y, W, boundary if T % chunk else W.clone()
+        return y, W, boundary.clone()  # a copy: the first one is an input
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -170,8 +171,6 @@ class _SelfModify(torch.autograd.Function):
         chunk, step, per_chunk = ctx.chunk, ctx.step, 13
         dx, dq = torch.empty_like(x), torch.empty_like(x)
         dz_eta, dz_alpha, dA = x.new_empty(N, T), x.new_empty(N, T), torch.zeros_like(A)
-        if T % chunk == 0:
-            dW, d_boundary = dW + d_boundary, None
         for i in range((T - 1) // chunk * chunk, -1, -chunk):
             j = i // chunk * per_chunk
             W, kv, norm, kq, S, Z, X, r, P, alpha, sig, z_alpha, qW = saved[j : j + per_chunk]
@@ -229,8 +228,8 @@ class _SelfModify(torch.autograd.Function):
             dg = torch.cat([dkv.flatten(2), dze.unsqueeze(-1), dza.unsqueeze(-1)], -1)
             dx[:, i : i + chunk] = torch.baddbmm(dkv.sum(2), dg, W[:, d:])
             dW[:, d:].baddbmm_(dg.mT, xc)
-            if d_boundary is not None:
-                dW, d_boundary = dW + d_boundary, None
+            if i + chunk >= T:
+                dW.add_(d_boundary)
         return dx, dq, dW, dz_eta.sum(1, keepdim=True), dz_alpha.sum(1, keepdim=True), dA, None, None
 
 
@@ -315,6 +314,8 @@ class SelfModifyingTitans(nn.Module):
                 y_now, running, momentum = self._chunk(now, boundary, running, momentum)
             y.append(y_now)
             i += n
+        if (position + T) % self.chunk == 0:
+            boundary = running
         y = self.norm(torch.cat(y, 2) if len(y) > 1 else y[0]).transpose(1, 2).flatten(2)
         if self.gate_proj is not None:
             y = y * F.silu(self.gate_proj(x))
@@ -324,7 +325,7 @@ class SelfModifyingTitans(nn.Module):
     def start_state(self, batch):
         """The state before the first token: every row has its own copy of the learned start."""
         starts = [self.start] if self.start2 is None else [self.start, self.start2]
-        running = [start.expand(batch, *start.shape) for start in starts]
+        running = [start.expand(batch, *start.shape).clone() for start in starts]
         momentum = [torch.zeros_like(W) for W in running] if self.momentum else None
         return {"position": 0, "boundary": running, "running": running, "momentum": momentum, "conv": None}
 
@@ -374,6 +375,7 @@ class SelfModifyingTitans(nn.Module):
         z = (k @ boundary[0][..., : n * d, :].mT).unflatten(-1, (n, d)).transpose(-3, -2)
         h = F.silu(z)
         g = ((h @ boundary[1].mT - u) @ boundary[1]) * silu_derivative(z)
+        g = g / (1 + boundary[1].square().sum((-2, -1), keepdim=True))  # see the top: |g| <= |error| / 2
         yq, W, S = first_layer(torch.cat([-g.transpose(-3, -2).flatten(-2), gate_targets], -1))
         step = eta.unsqueeze(-2) / (1 + eta.unsqueeze(-2) * h.square().sum(-1))
         S2 = momentum and momentum[1]
@@ -381,7 +383,7 @@ class SelfModifyingTitans(nn.Module):
         theta2 = None if theta is None else theta.unsqueeze(-2)
         yq2, W2, S2 = scan(running[1], h, u, step, alpha.unsqueeze(-2), hq, theta=theta2, S=S2)
         if self.mode == "boundary":
-            y = self._outputs([w[..., :1, :, :] if i else w[..., :d, :] for i, w in enumerate(boundary)], q)[0].squeeze(-3)
+            y = q + F.silu(q @ boundary[0][..., :d, :].mT) @ boundary[1][..., 0, :, :].mT
         else:
             y = q + yq2[..., 0, :, :]
         return y, [W, W2], momentum and [S, S2]
@@ -423,7 +425,7 @@ class NeuralMemory(nn.Module):
         self.in_proj = linear(d_model, sum(self.sizes))
         self.conv = ShortConvolution(3 * d_model, conv) if conv else None
         self.start = nn.ParameterList(torch.randn(n_heads, d, d) * d**-0.5 for _ in range(depth))
-        self.bias = nn.Parameter(torch.tensor([[0.0], [0.0], [retention_bias(0.98)]]).repeat(1, n_heads))
+        self.bias = nn.Parameter(torch.tensor([[0.0], [0.0], [retention_bias(0.9999)]]).repeat(1, n_heads))
         self.norm = nn.RMSNorm(d, eps=EPS)
         self.out_proj = linear(d_model, d_model, out_scale)
 
@@ -436,7 +438,7 @@ class NeuralMemory(nn.Module):
         if self.conv is not None:
             qkv, tail = self.conv(qkv, tail)
         q, k, v = (heads(z, self.n_heads) for z in qkv.chunk(3, -1))
-        q, k = l2norm(q, EPS), l2norm(k, EPS)
+        q, k, v = l2norm(q, EPS), l2norm(k, EPS), l2norm(v, EPS)
         eta, theta, alpha = (rates.unflatten(-1, (3, -1)) + self.bias).permute(2, 0, 3, 1)  # each [B, H, T]
         theta, alpha = torch.sigmoid(theta), retention(alpha, 1.0)
         eta = torch.sigmoid(eta) * (1 - theta) / self.chunk
@@ -453,11 +455,13 @@ class NeuralMemory(nn.Module):
             )  # fmt: skip
             y.append(y_now)
             i += left
+        if (position + T) % self.chunk == 0:
+            boundary = running
         y = self.norm(torch.cat(y, 2)).transpose(1, 2).flatten(2) * F.silu(gate)
         state = {"position": position + T, "boundary": boundary, "running": running, "momentum": momentum, "conv": tail}
         return self.out_proj(y), state
 
     def start_state(self, batch):
-        running = [start.expand(batch, *start.shape) for start in self.start]
+        running = [start.expand(batch, *start.shape).clone() for start in self.start]
         return {"position": 0, "boundary": running, "running": running, "conv": None,
                 "momentum": [torch.zeros_like(W) for W in running]}  # fmt: skip

@@ -1,0 +1,564 @@
+"""Measure models against each other: speed and memory of a training step, and what they learn from the same data.
+
+    python bench.py speed                                              # hope and its control against the Transformer
+    python bench.py speed --models hope,hope:memory=mlp,gated_deltanet --batch 1 --seq-len 4096
+    python bench.py speed --profile hope                               # where the time of one training step goes
+    python bench.py quality                                            # bits per byte after equal tokens: 36 runs
+    python bench.py quality --models hope,transformer --seeds 0 --minutes 5      # and after equal time
+
+A model is NAME[:field=value ...] with fields of HopeConfig: `hope`, `hope:inner_step=0` (memories that never learn),
+`transformer:conv=4`, `hope:chunk=128:levels=[256,null]`.
+
+speed: one process. A training step is forward + loss + backward; the optimizer, the same for all, is left out. Models
+take turns, A B C A B C ..., so that whatever disturbs the machine disturbs all of them; the first round is a warm-up.
+Shown are medians over the rounds; the ratio to `transformer` is the median of each round's ratio. Memory is the peak of
+one training step in MiB above a process that holds only the model and the optimizer's state: allocations on a GPU,
+resident memory of a fresh process on a CPU (Linux).
+
+quality: the pieces of train.py on the same batches. For each model the learning rate of the grid that is best on a
+shorter run with seed 100 (no other run uses it); then a run for each seed. "After equal time" are runs of their own,
+each with a schedule that ends after the tokens the model gets through in --minutes of training, at the median speed of
+its learning-rate runs. Cells run in --jobs processes that share the cores; a finished cell is a line in the .jsonl
+beside --out, and the same command goes on where an earlier one was stopped.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from data import batch, load_corpus, n_bytes, tokenizer
+from hope import Hope, HopeConfig
+from train import (
+    NonFinite,
+    TrainConfig,
+    device_for,
+    first_line,
+    gradient_norm,
+    learning_rate,
+    loss_fn,
+    optimizer_for,
+    precision,
+    validate,
+    write_json,
+)
+
+HERE = Path(__file__).resolve().parent
+SEARCH_SEED = 100  # of the learning-rate runs
+load_corpus = cache(load_corpus)  # a worker trains many cells on one corpus
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models by name
+
+
+def split_specs(text: str) -> list[str]:
+    """Model specs of a comma-separated list; commas inside [...] are a value's. ValueError for none or a repeat."""
+    specs = [spec.strip() for spec in re.split(r",(?![^\[]*\])", text) if spec.strip()]
+    if not specs or len(set(specs)) < len(specs):
+        raise ValueError(f"models is {text!r}: needs at least one, each once")
+    return specs
+
+
+def parse_spec(spec: str) -> tuple[str, dict]:
+    """"hope:chunk=128:memory=mlp" -> ("hope", {"chunk": 128, "memory": "mlp"}). ValueError for a part without '='."""
+    name, *parts = spec.split(":")
+    fields = {}
+    for part in parts:
+        field, equals, value = part.partition("=")
+        if not equals or field == "model":
+            raise ValueError(f"model {spec!r}: {part!r} must be field=value, a field of HopeConfig but model")
+        try:
+            fields[field] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[field] = value
+    return name, fields
+
+
+def spec_config(spec: str, preset: str = "nano", **sizes) -> HopeConfig:
+    """The model of a spec; its own fields win over `sizes`. ValueError in one line for what cannot be built."""
+    name, fields = parse_spec(spec)
+    try:
+        config = HopeConfig.preset(preset, model=name, **(sizes | fields))
+        parameters(config)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"model {spec!r}: {first_line(error)}") from None
+    return config
+
+
+def parameters(config: HopeConfig) -> int:
+    with torch.device("meta"):  # counts only
+        return sum(p.numel() for p in Hope(config).parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed and memory
+
+
+def training_step(model, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+    """Forward, loss, backward; seconds. Gradients are cleared first, as after an optimizer's step."""
+    model.zero_grad(set_to_none=True)
+    wait = torch.cuda.synchronize if inputs.is_cuda else lambda: None
+    wait()
+    began = time.perf_counter()
+    with precision(inputs.device):
+        logits, _ = model(inputs)
+    loss_fn(logits, targets).backward()
+    wait()
+    return time.perf_counter() - began
+
+
+def build(config: HopeConfig, batch_size: int, seq_len: int, device) -> tuple:
+    """(model, inputs, targets) with random weights and tokens."""
+    torch.manual_seed(0)
+    tokens = torch.randint(min(config.vocab_size, 256), (batch_size, seq_len + 1), device=device)
+    return Hope(config).to(device), tokens[:, :-1], tokens[:, 1:]
+
+
+def step_memory(config: HopeConfig, batch_size: int, seq_len: int, device: str, threads: int) -> float | None:
+    """Peak MiB of one training step above model and optimizer state. On a CPU call it in a fresh process."""
+    if threads:
+        torch.set_num_threads(threads)
+    model, inputs, targets = build(config, batch_size, seq_len, device)
+    optimizer = optimizer_for(model, TrainConfig())
+    training_step(model, inputs[:1, :16], targets[:1, :16])  # loads libraries, and makes the optimizer's state
+    optimizer.step()
+    model.zero_grad(set_to_none=True)
+    if inputs.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        training_step(model, inputs, targets)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+
+    def high_water():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
+
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the resident size
+    before = high_water()
+    training_step(model, inputs, targets)
+    return high_water() - before
+
+
+def profile(spec: str, config: HopeConfig, args) -> None:
+    """Prints the 15 operations that take the most time of their own in one training step."""
+    model, inputs, targets = build(config, args.batch, args.seq_len, args.device)
+    training_step(model, inputs, targets)
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * inputs.is_cuda
+    with torch.profiler.profile(activities=kinds) as run:
+        training_step(model, inputs, targets)
+    print(f"{spec}: one training step of {args.batch} x {args.seq_len} tokens")
+    order = "self_cuda_time_total" if inputs.is_cuda else "self_cpu_time_total"
+    print(run.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=60))
+
+
+def speed(args) -> dict:
+    """Times and peak memory of training steps, interleaved; prints the table and returns what it holds."""
+    sizes = {"d_model": args.d_model, "n_layers": args.n_layers, "n_heads": args.n_heads}
+    args.device = str(device_for(args.device))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.profile:
+        return profile(args.profile, spec_config(args.profile, **sizes), args)
+    specs = ["transformer"] + [spec for spec in split_specs(args.models) if spec != "transformer"]
+    configs = {spec: spec_config(spec, **sizes) for spec in specs}
+    built = {spec: build(config, args.batch, args.seq_len, args.device) for spec, config in configs.items()}
+    rounds = {spec: [] for spec in specs}
+    for number in range(args.repeats + 1):
+        for spec, parts in built.items():
+            seconds = training_step(*parts)
+            parts[0].zero_grad(set_to_none=True)
+            if number:
+                rounds[spec].append(seconds)
+    del built, parts
+
+    rows = []
+    for spec, config in configs.items():
+        call = (config, args.batch, args.seq_len, args.device, args.threads)
+        if args.device == "cpu":
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                memory = fresh.submit(step_memory, *call).result()
+        else:
+            memory = step_memory(*call)
+        median = statistics.median(rounds[spec])
+        ratio = statistics.median(t / own for t, own in zip(rounds["transformer"], rounds[spec], strict=True))
+        rows.append({"model": spec, "parameters": parameters(config), "seconds": median,
+                     "tokens_per_s": args.batch * args.seq_len / median, "ratio": ratio, "memory_mib": memory,
+                     "rounds": rounds[spec]})  # fmt: skip
+        base = rows[0]["memory_mib"]
+        rows[-1]["memory_ratio"] = memory / base if memory is not None and base else None
+
+    print(f"training step of {args.batch} x {args.seq_len} tokens, d {args.d_model}, {args.n_layers} layers, "
+          f"{args.n_heads} heads\n{where(args.device, torch.get_num_threads())}, medians of {args.repeats} rounds\n")
+    width = max(len(spec) for spec in specs) + 2
+    print(f"{'model':<{width}}{'parameters':>12}{'ms/step':>10}{'tokens/s':>10}{'ratio':>8}{'MiB':>9}{'ratio':>8}")
+    for r in rows:
+        memory = "-" if r["memory_mib"] is None else f"{r['memory_mib']:,.0f}"
+        times = "-" if r["memory_ratio"] is None else f"{r['memory_ratio']:.2f}"
+        print(f"{r['model']:<{width}}{r['parameters']:>12,}{1e3 * r['seconds']:>10,.0f}{r['tokens_per_s']:>10,.0f}"
+              f"{r['ratio']:>8.2f}{memory:>9}{times:>8}")  # fmt: skip
+    return {"rows": rows}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quality. A cell is one training run: its settings are a TrainConfig, its result a line of the .jsonl.
+
+
+def train_cell(config: TrainConfig) -> dict:
+    """Train and validate one model. A loss that is not finite is a result too: bits_per_byte None, and the error."""
+    torch.set_num_threads(config.threads)
+    encoding, corpus, device = tokenizer(), load_corpus(config.data), device_for(config.device)
+    torch.manual_seed(config.seed)
+    model = Hope(cell_model(config)).to(device).train()
+    optimizer = optimizer_for(model, config)
+    seconds, result = [], {"bits_per_byte": None}
+    try:
+        for step in range(config.steps):
+            began = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config.steps, config)
+            rows = batch(corpus.train, config.batch_size, config.seq_len, config.seed, step)
+            inputs, targets = (part.to(device) for part in rows)
+            with precision(device):
+                logits, _ = model(inputs)
+            loss = loss_fn(logits, targets)
+            loss.backward()
+            norm = gradient_norm(model, step + 1, loss.item())
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds.append(time.perf_counter() - began)
+        held_out = corpus.val[: config.eval_tokens]
+        nats, _ = validate(model, held_out, config.batch_size, config.seq_len, device)
+        result["bits_per_byte"] = nats / math.log(2) / n_bytes(held_out, encoding)
+    except NonFinite as error:
+        result["error"] = str(error).split(";")[0]
+    speed = config.tokens_per_step / statistics.median(seconds) if seconds else None
+    return result | {"train_seconds": sum(seconds), "tokens_per_s": speed, "code": code_version()}
+
+
+def cell_model(config: TrainConfig) -> HopeConfig:
+    return HopeConfig.preset(config.preset, model=config.model, **({"vocab_size": tokenizer().n_vocab} | config.set))
+
+
+@cache
+def code_version() -> str:
+    """Checksum of the code that a result depends on."""
+    names = ("memory", "titans", "cms", "baselines", "hope", "kernels", "data", "train")
+    sources = [path.read_bytes() for path in (HERE / f"{name}.py" for name in names) if path.exists()]
+    return f"{zlib.crc32(b''.join(sources)):08x}"
+
+
+def cell_key(config: TrainConfig, corpus: dict) -> str:
+    """All settings of a cell, defaults of the model included, and the checksum of its data."""
+    settings = {"train": asdict(config), "model": cell_model(config).to_dict(), "corpus": corpus}
+    return json.dumps(settings, sort_keys=True)
+
+
+def read_cells(path: Path) -> dict[str, dict]:
+    """{key: result} of the finished cells; a line torn by a kill does not count."""
+    cells = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError, KeyError, TypeError):
+            cell = json.loads(line)
+            cells[cell["key"]] = cell
+    return cells
+
+
+def leave_with_parent() -> None:
+    """In a worker: no training goes on after the benchmark was killed."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+@contextmanager
+def workers(jobs: int):
+    """Processes that train cells; they start when there is a cell to train, and end with the benchmark."""
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), leave_with_parent)
+    try:
+        yield pool
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def run_cells(wanted: list[tuple[str, TrainConfig]], path: Path, corpus: dict, pool) -> list[dict]:
+    """Results of (spec, settings), in order: read from `path`, or trained by the pool and appended to it."""
+    finished, keys = read_cells(path), [cell_key(config, corpus) for _, config in wanted]
+    missing = {key: cell for key, cell in zip(keys, wanted, strict=True) if key not in finished}
+    if len(missing) < len(wanted):
+        print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are in {path} already", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as log:
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            log.write("\n")  # after the line torn by a kill
+        futures = {pool.submit(train_cell, config): key for key, (_, config) in missing.items()}
+        for done, future in enumerate(as_completed(futures), 1):
+            key = futures[future]
+            spec, config = missing[key]
+            cell = {"spec": spec, "lr": config.lr, "seed": config.seed, "threads": config.threads,
+                    "tokens": config.steps * config.tokens_per_step,
+                    "parameters": parameters(cell_model(config)), **future.result(), "key": key}  # fmt: skip
+            finished[key] = cell
+            log.write(json.dumps(cell) + "\n")
+            log.flush()
+            print(f"[{done}/{len(missing)}] {spec}  lr {config.lr:g}  seed {config.seed}  {cell['tokens']:,} tokens: "
+                  f"{bits(cell)} bits per byte, {cell['train_seconds']:.0f} s", flush=True)  # fmt: skip
+    return [finished[key] for key in keys]
+
+
+def bits(cell: dict) -> str:
+    return f"{cell['bits_per_byte']:.4f}" if cell["bits_per_byte"] is not None else f"none ({cell['error']})"
+
+
+def summary(title: str, cells: list[dict]) -> list[dict]:
+    """Prints one row a model, best mean first; differences to hope are of runs on the same batches (same seed)."""
+    runs = {}
+    for cell in cells:
+        runs.setdefault(cell["spec"], {})[cell["seed"]] = cell
+    base = "hope" if "hope" in runs else next(iter(runs))
+
+    def spread(values):  # mean, and standard deviation over seeds where there are several
+        if any(v is None for v in values):
+            return None, None
+        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+    rows = []
+    for spec, seeds in runs.items():
+        own = {seed: cell["bits_per_byte"] for seed, cell in seeds.items()}
+        pairs = [(value, runs[base][seed]["bits_per_byte"]) for seed, value in own.items()]
+        mean, std = spread(list(own.values()))
+        above, above_std = spread([None if None in pair else pair[0] - pair[1] for pair in pairs])
+        first = next(iter(seeds.values()))
+        speeds = [cell["tokens_per_s"] for cell in seeds.values() if cell["tokens_per_s"]]
+        rows.append({"model": spec, "parameters": first["parameters"], "lr": first["lr"], "tokens": first["tokens"],
+                     "tokens_per_s": statistics.median(speeds) if speeds else None, "mean": mean, "std": std,
+                     "minutes": statistics.median(cell["train_seconds"] for cell in seeds.values()) / 60,
+                     "difference": above, "difference_std": above_std, "seeds": own})  # fmt: skip
+    rows.sort(key=lambda row: math.inf if row["mean"] is None else row["mean"])
+
+    def shown(mean, std, sign=""):
+        return "-" if mean is None else f"{mean:{sign}.4f}" + ("" if std is None else f" ± {std:.4f}")
+
+    width = max(len(spec) for spec in runs) + 2
+    print(f"\n{title}: bits per byte of held-out text, mean ± std of seeds; difference to {base}\n")
+    print(f"{'model':<{width}}{'bits per byte':>17}{'difference':>19}{'parameters':>12}{'lr':>9}{'tokens':>12}"
+          f"{'tokens/s':>10}{'minutes':>9}  each seed")  # fmt: skip
+    for r in rows:
+        each = ", ".join(f"{seed}: " + ("none" if v is None else f"{v:.4f}") for seed, v in r["seeds"].items())
+        difference = shown(r["difference"], r["difference_std"], "+")
+        print(f"{r['model']:<{width}}{shown(r['mean'], r['std']):>17}{difference:>19}{r['parameters']:>12,}"
+              f"{r['lr']:>9g}{r['tokens']:>12,}"
+              f"{r['tokens_per_s'] or 0:>10,.0f}{r['minutes']:>9.2f}  {each}")  # fmt: skip
+    return rows
+
+
+def quality(args) -> dict:
+    with workers(args.jobs) as pool:
+        return compare(args, pool)
+
+
+def compare(args, pool) -> dict:
+    """Learning rates, runs at equal tokens, runs at equal time (with --minutes); prints the tables and returns all."""
+    specs, seeds, lrs = split_specs(args.models), numbers(args.seeds, int), numbers(args.lrs, float)
+    if SEARCH_SEED in seeds:
+        raise ValueError(f"seeds has {SEARCH_SEED}, which chooses the learning rates: legal are others")
+    device = str(device_for(args.device))
+    threads = max(1, cores() // args.jobs)
+
+    def cell(spec, lr, seed, tokens):
+        name, fields = parse_spec(spec)
+        return spec, TrainConfig(
+            model=name, preset=args.preset, set=fields, data=args.data, tokens=tokens, batch_size=args.batch,
+            seq_len=args.seq_len, lr=lr, seed=seed, eval_every=0, eval_tokens=args.eval_tokens, device=device,
+            threads=threads,
+        )  # fmt: skip
+
+    # Everything that can be wrong is found here, before anything is written.
+    search = [cell(spec, lr, SEARCH_SEED, args.lr_tokens) for lr in lrs for spec in specs]
+    [cell(specs[0], lrs[0], seed, args.tokens) for seed in seeds]
+    sizes = {spec: parameters(spec_config(spec, args.preset, vocab_size=tokenizer().n_vocab)) for spec in specs}
+    corpus = load_corpus(args.data)
+    batch(corpus.train, 1, args.seq_len, 0, 0)
+    if max(sizes.values()) > 1.02 * min(sizes.values()):
+        print(f"note: parameters differ by more than 2%: {', '.join(f'{s} {n:,}' for s, n in sizes.items())}")
+
+    path, fingerprint = Path(args.out).with_suffix(".jsonl"), corpus.fingerprint()
+    print(f"{len(search)} learning-rate runs, {len(specs) * len(seeds) * (2 if args.minutes else 1)} others, in "
+          f"{args.jobs} processes on {where(device, threads)}", flush=True)  # fmt: skip
+    searched = run_cells(search, path, fingerprint, pool)
+    best = {}
+    for spec in specs:
+        own = [c for c in searched if c["spec"] == spec and c["bits_per_byte"] is not None]
+        if not own:
+            raise ValueError(f"model {spec!r} diverged at every learning rate of {args.lrs}: add smaller ones to --lrs")
+        best[spec] = min(own, key=lambda c: c["bits_per_byte"])["lr"]
+    # Seed by seed, so that a benchmark stopped half way has compared all models.
+    at_tokens = [cell(spec, best[spec], seed, args.tokens) for seed in seeds for spec in specs]
+    cells = run_cells(at_tokens, path, fingerprint, pool)
+    result = {"best_lr": best, "equal_tokens": summary("after equal tokens", cells)}
+    if args.minutes:
+        tokens = {}
+        for spec in specs:
+            rate = statistics.median(c["tokens_per_s"] for c in searched if c["spec"] == spec and c["tokens_per_s"])
+            steps = max(1, round(rate * 60 * args.minutes / (args.batch * args.seq_len)))
+            tokens[spec] = steps * args.batch * args.seq_len
+        at_time = [cell(spec, best[spec], seed, tokens[spec]) for seed in seeds for spec in specs]
+        timed = run_cells(at_time, path, fingerprint, pool)
+        cells = cells + timed
+        result["equal_time"] = summary(f"after equal time ({args.minutes:g} minutes)", timed)
+    edges = [f"{spec} {lr:g}" for spec, lr in best.items() if len(lrs) > 1 and lr in (min(lrs), max(lrs))]
+    if edges:
+        print(f"\nnote: the best learning rate is at the edge of the grid for {', '.join(edges)}")
+    versions = {c["code"] for c in searched + cells}
+    if len(versions) > 1:
+        print(f"\nnote: cells of {len(versions)} versions of the code; a fresh --out trains all again")
+    return result | {"cells": [{k: v for k, v in c.items() if k != "key"} for c in searched + cells]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    with suppress(OSError, TypeError):
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    return platform.processor() or platform.machine()
+
+
+def where(device: str, threads: int) -> str:
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    return f"{processor()} ({cores()} cores, {threads} thread{'s' * (threads > 1)} each process)"
+
+
+def commit() -> str | None:
+    """The commit of this code, with "+" if files were changed since."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(HERE)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+        return head + "+" * bool(changed)
+
+
+def numbers(text: str, kind) -> list:
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{text!r} is no comma-separated list of {'whole ' * (kind is int)}numbers") from None
+    if len(set(values)) < len(values):
+        raise ValueError(f"{text!r} has a number twice")
+    return values
+
+
+def count(text: str, least: int = 1) -> int:
+    """A whole number of at least 1; 1e6 is one."""
+    with suppress(ValueError, OverflowError):
+        if float(text).is_integer() and float(text) >= least:
+            return int(float(text))
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+
+
+def minutes(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message} (--help lists the flags)")
+
+
+def parser() -> Parser:
+    raw, defaults = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
+    top = Parser(description=__doc__, formatter_class=raw, usage="python bench.py speed|quality [--flag value ...]")
+    title = "commands; `speed --help` and `quality --help` list their flags"
+    commands = top.add_subparsers(dest="command", metavar="speed|quality", title=title)
+    s = commands.add_parser("speed", formatter_class=defaults, help="time and peak memory of a training step")
+    q = commands.add_parser("quality", formatter_class=defaults, help="bits per byte after equal tokens and equal time")
+    s.add_argument("--models", default="hope,hope:inner_step=0", help="comma-separated; transformer is always measured")
+    s.add_argument("--seq-len", type=count, default=1024, help="tokens in a row")
+    s.add_argument("--d-model", type=count, default=256, help="width")
+    s.add_argument("--n-layers", type=count, default=4, help="blocks")
+    s.add_argument("--n-heads", type=count, default=4, help="heads")
+    s.add_argument("--repeats", type=count, default=5, help="rounds after the warm-up")
+    s.add_argument("--threads", type=lambda text: count(text, 0), default=0, help="CPU threads; 0: torch's own choice")
+    s.add_argument("--profile", metavar="MODEL", help="only print where the time of this model's training step goes")
+    q.add_argument("--models", default="hope,hope:inner_step=0,transformer,transformer:conv=4,gated_deltanet,titans")
+    q.add_argument("--tokens", type=count, default=1_000_000, help="of each run, rounded up to whole steps")
+    q.add_argument("--seeds", default="0,1,2", help="of weights and batches")
+    q.add_argument("--lrs", default="1.5e-3,3e-3,6e-3", help="grid of learning rates")
+    q.add_argument("--lr-tokens", type=count, default=250_000, help="tokens of a learning-rate run")
+    q.add_argument("--seq-len", type=count, default=512, help="tokens in a row")
+    q.add_argument("--eval-tokens", type=count, default=262_144, help="held-out tokens, from the first on")
+    q.add_argument("--preset", default="nano", help="size of the models")
+    q.add_argument("--data", default="stdlib", help="'stdlib', a text file or a folder")
+    q.add_argument("--jobs", type=count, default=2, help="cells trained at once; they share the cores")
+    q.add_argument("--minutes", type=minutes, default=0.0, help="also train each model for this long; 0: do not")
+    for command in (s, q):
+        command.add_argument("--batch", type=count, default=4, help="rows in a batch")
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        command.add_argument("--out", default=f"results/{command.prog.split()[-1]}.json", help="the result as JSON")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status: 0 done, 2 bad input or a failed run, 130 stopped by Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        top = parser()
+        args = top.parse_args(argv)
+        if args.command is None:
+            top.print_help()
+            return 0
+        result = {"speed": speed, "quality": quality}[args.command](args)
+        if result:
+            machine = {"cpu": processor(), "cores": cores(), "torch": torch.__version__,
+                       "python": platform.python_version(),
+                       "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}  # fmt: skip
+            command = shlex.join(["python", "bench.py", *argv])
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            write_json(Path(args.out), {"command": command, "machine": machine, "commit": commit(), **result})
+            print(f"\nin {args.out}")
+        return 0
+    except (ValueError, OSError, RuntimeError) as error:  # out of memory, a worker that was killed: RuntimeErrors
+        killed = "a worker was killed (out of memory?); finished cells are kept: try fewer --jobs"
+        message = killed if isinstance(error, BrokenProcessPool) else first_line(error)
+        print(f"bench.py: error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bench.py: stopped; the same command goes on from the finished cells", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

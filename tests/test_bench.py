@@ -1,0 +1,111 @@
+"""What bench.py promises: specs mean what they say, finished cells are never trained twice, errors come in one line."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import bench
+from bench import main, parse_spec, read_cells, spec_config, split_specs
+
+TINY = ":d_model=32:n_layers=1:n_heads=2:conv=4"
+TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i % 7}\n" for i in range(300))
+QUALITY = ["quality", "--models", f"hope{TINY}:chunk=8,transformer{TINY}", "--tokens", "256", "--lr-tokens", "64"]
+QUALITY += ["--seeds", "0,1", "--lrs", "1e-3,3e-3", "--batch", "2", "--seq-len", "16", "--eval-tokens", "200"]
+QUALITY += ["--jobs", "2", "--data", "text.py", "--out", "out/q.json", "--device", "cpu"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.py").write_text(TEXT)
+    return tmp_path
+
+
+def test_a_spec_is_a_name_and_fields():
+    assert parse_spec("hope") == ("hope", {})
+    fields = {"inner_step": 0, "memory": "mlp", "levels": [256, None]}
+    assert parse_spec("hope:inner_step=0:memory=mlp:levels=[256,null]") == ("hope", fields)
+    assert split_specs("hope:levels=[256,null], transformer:conv=4") == ["hope:levels=[256,null]", "transformer:conv=4"]
+    config = spec_config("transformer:conv=4:d_model=64", d_model=32, n_layers=2, n_heads=2)
+    assert (config.model, config.conv, config.d_model, config.n_layers) == ("transformer", 4, 64, 2)
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["speed", "--models", "hopp"], "did you mean 'hope'"),
+    (["speed", "--models", "hope:chnk=8"], "did you mean 'chunk'"),
+    (["quality", "--models", "hope:chunk"], "'chunk' must be field=value"),
+    (["quality", "--models", "hope:chunk=0"], "at least 1, got 0"),
+    (["quality", "--models", "hope,hope"], "each once"),
+    (["quality", "--models", "hope:vocab_size=9"], "vocab_size"),
+    (["quality", "--seeds", "0,100"], "seeds has 100"),
+    (["quality", "--lrs", "0"], "lr is 0.0: legal is above 0"),
+    (["quality", "--jobs", "0"], "at least 1"),
+    (["quality", "--data", "nowhere"], "'nowhere' does not exist"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_writes_nothing(here, capsys, flags, told):
+    before = sorted(here.rglob("*"))
+    assert main(flags) == 2
+    message = capsys.readouterr().err
+    assert told in message and message.count("\n") == 1 and message.startswith("bench.py: error: ")
+    assert sorted(here.rglob("*")) == before
+
+
+def test_no_argument_prints_the_commands(capsys):
+    assert main([]) == 0
+    assert "python bench.py quality" in capsys.readouterr().out
+
+
+def test_quality_compares_models_and_never_trains_a_cell_twice(here, capsys, monkeypatch):
+    assert main([*QUALITY, "--minutes", "0.001"]) == 0
+    shown = capsys.readouterr().out
+    assert "after equal tokens" in shown and "after equal time" in shown
+    first = json.loads(Path("out/q.json").read_text())
+    assert len(first["cells"]) == 4 + 4 + 4
+    assert {row["tokens"] for row in first["equal_tokens"]} == {256}
+    for row in first["equal_tokens"]:
+        values = list(row["seeds"].values())
+        assert row["mean"] == pytest.approx(sum(values) / 2) and 0 < row["mean"] < 16
+        assert row["lr"] == first["best_lr"][row["model"]]
+        own = [c for c in first["cells"] if c["seed"] == 100 and c["spec"] == row["model"]]
+        searched = {c["lr"]: c["bits_per_byte"] for c in own}
+        assert min(searched, key=searched.get) == row["lr"]
+
+    # All cells are there, the last one torn as by a kill: it alone is trained again, with the same result.
+    path = Path("out/q.jsonl")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-1], lines[-1][:40]]))
+    assert len(read_cells(path)) == 11
+    assert main([*QUALITY, "--minutes", "0.001"]) == 0
+    assert capsys.readouterr().out.count("bits per byte, ") == 1
+    again = json.loads(Path("out/q.json").read_text())
+    assert [c["bits_per_byte"] for c in again["cells"]] == pytest.approx([c["bits_per_byte"] for c in first["cells"]])
+    assert len(read_cells(path)) == 12
+
+    # Nothing missing: nothing is trained.
+    monkeypatch.setattr(bench.ProcessPoolExecutor, "submit", None)
+    assert main([*QUALITY, "--minutes", "0.001"]) == 0
+
+
+def test_other_settings_are_other_cells(here):
+    corpus = bench.load_corpus("text.py").fingerprint()
+    config = bench.TrainConfig(set={"n_layers": 1}, data="text.py")
+    changes = {"lr": 1e-3}, {"seed": 1}, {"tokens": 10}, {"set": {"n_layers": 2}}, {"threads": 2}
+    others = [dataclasses.replace(config, **change) for change in changes]
+    keys = {bench.cell_key(c, corpus) for c in [config, *others]}
+    assert len(keys) == 6 and bench.cell_key(config, corpus) in keys
+    assert bench.cell_key(config, {**corpus, "crc32": 0}) not in keys
+
+
+def test_speed_gives_ratios_to_the_transformer(here, capsys):
+    flags = ["--batch", "2", "--seq-len", "512", "--d-model", "32", "--n-layers", "1", "--n-heads", "2"]
+    flags += ["--device", "cpu", "--repeats", "3", "--threads", "1"]
+    assert main(["speed", "--models", f"hope{TINY}", *flags, "--out", "s.json"]) == 0
+    rows = json.loads(Path("s.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["transformer", f"hope{TINY}"]
+    assert rows[0]["ratio"] == 1 and len(rows[1]["rounds"]) == 3
+    assert all(row["ratio"] > 0 and math.isfinite(row["tokens_per_s"]) for row in rows)
+    assert main(["speed", "--profile", f"hope{TINY}", *flags]) == 0
+    assert "aten::mm" in capsys.readouterr().out

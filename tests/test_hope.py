@@ -1,0 +1,554 @@
+"""The language model: causality, state, sizes, generation, its commands, and what it says to bad input."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+import hope
+from hope import MIXERS, PRESETS, Hope, HopeConfig, load_state, map_state, save_state
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dict(vocab_size=11, d_model=16, n_layers=2, n_heads=2, hidden=24, chunk=4)
+RECURRENT = [name for name in MIXERS if name not in ("transformer", "hope_attention")]
+VARIANTS = {
+    **{name: dict(model=name) for name in MIXERS},
+    "hope, mlp": dict(memory="mlp"),
+    "hope, momentum": dict(momentum=True),
+    "hope, k v q": dict(adaptive=["k", "v", "q"]),
+    "hope, mlp, k v q, momentum": dict(adaptive=["k", "v", "q"], memory="mlp", momentum=True),
+    "hope, nothing adaptive": dict(adaptive=[]),
+    "hope, no convolution": dict(conv=0),
+    "hope, one level": dict(levels=[None]),
+    "hope, three levels": dict(levels=[4, 8, None]),
+    "hope, nested": dict(levels=[4, 16, 64], variant="nested"),
+    "hope, independent": dict(levels=[8, None], variant="independent"),
+    "hope, never learns": dict(inner_step=0.0),
+    "titans, depth 3": dict(model="titans", depth=3),
+    "transformer, convolution": dict(model="transformer", conv=4),
+}
+each_variant = pytest.mark.parametrize("name", VARIANTS)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def config(name, **changes):
+    return HopeConfig(**(TINY | VARIANTS[name] | changes))
+
+
+def build(name, **changes):
+    """A float64 model whose every parameter is away from its initial value, so that the logits depend on each."""
+    model = Hope(config(name, **changes)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return model
+
+
+def tokens(B, T, vocab_size=11):
+    return torch.randint(vocab_size, (B, T))
+
+
+def close(a, b, atol=1e-9):
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def tensors(state):
+    out = []
+    map_state(out.append, state)
+    return out
+
+
+def numbers(state):
+    return sum(t.numel() for t in tensors(state))
+
+
+def in_pieces(model, x, cuts, state=None):
+    out = []
+    for start, stop in pairwise([0, *cuts, x.shape[1]]):
+        logits, state = model(x[:, start:stop], state)
+        out.append(logits)
+    return torch.cat(out, 1), state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Causality, state, parameters
+
+
+@each_variant
+@pytest.mark.parametrize("t", [1, 4, 6, 16])
+def test_future_tokens_never_change_past_logits(name, t):
+    model, x = build(name), tokens(2, 17)
+    changed = x.clone()
+    changed[:, t:] = (x[:, t:] + torch.randint(1, 11, x[:, t:].shape)) % 11
+    with torch.no_grad():
+        a, b = model(x)[0], model(changed)[0]
+    close(a[:, :t], b[:, :t], 1e-11)
+    assert (a[:, t] - b[:, t]).abs().amax(-1).min() > 1e-6
+
+
+@each_variant
+@pytest.mark.parametrize("cuts", [range(1, 21), [4, 8, 12], [1, 6, 7, 18], "random"], ids=str)
+def test_any_way_of_cutting_a_text_into_calls_gives_the_same_logits(name, cuts):
+    model, x, on = build(name), tokens(2, 21), tokens(2, 6)
+    if cuts == "random":
+        cuts = sorted(set(torch.randint(1, 21, (5,)).tolist()))
+    with torch.no_grad():
+        whole, final = model(x)
+        pieces, state = in_pieces(model, x, cuts)
+        close(pieces, whole)
+        close(model(on, state)[0], model(on, final)[0])
+        close(model(torch.cat([x, on], 1))[0][:, 21:], model(on, final)[0])
+        assert (model(on)[0] - model(on, final)[0]).abs().max() > 1e-6  # the state matters
+
+
+@each_variant
+def test_rows_of_a_batch_never_see_each_other(name):
+    model, x = build(name), tokens(3, 11)
+    with torch.no_grad():
+        whole, state = model(x)
+        on = model(x, state)[0]
+        for row in range(3):
+            alone, own = model(x[row : row + 1])
+            close(whole[row : row + 1], alone, 1e-11)
+            close(on[row : row + 1], model(x[row : row + 1], own)[0], 1e-11)
+
+
+@each_variant
+def test_every_parameter_gets_a_gradient_and_owns_its_memory(name):
+    model, x = Hope(config(name)), tokens(2, 13)
+    model(x)[0].square().mean().backward()
+    for label, p in model.named_parameters():
+        assert all(stride > 0 for stride, size in zip(p.stride(), p.shape, strict=True) if size > 1), label
+        if name == "hope, never learns" and re.search(r"mixer\.(start$|b_|log_A|norm$)", label):
+            continue  # what would make k, v, eta and alpha makes nothing
+        assert p.grad is not None and p.grad.abs().max() > 0, label
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_initial_loss_of_nano_is_that_of_guessing(name):
+    model = Hope(HopeConfig.preset("nano", **({"model": "hope"} | VARIANTS[name])))
+    x = tokens(4, 193, 257)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(x[:, :-1])[0].flatten(0, 1), x[:, 1:].flatten()).item()
+    assert loss == pytest.approx(math.log(257), rel=0.05)
+
+
+def count(model, preset, **changes):
+    with torch.device("meta"):
+        return sum(p.numel() for p in Hope(HopeConfig.preset(preset, model, **changes)).parameters())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_all_models_of_a_preset_have_equal_parameter_counts(preset):
+    sizes = {model: count(model, preset) for model in MIXERS}
+    sizes |= {"mlp": count("hope", preset, memory="mlp"), "conv": count("transformer", preset, conv=4)}
+    for model, size in sizes.items():
+        assert size == pytest.approx(sizes["transformer"], rel=0.02), model
+
+
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != "nano"])
+def test_a_preset_has_the_size_of_its_name(preset):
+    size = float(preset[:-1]) * {"m": 1e6, "b": 1e9}[preset[-1]]
+    assert count("transformer", preset) == pytest.approx(size, rel=0.03)
+
+
+def test_meta_counts_are_those_of_the_real_model():
+    real = sum(p.numel() for p in Hope(HopeConfig.preset("nano")).parameters())
+    assert count("hope", "nano") == real and 0.8e6 < real < 1.3e6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# State as a value
+
+
+@each_variant
+@pytest.mark.parametrize("T", [3, 8, 14])
+def test_a_saved_state_continues_to_the_same_logits(name, T, tmp_path):
+    model, x, on = build(name), tokens(2, T), tokens(2, 7)
+    _, state = model(x)  # with gradients: the file must not need them
+    save_state(state, tmp_path / "state.pt")
+    loaded = load_state(tmp_path / "state.pt")
+    assert not any(t.requires_grad for t in tensors(loaded))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(state), tensors(loaded), strict=True))
+    with torch.no_grad():
+        assert torch.equal(model(on, loaded)[0], model(on, state)[0])
+    assert os.listdir(tmp_path) == ["state.pt"]
+    torch.load(tmp_path / "state.pt", weights_only=True)
+
+
+@each_variant
+@pytest.mark.parametrize("T", [3, 8, 14])
+def test_a_state_is_independent_of_the_weights(name, T):
+    model = build(name)
+    with torch.no_grad():
+        _, state = model(tokens(2, T))
+        before = map_state(torch.clone, state)
+        for p in model.parameters():
+            p.add_(1.0)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(before), tensors(state), strict=True))
+
+
+def test_map_state_applies_to_every_tensor_and_keeps_the_rest():
+    state = {"a": torch.ones(2), "b": [torch.zeros(3), {"c": None, "d": 7}], "e": (torch.ones(1),)}
+    twice = map_state(lambda t: t * 2, state)
+    assert torch.equal(twice["a"], 2 * torch.ones(2)) and torch.equal(twice["e"][0], 2 * torch.ones(1))
+    assert twice["b"][1] == {"c": None, "d": 7} and torch.equal(state["a"], torch.ones(2))
+
+
+def test_a_state_moves_to_another_dtype_with_map_state():
+    model, x, on = build("hope"), tokens(1, 9), tokens(1, 6)
+    with torch.no_grad():
+        expected = model(on, model(x)[1])[0]
+        state = map_state(lambda t: t.float(), model(x)[1])
+        close(model.float()(on, state)[0].double(), expected, 1e-3)
+
+
+def test_a_save_that_fails_half_way_leaves_the_old_state(tmp_path, monkeypatch):
+    model, path = build("hope"), tmp_path / "state.pt"
+    _, old = model(tokens(1, 5))
+    _, new = model(tokens(1, 9))
+
+    def full_disk(value, to):
+        Path(to).write_bytes(b"half a fi")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            save_state(new, path)
+        assert not path.exists()
+    save_state(old, path)
+    with monkeypatch.context() as broken:
+        broken.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError):
+            save_state(new, path)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(load_state(path)), tensors(old), strict=True))
+
+
+def test_a_missing_torn_or_foreign_state_file_is_refused_by_name(tmp_path):
+    path = tmp_path / "state.pt"
+    with pytest.raises(ValueError, match="state.pt does not exist"):
+        load_state(path)
+    save_state(build("hope")(tokens(1, 5))[1], path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="state.pt.*truncated"):
+        load_state(path)
+    torch.save({"position": os.getcwd, "blocks": subprocess.Popen}, path)  # code, not tensors
+    with pytest.raises(ValueError, match="state.pt.*cannot be read"):
+        load_state(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+@pytest.mark.parametrize("name", [*MIXERS, "hope, mlp", "hope, momentum"])
+def test_greedy_generation_takes_the_argmax_of_full_forwards(name):
+    model, text = build(name), tokens(2, 6)
+    streamed = torch.stack(list(model.generate(text, 12, temperature=0)), 1)
+    for _ in range(12):
+        with torch.no_grad():
+            text = torch.cat([text, model(text)[0][:, -1:].argmax(-1)], 1)
+    assert torch.equal(streamed, text[:, 6:])
+    assert torch.equal(streamed, torch.stack(list(model.generate(text[:, :6], 12, top_k=1)), 1))
+
+
+def test_sampling_follows_temperature_and_top_k():
+    model, text = build("hope"), tokens(1, 6).repeat(4000, 1)
+    with torch.no_grad():
+        logits = model(text[:1])[0][0, -1]
+
+    def frequencies(**how):
+        return next(model.generate(text, 1, **how)).bincount(minlength=11) / 4000
+
+    close(frequencies(temperature=2.0).double(), (logits / 2).softmax(-1), 0.04)
+    best = logits.topk(3)[1]
+    expected = torch.zeros(11).double().index_put((best,), logits[best].softmax(-1))
+    close(frequencies(top_k=3).double(), expected, 0.04)
+    close(frequencies(top_k=100).double(), logits.softmax(-1), 0.04)
+
+
+def test_generation_streams_one_token_per_forward():
+    model, seen = build("hope"), []
+    model.register_forward_hook(lambda m, args, out: seen.append(tuple(args[0].shape)))
+    stream = model.generate(tokens(2, 6), 1000)
+    assert iter(stream) is stream and seen == []
+    assert next(stream).shape == (2,) and seen == [(2, 6)]
+    assert next(stream).dtype == torch.int64 and seen == [(2, 6), (2, 1)]
+    assert list(model.generate(tokens(2, 6), 0)) == []
+
+
+def test_a_seed_reproduces_a_sample():
+    model, text = build("hope"), tokens(1, 4)
+
+    def sample(seed):
+        torch.manual_seed(seed)
+        return torch.cat(list(model.generate(text, 30))).tolist()
+
+    assert sample(3) == sample(3) != sample(4)
+
+
+@pytest.mark.parametrize("name", [*RECURRENT, "hope, mlp", "hope, momentum", "hope, k v q"])
+def test_generation_needs_constant_memory(name):
+    model = build(name)
+    with torch.no_grad():
+        _, short = model(tokens(1, 5))
+        _, long = model(tokens(1, 500))
+        logits, on = model(tokens(1, 1), long)
+    assert numbers(short) == numbers(long) == numbers(on)
+    storage = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(on)}
+    assert sum(storage.values()) <= 8 * numbers(on)  # and no tensor of the state keeps a longer one alive
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_generation_continues_from_a_state(name):
+    model, text = build(name), tokens(2, 9)
+    with torch.no_grad():
+        _, state = model(text[:, :-1])
+    expected = list(model.generate(text, 8, temperature=0))
+    for _ in range(2):  # a state is a value: it can be continued more than once
+        assert all(map(torch.equal, model.generate(text[:, -1:], 8, state, temperature=0), expected))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(n=-1), r"n must be at least 0.*got -1"),
+        (dict(temperature=-0.5), r"temperature must be at least 0, got -0.5"),
+        (dict(top_k=0), r"top_k must be at least 1, got 0"),
+        (dict(tokens=torch.zeros(1, 0, dtype=torch.int64)), r"at least one token, got shape \(1, 0\)"),
+        (dict(tokens=torch.zeros(3, dtype=torch.int64)), r"\[B, T\].*got shape \(3,\)"),
+    ],
+)
+def test_bad_generation_arguments_are_refused_at_the_call(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build("hope").generate(**({"tokens": tokens(1, 3), "n": 5} | arguments))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration and bad input
+
+
+@pytest.mark.parametrize(
+    "make_it, message",
+    [
+        (lambda: HopeConfig.preset("nano", model="hoep"), r"unknown model 'hoep'.*did you mean 'hope'"),
+        (lambda: HopeConfig.preset("nano", model="gated_delta"), r"did you mean 'gated_deltanet'"),
+        (lambda: HopeConfig.preset("12m"), r"unknown preset '12m'.*nano, 30m, 125m.*did you mean '125m'"),
+        (lambda: HopeConfig.preset("nano", chunks=8), r"unknown field of HopeConfig 'chunks'.*did you mean 'chunk'"),
+        (lambda: HopeConfig(memory="mpl"), r"unknown memory 'mpl'.*matrix, mlp.*did you mean 'mlp'"),
+        (lambda: HopeConfig(variant="nestd"), r"unknown variant 'nestd'.*did you mean 'nested'"),
+        (lambda: HopeConfig(chunk=0), r"chunk must be an integer of at least 1, got 0"),
+        (lambda: HopeConfig(chunk=2.5), r"chunk must be an integer of at least 1, got 2.5"),
+        (lambda: HopeConfig(n_layers=True), r"n_layers must be an integer of at least 1, got True"),
+        (lambda: HopeConfig(depth=0), r"depth must be an integer of at least 1, got 0"),
+        (lambda: HopeConfig(vocab_size=-4), r"vocab_size must be an integer of at least 1, got -4"),
+        (lambda: HopeConfig(d_model=100, n_heads=3), r"multiple of n_heads, got d_model 100 and n_heads 3"),
+        (lambda: HopeConfig(inner_step=1.5), r"inner_step must be in \[0, 1\], got 1.5"),
+        (lambda: HopeConfig(inner_step=math.nan), r"inner_step must be in \[0, 1\], got nan"),
+        (lambda: HopeConfig(conv=-1), r"conv must be at least 0 tokens, got -1"),
+        (lambda: HopeConfig(adaptive=["k", "w"]), r"subset of k, v, q, got \('k', 'w'\)"),
+        (lambda: HopeConfig(d_model=16, levels=[2**i for i in range(30)]), r"no parameters for 30 CMS"),
+        (lambda: Hope(HopeConfig(hidden=25, levels=[8, None])), r"multiple of the number of levels, got 25 for 2"),
+        (lambda: Hope(HopeConfig(levels=[16, 8])), r"\[16, 8\].*grow"),
+        (lambda: Hope(HopeConfig(levels=[0, None])), r"chunk is 0.*at least 1"),
+    ],
+)
+def test_a_bad_config_is_named_with_its_value_and_the_legal_range(make_it, message):
+    with pytest.raises(ValueError, match=message):
+        make_it()
+
+
+@pytest.mark.parametrize(
+    "x, message",
+    [
+        (torch.tensor([[3, 11]]), r"token ids must be in \[0, 11\), got 11"),
+        (torch.tensor([[3, -2, 5]]), r"token ids must be in \[0, 11\), got -2"),
+        (torch.tensor([[3.0, 2.0]]), r"int64.*torch.float32"),
+        (torch.tensor([[3, 2]], dtype=torch.int32), r"int64.*torch.int32"),
+        (torch.tensor([3, 2]), r"\[B, T\].*shape \(2,\)"),
+    ],
+)
+def test_bad_tokens_are_refused_with_value_and_range(x, message):
+    with pytest.raises(ValueError, match=message):
+        build("hope")(x)
+
+
+@each_variant
+def test_a_config_survives_json(name):
+    c = config(name)
+    assert HopeConfig(**json.loads(json.dumps(c.to_dict()))) == c
+    solved = HopeConfig.preset("nano", **({"model": "hope"} | VARIANTS[name]))
+    assert HopeConfig(**json.loads(json.dumps(solved.to_dict()))) == solved and solved.hidden % len(solved.levels) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run folders
+
+
+def run_folder(path, name="hope", **changes):
+    """A tiny run folder as train.py writes it -> its model."""
+    model = Hope(config(name, **({"vocab_size": 257} | changes)))
+    path.mkdir(exist_ok=True)
+    everything = {"model": model.config.to_dict(), "train": {}, "tokenizer": "bytes", "corpus": {}}
+    (path / "config.json").write_text(json.dumps(everything))
+    torch.save({"model": model.state_dict(), "optimizer": {}, "step": 1}, path / "checkpoint.pt")
+    return model
+
+
+@each_variant
+def test_a_run_folder_loads_to_the_same_model(name, tmp_path):
+    model, x = run_folder(tmp_path / "x", name), tokens(1, 9, 257)
+    loaded, tokenizer = Hope.load(tmp_path / "x")
+    assert tokenizer == "bytes" and not loaded.training and loaded.config == model.config
+    assert torch.equal(loaded(x)[0], model(x)[0])
+
+
+def test_load_names_what_is_wrong_with_a_run_folder(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.*no run folder.*config.json does not exist"):
+        Hope.load(str(tmp_path / "nowhere"))
+    run = tmp_path / "x"
+    run_folder(run)
+    whole = (run / "checkpoint.pt").read_bytes()
+    (run / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="checkpoint.pt.*truncated"):
+        Hope.load(str(run))
+    for changes in (dict(d_model=32), dict(n_layers=3), dict(memory="mlp"), dict(model="transformer")):
+        other = Hope(config("hope", vocab_size=257, **changes))
+        torch.save({"model": other.state_dict(), "step": 1}, run / "checkpoint.pt")
+        with pytest.raises(ValueError, match="checkpoint.pt does not hold the model of .*config.json"):
+            Hope.load(str(run))
+    torch.save({"step": 1}, run / "checkpoint.pt")
+    with pytest.raises(ValueError, match="checkpoint.pt does not hold the model of"):
+        Hope.load(str(run))
+    (run / "checkpoint.pt").unlink()
+    with pytest.raises(ValueError, match="checkpoint.pt does not exist"):
+        Hope.load(str(run))
+
+
+@pytest.mark.parametrize(
+    "text", ["{half", "{}", '{"model": {"no_such_field": 1}, "tokenizer": "bytes"}', '{"model": {"chunk": 0}}'], ids=str
+)
+def test_load_names_a_damaged_config(text, tmp_path):
+    run_folder(tmp_path / "x")
+    (tmp_path / "x" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json"):
+        Hope.load(str(tmp_path / "x"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The nested system, and the commands
+
+
+@each_variant
+def test_levels_account_for_every_parameter_from_fast_to_slow(name):
+    model = Hope(config(name))
+    rows = model.levels()
+    assert sum(row["parameters"] for row in rows) == sum(p.numel() for p in model.parameters())
+    levels = [row["level"] for row in rows]
+    assert levels == sorted(levels) and set(levels) == set(range(1, max(levels) + 1))
+    assert rows[0]["level"] == 1 and rows[0]["updates"].startswith("every token")
+    assert rows[-1]["updates"] == "every training step"
+    assert {"component", "level", "updates", "context", "parameters"} == set(rows[0])
+    updating = [row["updates"] for row in rows if row["component"].startswith("CMS")]
+    assert updating == [f"every {chunk} tokens" for chunk in model.config.levels if chunk is not None]
+
+
+def test_learned_starts_are_the_parameters_of_the_memory_level():
+    model = Hope(config("hope, mlp"))
+    mixer = model.blocks[0].mixer
+    assert model.levels()[0]["parameters"] == 2 * (mixer.start.numel() + mixer.start2.numel())
+    assert "content, k, v, eta, alpha" in model.levels()[0]["component"]
+    assert Hope(config("transformer")).levels()[0]["parameters"] == 0
+
+
+def command(*words, cwd=ROOT):
+    how = dict(capture_output=True, text=True, errors="backslashreplace", cwd=cwd)
+    return subprocess.run([sys.executable, ROOT / "hope.py", *words], **how)
+
+
+def in_process(monkeypatch, *words):
+    """Exit code of hope.py's main."""
+    monkeypatch.setattr(sys, "argv", ["hope.py", *map(str, words)])
+    try:
+        hope.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_hope_without_arguments_prints_the_nested_system_as_a_table():
+    done = command()
+    total = count("hope", "nano")
+    assert done.returncode == 0 and done.stderr == ""
+    assert f"hope: {total:,} parameters" in done.stdout
+    rows = [line for line in done.stdout.splitlines() if re.match(r"\s+\d ", line)]
+    assert [line.split()[0] for line in rows] == ["1", "2", "3"] and "every 512 tokens" in rows[1]
+    assert sum(int(line.split()[-1].replace(",", "")) for line in rows) == total
+
+
+def test_hope_shows_any_model(monkeypatch, capsys):
+    for model in MIXERS:
+        assert in_process(monkeypatch, "--model", model) == 0
+        assert capsys.readouterr().out.startswith(f"{model}: ")
+
+
+def test_generate_command_streams_text_from_a_run(tmp_path):
+    run_folder(tmp_path / "x")
+    words = ["generate", tmp_path / "x", "--prompt", "ab", "--n", "20", "--temperature", "0"]
+    first, second = command(*words, cwd=tmp_path), command(*words, cwd=tmp_path)
+    assert first.returncode == 0 and first.stderr == "", first.stderr
+    assert first.stdout.startswith("ab") and len(first.stdout) > 3 and first.stdout == second.stdout
+
+
+def test_generate_command_prints_what_the_model_generates(tmp_path, monkeypatch, capfdbinary):
+    model = run_folder(tmp_path / "x")
+    assert in_process(monkeypatch, "generate", tmp_path / "x", "--prompt", "def", "--n", "9", "--seed", "5") == 0
+    torch.manual_seed(5)
+    expected = torch.cat(list(model.generate(torch.tensor([list(b"def")]), 9, temperature=0.8))).tolist()
+    text = b"".join(bytes([t]) if t < 256 else b"<|endoftext|>" for t in expected)
+    assert capfdbinary.readouterr().out == b"def" + text + os.linesep.encode()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["generate", "nowhere"], "nowhere.*no run folder"),
+        (["generate", "x", "--temperature", "-1"], "temperature must be at least 0, got -1"),
+        (["generate", "x", "--n", "-3"], "n must be at least 0.*got -3"),
+        (["generate", "x", "--top-k", "0"], "top_k must be at least 1, got 0"),
+        (["generate", "torn"], "checkpoint.pt.*truncated"),
+        (["generate", "other"], "does not hold the model"),
+        (["generate", "damaged"], "damaged.config.json"),
+        (["generate", "x", "--device", "cuda:99"], "(?i)cuda"),
+        (["generate", "x", "--device", "gpu"], "gpu"),
+        (["--preset", "nanno"], "unknown preset 'nanno'.*did you mean 'nano'"),
+        (["--model", "hop"], "unknown model 'hop'.*did you mean 'hope'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_commands_report_errors_in_one_line_with_exit_code_2(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("x", "torn", "other", "damaged"):
+        run_folder(tmp_path / folder)
+    (tmp_path / "torn" / "checkpoint.pt").write_bytes(b"PK\x03\x04")
+    torch.save({"model": Hope(config("transformer")).state_dict()}, tmp_path / "other" / "checkpoint.pt")
+    (tmp_path / "damaged" / "config.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    assert in_process(monkeypatch, *words) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1 and error.startswith("hope.py: ")
+    assert sorted(tmp_path.rglob("*")) == before
