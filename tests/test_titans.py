@@ -148,12 +148,23 @@ def rms(v, weight):
 
 
 class Memory:
-    """One memory with its own weights: a matrix, an MLP (one more matrix) or a single row; stepwise."""
+    """One memory with its own weights: a matrix, an MLP (one more matrix) or a single row; stepwise.
 
-    def __init__(self, *layers, residual=True):
-        self.layers, self.residual = list(layers), residual
-        self.momentum = [torch.zeros_like(W) for W in layers]
-        self.boundary = self.layers
+    Its weights are the start plus what it has learned; only the latter is forgotten.
+    """
+
+    def __init__(self, *starts, residual=True):
+        self.starts, self.residual = list(starts), residual
+        self.learned = [torch.zeros_like(W) for W in starts]
+        self.momentum = [torch.zeros_like(W) for W in starts]
+        self.reach_boundary()
+
+    @property
+    def layers(self):
+        return [W0 + W for W0, W in zip(self.starts, self.learned, strict=True)]
+
+    def reach_boundary(self):
+        self.boundary, self.boundary_learned = self.layers, self.learned
 
     def __call__(self, z, weights):
         h = z
@@ -162,7 +173,7 @@ class Memory:
         return weights[-1] @ h + (z if self.residual else 0)
 
     def write(self, k, target, eta, alpha, theta):
-        """M <- alpha M - eta (M(k) - target) k^T in the last layer; below it, the surprise at the boundary."""
+        """W <- alpha W - eta (M(k) - target) k^T in the last layer; below it, the surprise at the boundary."""
         inputs, outputs = [k], []
         for W in self.boundary[:-1]:
             outputs.append((W @ inputs[-1]).detach().requires_grad_())
@@ -171,13 +182,14 @@ class Memory:
         if outputs:  # d/d(output of the layer) of |M(k) - target|^2 / 2, by autograd
             loss = (self.boundary[-1] @ inputs[-1] + k - target).square().sum() / 2
             errors.insert(0, -torch.autograd.grad(loss, outputs[0])[0] / (1 + self.boundary[1].square().sum()))
-        layers = []
-        for i, (W, x, u) in enumerate(zip(self.layers, inputs, errors, strict=True)):
-            x = x.detach()
+        learned = []
+        for i, (W, x, u) in enumerate(zip(self.learned, inputs, errors, strict=True)):
+            x, last = x.detach(), i == len(errors) - 1
             step = eta if i == 0 else eta / (1 + eta * (x @ x))
-            self.momentum[i] = theta * self.momentum[i] + step * torch.outer(u - W @ x, x)
-            layers.append(alpha * W + self.momentum[i])
-        self.layers = layers
+            known = (self.starts[i] + W) @ x if last else W @ x
+            self.momentum[i] = theta * self.momentum[i] + step * torch.outer(u - known, x)
+            learned.append(alpha * W + self.momentum[i])
+        self.learned = learned
 
 
 def self_modifying_by_hand(m, x):
@@ -203,7 +215,7 @@ def self_modifying_by_hand(m, x):
             for t in range(T):
                 if t % m.chunk == 0:
                     for memory in memories.values():
-                        memory.boundary = memory.layers
+                        memory.reach_boundary()
                 part = {name: z[b, t, i * D + h * d :][:d] for i, name in enumerate(["x", *static])}
 
                 def of(name, at, memories=memories):
@@ -246,11 +258,11 @@ def test_self_modifying_titans_is_five_memories_token_by_token(name):
     y, state = m(x)
     expected, ends = self_modifying_by_hand(m, x)
     close(y, expected)
-    assert_end_weights(m, state, ends, "running", lambda memory: memory.layers)
+    assert_end_weights(m, state, ends, "running", lambda memory: memory.learned)
     if m.momentum:
         assert_end_weights(m, state, ends, "momentum", lambda memory: memory.momentum)
     if 13 % m.chunk:
-        assert_end_weights(m, state, ends, "boundary", lambda memory: memory.boundary)
+        assert_end_weights(m, state, ends, "boundary", lambda memory: memory.boundary_learned)
 
 
 @pytest.mark.parametrize("name", ["matrix", "matrix, readable", "mlp", "momentum", "boundary"])
@@ -437,13 +449,13 @@ def test_rows_of_a_batch_never_share_a_memory(mixer):
 
 
 @pytest.mark.parametrize("options", [dict(), dict(memory="mlp"), dict(momentum=True), dict(mode="boundary")], ids=str)
-def test_memories_that_never_learn_keep_their_learned_start(options):
+def test_memories_that_never_learn_stay_at_their_learned_start(options):
     m = build("matrix", inner_step=0.0, **options)
     state = None
     for n in (3, 12, 1, 6):
         _, state = m(torch.randn(2, n, D), state)
-        for W, start in zip(state["running"], [m.start, m.start2], strict=False):
-            assert torch.equal(W, start.expand_as(W))
+        for W in state["running"]:
+            assert not W.any()
     _, learned = build("matrix", **options)(torch.randn(2, 3, D))
     assert (learned["running"][0][0] - learned["running"][0][1]).abs().max() > 1e-3
 
