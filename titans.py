@@ -24,7 +24,7 @@ nothing (measured: 0.045 bits per byte at 0.4M tokens of the nano run); the l2 g
 layer W1 hands down is divided by 1 + |W1|^2, so that it stays shorter than the error (else chunks of 16 explode); one chunk length for all memories
 (the paper has two), because the rows are stacked; eta and alpha are single rows also where the others are MLPs.
 
-`python titans.py` trains one small memory to do what it was not told: look up what it saw before.
+`python titans.py` trains one layer to look up pairs it has just been shown, with memories that learn and with frozen ones.
 """
 
 import math
@@ -475,3 +475,41 @@ class NeuralMemory(nn.Module):
         running = [start.expand(batch, *start.shape).clone() for start in self.start]
         return {"position": 0, "boundary": running, "running": running, "conv": None,
                 "momentum": [torch.zeros_like(W) for W in running]}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def demo(pairs=6, symbols=16, steps=300, batch=64, d_model=64):
+    """Sequences k1 v1 k2 v2 ... kn vn k_i: which v followed k_i? New pairs in every row, so only memory can know."""
+
+    def sequences():
+        keys = torch.rand(batch, symbols).argsort(-1)[:, :pairs]
+        values = torch.randint(symbols, (batch, pairs)) + symbols
+        asked = torch.randint(pairs, (batch, 1))
+        shown = torch.stack([keys, values], -1).flatten(1)
+        return torch.cat([shown, keys.gather(1, asked)], 1), values.gather(1, asked).squeeze(1) - symbols
+
+    print(f"one layer of self-modifying Titans: {pairs} new pairs a row, asked for one; chance is {1 / symbols:.0%}\n")
+    print(f"{'training step':>24}{'memories learn':>18}{'memories frozen':>18}")
+    contestants = []
+    for inner_step in (1.0, 0.0):
+        torch.manual_seed(0)
+        layers = nn.ModuleList([nn.Embedding(2 * symbols, d_model), nn.Linear(d_model, symbols)])
+        layers.append(SelfModifyingTitans(d_model, 1, chunk=8, inner_step=inner_step))
+        contestants.append((layers, torch.optim.AdamW(layers.parameters(), lr=3e-3), []))
+    for step in range(1, steps + 1):
+        tokens, answers = sequences()
+        for (embed, score, mixer), optimizer, hits in contestants:
+            logits = score(mixer(embed(tokens))[0][:, -1])
+            optimizer.zero_grad()
+            F.cross_entropy(logits, answers).backward()
+            optimizer.step()
+            hits.append((logits.argmax(-1) == answers).float().mean().item())
+        if step % (steps // 6) == 0:
+            means = (sum(hits[-20:]) / 20 for _, _, hits in contestants)
+            print(f"{step:>24}" + "".join(f"{mean:>18.0%}" for mean in means))
+
+
+if __name__ == "__main__":
+    demo()
