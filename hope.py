@@ -103,7 +103,7 @@ class HopeConfig:
         if self.levels is None:
             self.levels = [512, None] if self.model.startswith("hope") else [None]
         if not isinstance(self.levels, (list, tuple)) or not self.levels:
-            raise ValueError(f"levels must be a list of chunk lengths (None: never updates), from fast to slow, got {self.levels!r}")
+            raise ValueError(f"levels must be a list of chunk lengths (None: never updates), fast to slow, got {self.levels!r}")
         self.levels, self.adaptive = list(self.levels), list(self.adaptive)
         if self.hidden is None:
             self.hidden = self._equal_hidden()
@@ -235,9 +235,11 @@ class Hope(nn.Module):
         for i, level in enumerate(self.blocks[0].cms.levels):
             size = count(b.cms.mlps[i] for b in self.blocks)
             if level.chunk is not None:
-                rows.append((level.chunk, f"CMS level {i + 1}", f"every {level.chunk} tokens", "next-token loss, in context", size))
+                when = f"every {level.chunk} tokens"
+                rows.append((level.chunk, f"CMS level {i + 1}", when, "next-token loss, in context", size))
         static = count([self]) - sum(row[-1] for row in rows)
-        rows.append((math.inf, "projections, embedding, static MLP", "every training step", "next-token loss, training set", static))
+        what = "projections, embedding, static MLP"
+        rows.append((math.inf, what, "every training step", "next-token loss, training set", static))
         periods = sorted({row[0] for row in rows})
         names = ("component", "updates", "context", "parameters")
         return [dict(zip(names, row[1:], strict=True)) | {"level": periods.index(row[0]) + 1} for row in rows]

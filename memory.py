@@ -121,6 +121,11 @@ def solve(L, b):
     return _Solve.apply(L, b)[0]
 
 
+def full_precision(t):
+    """t, in float32 if it was narrower: fast weights add up many small steps, and solves need the digits."""
+    return t.float() if torch.is_tensor(t) and t.dtype in (torch.bfloat16, torch.float16) else t
+
+
 def l2norm(x, eps=1e-6):
     """x [..., d] scaled to unit length along its last dimension (vectors far below sqrt(eps) stay small)."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
@@ -153,7 +158,8 @@ def scan(W, k, u, eta, alpha, q=None, *, theta=None, S=None, delta=1.0, tile=64,
     theta [..., T] or None, S [..., dv, dk] its start (default zero); delta a number or [..., T]. Leading dimensions
     broadcast. alpha in (0, 1], theta in [0, 1); these ranges are the caller's (checking would cost a synchronisation).
 
-    Returns (y [..., T, dv] or None without q, W_T [..., dv, dk], S_T or None without theta). Differentiable, also twice,
+    Returns (y [..., T, dv] or None without q, W_T [..., dv, dk], S_T or None without theta), in float32 at least, also
+    under autocast. Differentiable, also twice,
     in every tensor: the outer gradient flows through the inner updates into W. Nothing is written in place.
     Raises ValueError for shapes that do not fit, tile < 1, S without theta, an unknown backend.
     """
@@ -161,16 +167,18 @@ def scan(W, k, u, eta, alpha, q=None, *, theta=None, S=None, delta=1.0, tile=64,
         raise ValueError(f"tile must be at least 1, got {tile}")
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend must be 'auto' or 'torch', got {backend!r}")
-    W, k, u, eta, alpha, q, theta, S, delta = _aligned(W, k, u, eta, alpha, q, theta, S, delta)
+    args = _aligned(W, k, u, eta, alpha, q, theta, S, delta)
+    W, k, u, eta, alpha, q, theta, S, delta = map(full_precision, args)
     y = []
-    for i in range(0, k.shape[-2], tile):
-        now = slice(i, i + tile)
-        y_tile, W, S = _tile(
-            W, S, k[..., now, :], u[..., now, :], eta[..., now], alpha[..., now],
-            None if q is None else q[..., now, :], None if theta is None else theta[..., now],
-            delta[..., now] if torch.is_tensor(delta) else delta,
-        )  # fmt: skip
-        y.append(y_tile)
+    with torch.autocast(k.device.type, enabled=False):
+        for i in range(0, k.shape[-2], tile):
+            now = slice(i, i + tile)
+            y_tile, W, S = _tile(
+                W, S, k[..., now, :], u[..., now, :], eta[..., now], alpha[..., now],
+                None if q is None else q[..., now, :], None if theta is None else theta[..., now],
+                delta[..., now] if torch.is_tensor(delta) else delta,
+            )  # fmt: skip
+            y.append(y_tile)
     return torch.cat(y, -2) if q is not None else None, W, S
 
 
@@ -225,7 +233,8 @@ def _aligned(W, k, u, eta, alpha, q, theta, S, delta):
         try:
             lead = torch.broadcast_shapes(lead, x.shape[: x.ndim - len(tail)])
         except RuntimeError:
-            raise ValueError(f"{name}: leading dimensions of shape {tuple(x.shape)} do not broadcast with {tuple(lead)}") from None
+            shape = tuple(x.shape)
+            raise ValueError(f"{name}: leading dimensions of shape {shape} do not broadcast with {tuple(lead)}") from None
     out = {name: x if x is None else x.expand(lead + tail) for name, (x, tail) in wanted.items()}
     if theta is not None and S is None:
         out["S"] = torch.zeros_like(out["W"])
@@ -260,7 +269,7 @@ def delta_net(q, k, v, beta, W=None):
 
 
 def gated_delta_net(q, k, v, beta, alpha, W=None):
-    """W_t = alpha_t W_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T: retention acts before the error is taken, so delta = alpha."""
+    """W_t = alpha_t W_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T: retention comes before the error, so delta = alpha."""
     W = _zeros(v, k) if W is None else W
     return scan(W, k, v, beta, alpha, q, delta=alpha)
 

@@ -8,7 +8,8 @@ k, v, eta, alpha and for the content. With M_t(z) = z + (W_0 + W_t) z, W_0 the l
 taught it (or the MLP z + W1 silu(W2 z), NL eq. 89, both layers of that form; eta and alpha are single rows without
 residual), everything generated from the weights at the boundary of the chunk:
 
-    k = l2norm(M_k(x))   v = l2norm(M_v(x))   eta = (1 + alpha) sigmoid(M_eta(x) + b)   alpha = exp(-A softplus(M_alpha(x) + b))
+    k = l2norm(M_k(x))                   v = l2norm(M_v(x))
+    alpha = exp(-A softplus(M_alpha(x) + b))      eta = (1 + alpha) sigmoid(M_eta(x) + b)
     targets   v^_m = M_m(v)             for every memory m: it chooses what it wants to learn          (NL eq. 83-85)
     write     W_m <- alpha W_m - eta (M_m(k) - v^_m) k^T        delta rule at the running weights      (NL eq. 88, 93)
     read      y = M_memory,t(q)         the running weights of the token                               (NL eq. 86)
@@ -16,13 +17,18 @@ residual), everything generated from the weights at the boundary of the chunk:
 All first layers share the key k, eta and alpha, so they are ONE memory with stacked rows [memory | k | v | eta | alpha]:
 one read, one triangular system and one write per chunk instead of five.
 
-Departures from the printed formulas, and why: the boundary is the end of the *previous* chunk (NL eq. 91 prints the end of
-the current one, which would leak the future); v is normalised, because self-generated targets are quadratic in the weights
-and otherwise diverge; retention acts on W_t and not on W_0, so that forgetting leads back to what training knew and not to
-nothing (measured: 0.045 bits per byte at 0.4M tokens of the nano run); the l2 gradient is taken once, at the running weights (see memory.write); eta stays below
-1 + alpha, where the factor alpha - eta along a key is stable, yet can be negative; the gradient that an MLP's second
-layer W1 hands down is divided by 1 + |W1|^2, so that it stays shorter than the error (else chunks of 16 explode); one chunk length for all memories
-(the paper has two), because the rows are stacked; eta and alpha are single rows also where the others are MLPs.
+Departures from the printed formulas, and why:
+
+- the boundary is the end of the *previous* chunk (NL eq. 91 prints the end of the current one: the future would leak);
+- v is normalised: self-generated targets are quadratic in the weights and otherwise diverge;
+- retention acts on W_t and not on W_0: forgetting leads back to what training knew, not to nothing (measured: 0.045 bits
+  per byte at 0.4M tokens of the nano run);
+- the l2 gradient is taken once, at the running weights (see memory.write);
+- eta stays below 1 + alpha: along a key the state is multiplied by alpha - eta, stable, yet negative where parity needs it;
+- the gradient that an MLP's second layer W1 hands down is divided by 1 + |W1|^2, so that it stays shorter than the error
+  (else chunks of 16 explode), and the first layer's delta term, too, acts on W_t alone;
+- one chunk length for all memories (the paper has two), because the rows are stacked; eta and alpha are single rows also
+  where the other memories are MLPs.
 
 `python titans.py` trains one layer to look up pairs it has just been shown, with memories that learn and with frozen ones.
 """
@@ -33,7 +39,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from memory import decay_backward, decay_forward, l2norm, scan, silu_derivative, unit_lower_inverse, write
+from memory import decay_backward, decay_forward, full_precision, l2norm, scan, silu_derivative, unit_lower_inverse, write
 
 EPS = 1e-6  # of l2norm
 
@@ -238,7 +244,6 @@ class _SelfModify(torch.autograd.Function):
         return dx, dq, dW, dW0, dz_eta.sum(1, keepdim=True), dz_alpha.sum(1, keepdim=True), dA, None, None
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The mixers. (x [B, T, d_model], state) -> (y [B, T, d_model], state); state is a plain dict of tensors and ints
 
@@ -300,7 +305,8 @@ class SelfModifyingTitans(nn.Module):
         z, tail = self.in_proj(x), state["conv"]
         if self.conv is not None:
             z, tail = self.conv(z, tail)
-        streams = dict(zip(["x", *self.static], map(lambda s: heads(s, self.n_heads), z.chunk(1 + len(self.static), -1)), strict=True))
+        names = ["x", *self.static]
+        streams = {name: heads(s, self.n_heads) for name, s in zip(names, z.chunk(len(names), -1), strict=True)}
         for name in self.static:
             streams[name] = l2norm(streams[name], EPS)
 
@@ -341,8 +347,9 @@ class SelfModifyingTitans(nn.Module):
         B, H = x.shape[:2]
         start = self.start.expand(B, *self.start.shape)
         gates = [g.expand(B, H).reshape(B * H, 1) for g in (self.b_eta, self.b_alpha, self.log_A.exp())]
-        flat = [t.flatten(0, 1) for t in (x, q, running[0], start)]
-        y, W, boundary = _SelfModify.apply(*flat, *gates, self.chunk, self.inner_step)
+        flat = [full_precision(t.flatten(0, 1)) for t in (x, q, running[0], start)]
+        with torch.autocast(x.device.type, enabled=False):
+            y, W, boundary = _SelfModify.apply(*flat, *gates, self.chunk, self.inner_step)
         y = q + q @ self.start[:, : self.d].mT + y.unflatten(0, (B, H))
         return y, [boundary.unflatten(0, (B, H))], [W.unflatten(0, (B, H))]
 
@@ -357,7 +364,8 @@ class SelfModifyingTitans(nn.Module):
         blocks, gates = self._outputs(boundary, x, first=1)
         made = dict(zip(self.adaptive, l2norm(blocks, EPS).unbind(-3), strict=True)) | streams
         k, v, q = made["k"], made["v"], made["q"]
-        alpha = torch.exp(-self.inner_step * self.log_A.exp()[:, None] * F.softplus(gates[..., 1] + self.b_alpha[:, None]))
+        z_alpha = gates[..., 1] + self.b_alpha[:, None]
+        alpha = torch.exp(-self.inner_step * self.log_A.exp()[:, None] * F.softplus(z_alpha))
         eta = self.inner_step * (1 + alpha) * torch.sigmoid(gates[..., 0] + self.b_eta[:, None])
         theta = None
         if self.momentum:

@@ -552,3 +552,23 @@ def test_commands_report_errors_in_one_line_with_exit_code_2(words, message, tmp
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") == 1 and error.startswith("hope.py: ")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("spec", [("hope", {}), ("hope", {"memory": "mlp", "momentum": True}), ("titans", {}),
+                                  ("gated_deltanet", {}), ("transformer", {})], ids=str)  # fmt: skip
+def test_bfloat16_autocast_stays_near_float32_and_keeps_fast_weights_in_float32(spec):
+    torch.manual_seed(0)
+    name, options = spec
+    model = Hope(HopeConfig.preset("nano", name, d_model=32, n_layers=2, n_heads=2, chunk=8, **options)).float()
+    tokens = torch.randint(257, (2, 40))
+    exact, _ = model(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, state = model(tokens)
+    loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert (logits - exact).norm() < 0.05 * exact.norm()
+    if name != "transformer":
+        for block in state["blocks"]:
+            weights = block["mixer"].get("running") or [block["mixer"]["W"]]
+            assert all(W.dtype == torch.float32 for W in weights)
