@@ -100,7 +100,7 @@ class GatedDeltaNet(nn.Module):
         self.n_heads, self.width, self.chunk = n_heads, head_width(d_model, n_heads), chunk
         self.sizes = (3 * d_model, d_model, n_heads, n_heads)  # q k v | output gate | eta | alpha, in one product
         self.proj = linear(d_model, sum(self.sizes))
-        self.conv = ShortConvolution(3 * d_model, conv)
+        self.conv = ShortConvolution(3 * d_model, conv) if conv else None
         self.log_A = nn.Parameter(torch.empty(n_heads).uniform_(1, 16).log())
         dt = torch.empty(n_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()  # as in Mamba
         self.dt_bias = nn.Parameter(dt.expm1().log())  # softplus(dt_bias) = dt
@@ -111,13 +111,15 @@ class GatedDeltaNet(nn.Module):
         """x [B, T, d_model] -> (y [B, T, d_model], state)."""
         B, T, _ = x.shape
         qkv, gate, b, a = self.proj(x).split(self.sizes, dim=-1)
-        qkv, tail = self.conv(qkv, state["conv"] if state else None)
+        tail = state["conv"] if state else None
+        if self.conv is not None:
+            qkv, tail = self.conv(qkv, tail)
         q, k, v = (z.unflatten(-1, (self.n_heads, self.width)).transpose(1, 2) for z in qkv.chunk(3, dim=-1))
         eta = b.sigmoid().transpose(1, 2)
         alpha = (-self.log_A.exp() * F.softplus(a + self.dt_bias)).exp().transpose(1, 2)
         W = state["W"] if state else self.log_A.new_zeros(B, self.n_heads, self.width, self.width)
         y, W, _ = scan(W, l2norm(k), v, eta, alpha, l2norm(q), delta=alpha, tile=self.chunk)
-        y = self.norm(y).transpose(1, 2).flatten(2) * F.silu(gate)
+        y = self.norm(y).to(x.dtype).transpose(1, 2).flatten(2) * F.silu(gate)
         return self.out(y), {"W": W, "conv": tail, "position": T + (state["position"] if state else 0)}
 
 

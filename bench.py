@@ -46,12 +46,10 @@ from pathlib import Path
 import torch
 
 from data import batch, load_corpus, n_bytes, tokenizer
-from hope import Hope, HopeConfig
+from hope import Hope, HopeConfig, device_for, first_line
 from train import (
     NonFinite,
     TrainConfig,
-    device_for,
-    first_line,
     gradient_norm,
     learning_rate,
     loss_fn,
@@ -115,7 +113,7 @@ def parameters(config: HopeConfig) -> int:
 def training_step(model, inputs: torch.Tensor, targets: torch.Tensor) -> float:
     """Forward, loss, backward; seconds. Gradients are cleared first, as after an optimizer's step."""
     model.zero_grad(set_to_none=True)
-    wait = torch.cuda.synchronize if inputs.is_cuda else lambda: None
+    wait = (lambda: torch.cuda.synchronize(inputs.device)) if inputs.is_cuda else (lambda: None)
     wait()
     began = time.perf_counter()
     with precision(inputs.device):
@@ -142,10 +140,10 @@ def step_memory(config: HopeConfig, batch_size: int, seq_len: int, device: str, 
     optimizer.step()
     model.zero_grad(set_to_none=True)
     if inputs.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(inputs.device)
+        before = torch.cuda.memory_allocated(inputs.device)
         training_step(model, inputs, targets)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return (torch.cuda.max_memory_allocated(inputs.device) - before) / 2**20
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -327,7 +325,7 @@ def run_cells(wanted: list[tuple[str, TrainConfig]], path: Path, corpus: dict, p
             log.flush()
             print(f"[{done}/{len(missing)}] {spec}  lr {config.lr:g}  seed {config.seed}  {cell['tokens']:,} tokens: "
                   f"{bits(cell)} bits per byte, {cell['train_seconds']:.0f} s", flush=True)  # fmt: skip
-    return [finished[key] for key in keys]
+    return [{**finished[key], "spec": spec} for key, (spec, _) in zip(keys, wanted, strict=True)]
 
 
 def bits(cell: dict) -> str:

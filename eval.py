@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from data import documents, join, load_corpus, tokenizer
-from hope import Hope
-from train import device_for, read_config, validate, write_json
+from hope import Hope, device_for
+from train import NonFinite, TrainConfig, read_config, validate, write_json
 
 
 def evaluate(run: str, data: str | None = None, device: str = "auto") -> dict:
@@ -27,21 +27,24 @@ def evaluate(run: str, data: str | None = None, device: str = "auto") -> dict:
     ValueError for a folder that is no run, a damaged checkpoint, bad data, or a device that is not there.
     """
     config, where = read_config(run), device_for(device)
+    try:
+        train = TrainConfig(**config["train"])
+    except TypeError as error:
+        raise ValueError(f"{run}/config.json is of another version: {error}") from None
     model, name = Hope.load(run)
     encoding = tokenizer(name)
     if data is None:
-        corpus = load_corpus(config["train"]["data"], encoding)
+        corpus = load_corpus(train.data, encoding)
         if corpus.fingerprint() != config["corpus"]:
             raise ValueError(
-                f"data {config['train']['data']!r} has changed since {run} was trained, so its held-out part may have "
+                f"data {train.data!r} has changed since {run} was trained, so its held-out part may have "
                 "been trained on: name a text with --data"
             )
         text, tokens, size = f"held-out part of {corpus.name}", corpus.val, corpus.val_bytes
     else:
         files = [content for _, content in documents(data)]
         text, tokens, size = data, join(files, encoding), sum(len(content) for content in files)
-    train = config["train"]
-    nats, count = validate(model.to(where), tokens, train["batch_size"], train["seq_len"], where)
+    nats, count = validate(model.to(where), tokens, train.batch_size, train.seq_len, where)
     bits = nats / math.log(2) / size
     result = {
         "text": text,
@@ -50,7 +53,7 @@ def evaluate(run: str, data: str | None = None, device: str = "auto") -> dict:
         "token_perplexity": math.exp(nats / count),
         "bytes": size,
         "tokens": count,
-        "seq_len": train["seq_len"],
+        "seq_len": train.seq_len,
     }
     write_json(Path(run) / "eval.json", result)
     return result
@@ -65,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         result = evaluate(args.run, args.data, args.device)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, NonFinite, torch.OutOfMemoryError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         return 2
     print(f"{args.run} on {result['text']} ({result['bytes']:,} bytes, {result['tokens']:,} tokens)")

@@ -15,13 +15,16 @@ continued. Any way of cutting a sequence into calls gives the same logits as one
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -104,6 +107,14 @@ class HopeConfig:
             self.levels = [512, None] if self.model.startswith("hope") else [None]
         if not isinstance(self.levels, (list, tuple)) or not self.levels:
             raise ValueError(f"levels must be a list of chunk lengths (None: never updates), fast to slow, got {self.levels!r}")
+        if any(chunk is not None and (type(chunk) is not int or chunk < 1) for chunk in self.levels):
+            raise ValueError(f"levels must hold integers of at least 1 token, None only last, got {self.levels!r}")
+        if not isinstance(self.adaptive, (list, tuple)) or not set(self.adaptive) <= {"k", "v", "q"}:
+            raise ValueError(f"adaptive must be a list out of 'k', 'v', 'q', got {self.adaptive!r}")
+        if not isinstance(self.momentum, bool):
+            raise ValueError(f"momentum must be true or false, got {self.momentum!r}")
+        if self.hidden is not None and (type(self.hidden) is not int or self.hidden < 1):
+            raise ValueError(f"hidden must be an integer of at least 1 or None, got {self.hidden!r}")
         self.levels, self.adaptive = list(self.levels), list(self.adaptive)
         if self.hidden is None:
             self.hidden = self._equal_hidden()
@@ -174,7 +185,8 @@ class Hope(nn.Module):
         """Embeddings are tied: the table that reads tokens in also scores them. Raises ValueError for ids out of range."""
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
             raise ValueError(f"tokens must be [B, T] int64 with B, T >= 1, got shape {tuple(tokens.shape)} of {tokens.dtype}")
-        if not tokens.is_cuda:  # on a GPU the check would stall the stream; the embedding asserts there
+        # On a GPU the check would stall the stream; the embedding asserts there.
+        if not tokens.is_cuda and not torch.compiler.is_compiling():
             low, high = tokens.min().item(), tokens.max().item()
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), got {low if low < 0 else high}")
@@ -184,7 +196,6 @@ class Hope(nn.Module):
             states.append(s)
         return F.linear(self.norm(x), self.embedding.weight), {"blocks": states}
 
-    @torch.no_grad()
     def generate(self, tokens, n, state=None, temperature=1.0, top_k=None):
         """Sample n tokens after the prompt tokens [B, T], T >= 1; yields each as [B] int64 the moment it is known.
 
@@ -198,6 +209,8 @@ class Hope(nn.Module):
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         if tokens.ndim != 2 or tokens.shape[1] < 1:
             raise ValueError(f"the prompt must be [B, T] with at least one token, got shape {tuple(tokens.shape)}")
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), got {tokens.min()} to {tokens.max()}")
         return self._generate(tokens, n, state, temperature, top_k)
 
     @torch.no_grad()
@@ -226,8 +239,9 @@ class Hope(nn.Module):
         if hasattr(mixers[0], "start_state"):
             starts = sum(p.numel() for m in mixers for name, p in m.named_parameters() if name.startswith("start"))
             made = ", ".join(["content", *c.adaptive, "eta", "alpha"]) if c.model == "hope" else "content"
-            rows.append((1, f"memories ({made})", "every token" + (f", from gradients every {c.chunk}" if c.chunk > 1 else ""),
-                         "own targets, in context", starts))  # fmt: skip
+            targets = "own targets, in context" if c.model == "hope" else "keys and values, in context"
+            when = f"every token, generated every {c.chunk}" if c.inner_step else "never: frozen"
+            rows.append((1, f"memories ({made})", when, targets, starts))
         elif c.model in ("transformer", "hope_attention"):
             rows.append((1, "attention (non-parametric)", "every token", "keys and values, in context", 0))
         else:
@@ -235,8 +249,8 @@ class Hope(nn.Module):
         for i, level in enumerate(self.blocks[0].cms.levels):
             size = count(b.cms.mlps[i] for b in self.blocks)
             if level.chunk is not None:
-                when = f"every {level.chunk} tokens"
-                rows.append((level.chunk, f"CMS level {i + 1}", when, "next-token loss, in context", size))
+                when = f"due every {level.chunk} tokens (in training only)"  # steps in context are still to come
+                rows.append((level.chunk, f"CMS level {i + 1}", when, "next-token loss", size))
         static = count([self]) - sum(row[-1] for row in rows)
         what = "projections, embedding, static MLP"
         rows.append((math.inf, what, "every training step", "next-token loss, training set", static))
@@ -281,9 +295,9 @@ def map_state(f, state):
 
 
 def save_state(state, path):
-    """Write a state to a file: cut from the graph, on the CPU; a kill never leaves half a file."""
-    torch.save(map_state(lambda t: t.detach().cpu().clone(), state), f"{path}.part")
-    os.replace(f"{path}.part", path)
+    """Write a state to a file: cut from the graph, on the CPU. OSError where that fails; never half a file."""
+    state = map_state(lambda t: t.detach().cpu().clone(), state)
+    write_beside(Path(path), lambda beside: torch.save(state, beside))
 
 
 def load_state(path, device="cpu"):
@@ -291,14 +305,47 @@ def load_state(path, device="cpu"):
     return map_state(lambda t: t.to(device), load_file(path))
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; some say nothing but their kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def write_beside(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file whole or not at all: `write` to a name beside it, then rename. OSError says what stayed."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        write(beside)
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save calls a full disk a RuntimeError
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        kept = f"the earlier {path.name} is intact" if path.exists() else "nothing is left behind"
+        raise OSError(f"could not write {path} ({first_line(error)}); {kept}") from error
+
+
 def load_file(path):
+    """What torch.save wrote, on the CPU; only plain data. ValueError in one line for a missing or damaged file."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except Exception as error:  # torch raises a different kind, some without a message, for every way a file can be damaged
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read, it is truncated or no checkpoint: {why}") from None
+        raise ValueError(f"{path} is truncated or damaged ({first_line(error)})") from None
+
+
+def device_for(name: str) -> torch.device:
+    """The device of that name; "auto" is the GPU if there is one. ValueError for one this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise ValueError(f"device is {name!r}: legal are auto, cpu, cuda, cuda:N")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(index or 0) >= gpus:
+        raise ValueError(f"device is {name!r}, but torch sees {gpus} GPUs: legal are auto, cpu, cuda:N with N < {gpus}")
+    return torch.device(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,7 +374,7 @@ def main():
     g.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     g.add_argument("--top-k", type=int, default=None, help="sample among the k most likely tokens")
     g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--device", default="cpu")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--preset", default="nano", help="preset to show (default nano)")
     parser.add_argument("--model", default="hope", help="model to show (default hope)")
     args = parser.parse_args()
@@ -336,19 +383,23 @@ def main():
             return table(HopeConfig.preset(args.preset, args.model))
         from data import tokenizer
 
-        model, name = Hope.load(args.run, args.device)
+        device = device_for(args.device)
+        model, name = Hope.load(args.run, device)
         encoding = tokenizer(name)
         torch.manual_seed(args.seed)
         prompt = encoding.encode(args.prompt, disallowed_special=()) or [encoding.eot_token]
+        tokens = torch.tensor([prompt], device=device)
+        out = model.generate(tokens, args.n, temperature=args.temperature, top_k=args.top_k)
         print(args.prompt, end="", flush=True)
-        out = model.generate(torch.tensor([prompt], device=args.device), args.n, temperature=args.temperature, top_k=args.top_k)
         for token in out:
             sys.stdout.buffer.write(encoding.decode_bytes(token.tolist()))
             sys.stdout.flush()
         print()
-    except (ValueError, RuntimeError, AssertionError) as error:  # the last is torch's, for a GPU it was not built for
-        print(f"hope.py: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"hope.py: error: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print()
 
 
 if __name__ == "__main__":

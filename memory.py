@@ -136,8 +136,9 @@ def l2norm(x, eps=1e-6):
 
 
 def scan_stepwise(W, k, u, eta, alpha, q=None, *, theta=None, S=None, delta=1.0):
-    """The definition of `scan`, token by token; the oracle of every faster form. Same arguments and results as `scan`."""
-    W, k, u, eta, alpha, q, theta, S, delta = _aligned(W, k, u, eta, alpha, q, theta, S, delta)
+    """The definition of `scan`, token by token; the oracle of every faster form. Arguments and results of `scan`."""
+    args = _aligned(W, k, u, eta, alpha, q, theta, S, delta)
+    W, k, u, eta, alpha, q, theta, S, delta = map(full_precision, args)
     y = []
     for t in range(k.shape[-2]):
         d = delta[..., t, None] if torch.is_tensor(delta) else delta

@@ -63,7 +63,7 @@ class _CausalConv(torch.autograd.Function):
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
         T = grad.shape[1]
-        dx, dw = torch.zeros_like(x), []
+        dx, dw = torch.zeros_like(x, dtype=grad.dtype), []
         for j in range(len(w)):
             dx[:, j : j + T].addcmul_(grad, w[j])
             dw.append((x[:, j : j + T] * grad).sum((0, 1)))
@@ -110,13 +110,13 @@ def head_width(d_model, n_heads):
     return d_model // n_heads
 
 
-def retention(z, A):
+def retention_of(z, A):
     """exp(-A softplus(z)): comes as close to 1 as float32 can hold, where a sigmoid's gradient has long vanished."""
     return torch.exp(-A * F.softplus(z))
 
 
 def retention_bias(alpha):
-    """z with retention(z, 1) = alpha."""
+    """z with retention_of(z, 1) = alpha."""
     return math.log(math.expm1(-math.log(alpha)))
 
 
@@ -166,7 +166,8 @@ class _SelfModify(torch.autograd.Function):
             qW = qc @ W[:, :d].mT
             y[:, i : i + chunk] = torch.baddbmm(a[:, 1:] * qW, ce[:, 1:] * S[:, C:], r[..., :d])
             W = torch.baddbmm(a[:, C:] * W, (ce[:, C].unsqueeze(-1) * r).mT, k)
-            saved += [boundary, kv, norm, kq, S, X, r, P, alpha, sig, z_alpha, qW]
+            if any(ctx.needs_input_grad):
+                saved += [boundary, kv, norm, kq, S, X, r, P, alpha, sig, z_alpha, qW]
         ctx.save_for_backward(x, W0, A, *saved)
         ctx.chunk, ctx.step = chunk, step
         return y, W, boundary.clone()  # a copy: the first one is an input
@@ -174,6 +175,11 @@ class _SelfModify(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dW, d_boundary):
+        with torch.autocast(dy.device.type, enabled=False):
+            return _SelfModify.gradients(ctx, dy, dW, d_boundary)
+
+    @staticmethod
+    def gradients(ctx, dy, dW, d_boundary):
         x, W0, A, *saved = ctx.saved_tensors
         N, T, d = x.shape
         chunk, step, per_chunk = ctx.chunk, ctx.step, 12
@@ -221,12 +227,10 @@ class _SelfModify(torch.autograd.Function):
             dce[:, 1:].addcmul_(d_read, S[:, C:])
             dce[:, C].add_(d_last)
             deta = (dce * P[..., 1:]).sum(1)
-            dP = torch.empty_like(P)
-            torch.mul(dce, eta.unsqueeze(1), out=dP[..., 1:])
             da = F.pad(torch.linalg.vecdot(dyc, qW), (1, 0))
             da[:, :C].sub_(torch.linalg.vecdot(k, dZ))
             da[:, C].add_(da_C)
-            dP[..., 0] = da
+            dP = torch.cat([da.unsqueeze(-1), dce * eta.unsqueeze(1)], -1)
             d_alpha = decay_backward(P, dP).addcmul_(deta, sig, value=step).mul_(alpha)  # of log alpha
             dz_eta[:, i : i + chunk] = dze = step * deta * one_alpha * sig * (1 - sig)
             dz_alpha[:, i : i + chunk] = dza = -step * A * d_alpha * torch.sigmoid(z_alpha)
@@ -306,28 +310,30 @@ class SelfModifyingTitans(nn.Module):
         if self.conv is not None:
             z, tail = self.conv(z, tail)
         names = ["x", *self.static]
+        z = full_precision(z)
         streams = {name: heads(s, self.n_heads) for name, s in zip(names, z.chunk(len(names), -1), strict=True)}
         for name in self.static:
             streams[name] = l2norm(streams[name], EPS)
 
         position, boundary, running, momentum = (state[name] for name in ("position", "boundary", "running", "momentum"))
         y, i = [], 0
-        while i < T:
-            left = self.chunk - (position + i) % self.chunk  # tokens of this chunk still to come
-            if left == self.chunk:
-                boundary = running
-            whole = self.fused and left == self.chunk and T - i >= self.chunk
-            n = T - i if whole else left
-            now = {name: s[:, :, i : i + n] for name, s in streams.items()}
-            if whole:
-                y_now, boundary, running = self._chunks(now["x"], now["q"], running)
-            else:
-                y_now, running, momentum = self._chunk(now, boundary, running, momentum)
-            y.append(y_now)
-            i += n
+        with torch.autocast(x.device.type, enabled=False):
+            while i < T:
+                left = self.chunk - (position + i) % self.chunk  # tokens of this chunk still to come
+                if left == self.chunk:
+                    boundary = running
+                whole = self.fused and left == self.chunk and T - i >= self.chunk
+                n = T - i if whole else left
+                now = {name: s[:, :, i : i + n] for name, s in streams.items()}
+                if whole:
+                    y_now, boundary, running = self._chunks(now["x"], now["q"], running)
+                else:
+                    y_now, running, momentum = self._chunk(now, boundary, running, momentum)
+                y.append(y_now)
+                i += n
         if (position + T) % self.chunk == 0:
             boundary = running
-        y = self.norm(torch.cat(y, 2) if len(y) > 1 else y[0]).transpose(1, 2).flatten(2)
+        y = self.norm(torch.cat(y, 2) if len(y) > 1 else y[0]).to(x.dtype).transpose(1, 2).flatten(2)
         if self.gate_proj is not None:
             y = y * F.silu(self.gate_proj(x))
         state = {"position": position + T, "boundary": boundary, "running": running, "momentum": momentum, "conv": tail}
@@ -340,17 +346,17 @@ class SelfModifyingTitans(nn.Module):
         return {"position": 0, "boundary": running, "running": running, "momentum": momentum, "conv": None}
 
     def _starts(self):
-        return [self.start] if self.start2 is None else [self.start, self.start2]
+        return [full_precision(start) for start in (self.start, self.start2) if start is not None]
 
     def _chunks(self, x, q, running):
         """All chunks at once, from a boundary on, by `_SelfModify`."""
         B, H = x.shape[:2]
-        start = self.start.expand(B, *self.start.shape)
-        gates = [g.expand(B, H).reshape(B * H, 1) for g in (self.b_eta, self.b_alpha, self.log_A.exp())]
-        flat = [full_precision(t.flatten(0, 1)) for t in (x, q, running[0], start)]
-        with torch.autocast(x.device.type, enabled=False):
-            y, W, boundary = _SelfModify.apply(*flat, *gates, self.chunk, self.inner_step)
-        y = q + q @ self.start[:, : self.d].mT + y.unflatten(0, (B, H))
+        (start,) = self._starts()
+        gates = (full_precision(g) for g in (self.b_eta, self.b_alpha, self.log_A.exp()))
+        gates = [g.expand(B, H).reshape(B * H, 1) for g in gates]
+        flat = [t.flatten(0, 1) for t in (x, q, running[0], start.expand(B, *start.shape))]
+        y, W, boundary = _SelfModify.apply(*flat, *gates, self.chunk, self.inner_step)
+        y = q + q @ start[:, : self.d].mT + y.unflatten(0, (B, H))
         return y, [boundary.unflatten(0, (B, H))], [W.unflatten(0, (B, H))]
 
     def _chunk(self, streams, boundary, running, momentum):
@@ -365,7 +371,7 @@ class SelfModifyingTitans(nn.Module):
         made = dict(zip(self.adaptive, l2norm(blocks, EPS).unbind(-3), strict=True)) | streams
         k, v, q = made["k"], made["v"], made["q"]
         z_alpha = gates[..., 1] + self.b_alpha[:, None]
-        alpha = torch.exp(-self.inner_step * self.log_A.exp()[:, None] * F.softplus(z_alpha))
+        alpha = retention_of(z_alpha, self.inner_step * self.log_A.exp()[:, None])
         eta = self.inner_step * (1 + alpha) * torch.sigmoid(gates[..., 0] + self.b_eta[:, None])
         theta = None
         if self.momentum:
@@ -428,6 +434,7 @@ class NeuralMemory(nn.Module):
     with static projections k, v, q, an MLP memory of `depth` layers (residual; 1: a matrix), gradients at the weights of
     the chunk boundary, reads at the running weights. eta, theta, alpha are read off the token. All writes of a chunk
     repeat the same gradient step for equal keys, so eta < (1 - theta) / chunk: then one chunk can at most close the gap.
+    Values, too, have unit length (a deviation: free ones made gradients 1,000 times longer at chunk 16).
     State as in SelfModifyingTitans. Raises ValueError for sizes that do not fit.
     """
 
@@ -455,32 +462,32 @@ class NeuralMemory(nn.Module):
         tail = state["conv"]
         if self.conv is not None:
             qkv, tail = self.conv(qkv, tail)
-        q, k, v = (heads(z, self.n_heads) for z in qkv.chunk(3, -1))
-        q, k, v = l2norm(q, EPS), l2norm(k, EPS), l2norm(v, EPS)
-        eta, theta, alpha = (rates.unflatten(-1, (3, -1)) + self.bias).permute(2, 0, 3, 1)  # each [B, H, T]
-        theta, alpha = torch.sigmoid(theta), retention(alpha, 1.0)
+        q, k, v = (l2norm(heads(full_precision(z), self.n_heads), EPS) for z in qkv.chunk(3, -1))
+        eta, theta, alpha = (full_precision(rates).unflatten(-1, (3, -1)) + self.bias).permute(2, 0, 3, 1)  # each [B, H, T]
+        theta, alpha = torch.sigmoid(theta), retention_of(alpha, 1.0)
         eta = torch.sigmoid(eta) * (1 - theta) / self.chunk
         position, boundary, running, momentum = (state[name] for name in ("position", "boundary", "running", "momentum"))
         y, i = [], 0
-        while i < T:
-            left = self.chunk - (position + i) % self.chunk
-            if left == self.chunk:
-                boundary = running
-            now = slice(i, i + left)
-            y_now, running, momentum = write(
-                boundary, k[:, :, now], v[:, :, now], eta[..., now], alpha[..., now], q[:, :, now],
-                theta=theta[..., now], momentum=momentum, delta=0.0, running=running,
-            )  # fmt: skip
-            y.append(y_now)
-            i += left
+        with torch.autocast(x.device.type, enabled=False):
+            while i < T:
+                left = self.chunk - (position + i) % self.chunk
+                if left == self.chunk:
+                    boundary = running
+                now = slice(i, i + left)
+                y_now, running, momentum = write(
+                    boundary, k[:, :, now], v[:, :, now], eta[..., now], alpha[..., now], q[:, :, now],
+                    theta=theta[..., now], momentum=momentum, delta=0.0, running=running,
+                )  # fmt: skip
+                y.append(y_now)
+                i += left
         if (position + T) % self.chunk == 0:
             boundary = running
-        y = self.norm(torch.cat(y, 2)).transpose(1, 2).flatten(2) * F.silu(gate)
+        y = self.norm(torch.cat(y, 2)).to(x.dtype).transpose(1, 2).flatten(2) * F.silu(gate)
         state = {"position": position + T, "boundary": boundary, "running": running, "momentum": momentum, "conv": tail}
         return self.out_proj(y), state
 
     def start_state(self, batch):
-        running = [start.expand(batch, *start.shape).clone() for start in self.start]
+        running = [full_precision(start).expand(batch, *start.shape).clone() for start in self.start]
         return {"position": 0, "boundary": running, "running": running, "conv": None,
                 "momentum": [torch.zeros_like(W) for W in running]}  # fmt: skip
 

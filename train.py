@@ -26,6 +26,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -42,7 +43,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import batch, load_corpus, n_bytes, tokenizer, windows
-from hope import Hope, HopeConfig
+from hope import Hope, HopeConfig, device_for, first_line, load_file, write_beside
 
 
 def flag(default, help, legal="", check=lambda value: True, on_resume=False):
@@ -164,7 +165,8 @@ def optimizer_for(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed, plain = [], []
     for name, p in model.named_parameters():
-        (decayed if p.ndim >= 2 and id(p) not in embeddings and "start" not in name else plain).append(p)
+        matrix = p.ndim >= 2 and id(p) not in embeddings and "start" not in name and not name.endswith("bias")
+        (decayed if matrix else plain).append(p)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
@@ -192,20 +194,9 @@ def validate(model: nn.Module, tokens: np.ndarray, batch_size: int, seq_len: int
         nats += loss_fn(logits, targets.to(device), reduction="sum").item()
         count += targets.numel()
     model.train(training)
+    if not math.isfinite(nats):
+        raise NonFinite(f"validation: the loss is {nats}")
     return nats, count
-
-
-def device_for(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU if there is one. ValueError for one this machine lacks."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
-        raise ValueError(f"device is {name!r}: legal are auto, cpu, cuda, cuda:N")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "cuda" and int(index or 0) >= gpus:
-        raise ValueError(f"device is {name!r}, but torch sees {gpus} GPUs: legal are auto, cpu, cuda:N with N < {gpus}")
-    return torch.device(name)
 
 
 class NonFinite(RuntimeError):
@@ -226,26 +217,6 @@ def gradient_norm(model: nn.Module, step: int, loss: float) -> torch.Tensor:
 # The folder of a run
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; some say nothing but their kind."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def write_beside(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file whole or not at all: `write` to a name beside it, then rename. OSError says what stayed."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        write(beside)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch.save calls a full disk a RuntimeError
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        kept = f"the earlier {path.name} is intact" if path.exists() else "nothing is left behind"
-        raise OSError(f"could not write {path} ({first_line(error)}); {kept}") from error
-
-
 def write_json(path: Path, value) -> None:
     write_beside(path, lambda beside: beside.write_text(json.dumps(value, indent=2) + "\n"))
 
@@ -263,15 +234,11 @@ def read_config(folder: str | Path) -> dict:
 
 
 def read_checkpoint(folder: Path) -> dict:
-    """checkpoint.pt of a run, on the CPU. FileNotFoundError or ValueError in one line."""
-    path = folder / "checkpoint.pt"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no checkpoint.pt: the run stopped before its first; start it again")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: checkpoint[key] for key in ("model", "optimizer", "step")}
-    except Exception as error:  # what a torn file raises depends on where it is torn
-        raise ValueError(f"{path} is truncated or damaged ({first_line(error)})") from None
+    """checkpoint.pt of a run, on the CPU. ValueError in one line."""
+    checkpoint = load_file(folder / "checkpoint.pt")
+    if missing := {"model", "optimizer", "step"} - set(checkpoint):
+        raise ValueError(f"{folder}/checkpoint.pt is no checkpoint of a run: it lacks {', '.join(sorted(missing))}")
+    return checkpoint
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -419,6 +386,13 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
         checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
         write_beside(folder / "checkpoint.pt", lambda beside: torch.save(checkpoint, beside))
 
+    if not config.resume:
+        try:
+            save(0)  # a full disk shows now, not after the first hour
+        except OSError:
+            shutil.rmtree(folder)
+            raise
+
     def report(record: dict) -> None:
         log.write(json.dumps(record) + "\n")
         log.flush()
@@ -439,8 +413,6 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
         bar_format="{percentage:3.0f}%|{bar:20}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left",
     )  # fmt: skip
     with open(folder / "metrics.jsonl", "a") as log, bar:
-        if not config.resume:
-            save(0)  # a full disk shows now, not after the first hour
         with ctrl_c() as stop:
             model.train()
             for step in range(start, steps):
