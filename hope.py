@@ -240,8 +240,8 @@ class Hope(nn.Module):
             starts = sum(p.numel() for m in mixers for name, p in m.named_parameters() if name.startswith("start"))
             made = ", ".join(["content", *c.adaptive, "eta", "alpha"]) if c.model == "hope" else "content"
             targets = "own targets, in context" if c.model == "hope" else "keys and values, in context"
-            when = f"every token, generated every {c.chunk}" if c.inner_step else "never: frozen"
-            rows.append((1, f"memories ({made})", when, targets, starts))
+            if c.inner_step:  # else frozen: as static as any projection
+                rows.append((1, f"memories ({made})", f"every token, generated every {c.chunk}", targets, starts))
         elif c.model in ("transformer", "hope_attention"):
             rows.append((1, "attention (non-parametric)", "every token", "keys and values, in context", 0))
         else:
@@ -249,8 +249,8 @@ class Hope(nn.Module):
         for i, level in enumerate(self.blocks[0].cms.levels):
             size = count(b.cms.mlps[i] for b in self.blocks)
             if level.chunk is not None:
-                when = f"due every {level.chunk} tokens (in training only)"  # steps in context are still to come
-                rows.append((level.chunk, f"CMS level {i + 1}", when, "next-token loss", size))
+                what, when = f"CMS level {i + 1}", f"every {level.chunk} tokens"
+                rows.append((level.chunk, what, when, "next-token loss (no steps in context yet)", size))
         static = count([self]) - sum(row[-1] for row in rows)
         what = "projections, embedding, static MLP"
         rows.append((math.inf, what, "every training step", "next-token loss, training set", static))
@@ -358,9 +358,9 @@ def table(config):
     rows = model.levels()
     total = sum(p.numel() for p in model.parameters())
     print(f"{config.model}: {total:,} parameters, d_model {config.d_model}, {config.n_layers} layers, {config.n_heads} heads\n")
-    print(f"{'level':>5}  {'component':<44}{'updates':<38}{'context':<32}{'parameters':>12}")
+    print(f"{'level':>5}  {'component':<44}{'updates':<38}{'context':<42}{'parameters':>12}")
     for row in rows:
-        print(f"{row['level']:>5}  {row['component']:<44}{row['updates']:<38}{row['context']:<32}{row['parameters']:>12,}")
+        print(f"{row['level']:>5}  {row['component']:<44}{row['updates']:<38}{row['context']:<42}{row['parameters']:>12,}")
     print("\nLevel 1 updates most often. Parameters of a level that learns in context are its learned start.")
 
 
