@@ -401,20 +401,24 @@ def write(layers, k, target, eta, alpha, q=None, *, theta=None, momentum=None, d
 
 def demo():
     torch.manual_seed(0)
-    d, n = 32, 24
-    k, v = l2norm(torch.randn(n, d)), torch.randn(n, d)
-    one = torch.ones(n)
-    print(f"{n} random pairs written once, in order, into a {d} x {d} memory; relative error when read back:\n")
-    print(f"{'':34}{'first 8':>9}{'last 8':>9}")
+    d, n, again = 32, 8, 4
+    k, v = l2norm(torch.randn(n, d)), torch.randn(n + again, d)
+    k = torch.cat([k, k[:again]])
+    one, zero = torch.ones(n + again), torch.zeros(d, d)
+    print(f"{n} random pairs written into a {d} x {d} memory, then {again} of the keys once more with new values;")
+    print("relative error when read back:\n")
+    print(f"{'':34}{'rewritten keys':>16}{'other keys':>12}")
     rules = {
         "Hebbian        (delta 0)": linear_attention(k, k, v),
+        "  with retention 0.9 ": retention(k, k, v, 0.9 * one),
         "delta rule     (delta 1)": delta_net(k, k, v, one),
-        "  with retention 0.9": scan(torch.zeros(d, d), k, v, one, 0.9 * one, k),
-        "  with momentum 0.5, step 0.5": scan(torch.zeros(d, d), k, v, 0.5 * one, one, k, theta=0.5 * one),
+        "  with retention 0.9": scan(zero, k, v, one, 0.9 * one, k),
+        "  with momentum 0.3, step 0.7": scan(zero, k, v, 0.7 * one, one, k, theta=0.3 * one),
     }
     for name, (_, W, _) in rules.items():
-        error = (k @ W.mT - v).norm(dim=-1) / v.norm(dim=-1)
-        print(f"{name:34}{error[:8].mean():9.3f}{error[-8:].mean():9.3f}")
+        error = (k[again:] @ W.mT - v[again:]).norm(dim=-1) / v[again:].norm(dim=-1)
+        print(f"{name:34}{error[-again:].mean():16.3f}{error[:-again].mean():12.3f}")
+    n = len(k)
     args = (torch.randn(d, d), k, v, torch.rand(n), torch.rand(n), k)
     gap = max((x - y).abs().max().item() for x, y in zip(scan(*args, tile=10)[:2], scan_stepwise(*args)[:2], strict=True))
     print(f"\nscan in tiles against scan token by token: largest difference {gap:.1e} (float32)\n")
