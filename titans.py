@@ -22,7 +22,7 @@ Departures from the printed formulas, and why:
 - the boundary is the end of the *previous* chunk (NL eq. 91 prints the end of the current one: the future would leak);
 - v is normalised: self-generated targets are quadratic in the weights and otherwise diverge;
 - retention acts on W_t and not on W_0: forgetting leads back to what training knew, not to nothing (measured: 0.045 bits
-  per byte at 0.4M tokens of the nano run);
+  per byte at 0.4M tokens of the nano run, one seed);
 - the l2 gradient is taken once, at the running weights (see memory.write);
 - eta stays below 1 + alpha: along a key the state is multiplied by alpha - eta, stable, yet negative where parity needs it;
 - the gradient that an MLP's second layer W1 hands down is divided by 1 + |W1|^2, so that it stays shorter than the error
@@ -49,7 +49,7 @@ EPS = 1e-6  # of l2norm
 
 
 class _CausalConv(torch.autograd.Function):
-    """Depthwise convolution as shifted multiply-adds: several times faster on a CPU than conv1d, forward and backward."""
+    """Depthwise convolution as shifted multiply-adds: on a CPU faster than conv1d and its backward."""
 
     @staticmethod
     def forward(ctx, x, w):  # x [B, width-1+T, D], w [width, D]
@@ -137,7 +137,7 @@ class _SelfModify(torch.autograd.Function):
     # What limits it now (`python bench.py speed --profile hope`: one training step, d 256, 4 x 1024 tokens, one CPU thread):
     # this function takes 36% of the step (forward 13%, backward 23%), the projections and MLPs around it 42%. Two thirds of
     # its time are batched products of 64 x 64 x 194, a third passes over the [C, C] decays and [C, rows] errors between
-    # them. On a GPU it is bound by the launches of these small kernels, one chunk after the other.
+    # them. Not measured on a GPU, where we expect it bound by the launches of these small kernels, one chunk after the other.
 
     @staticmethod
     def forward(ctx, x, q, W, W0, b_eta, b_alpha, A, chunk, step):
