@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 # OpenMP threads wait for each other by spinning, as long as they like: with a second busy process on the machine they
-# spin against it, and training here took a hundred times as long. A short spin cost single operations nothing measurable when alone.
+# spin against it: training here took a hundred times as long. A short spin cost single operations nothing measurable.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import numpy as np
