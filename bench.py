@@ -23,6 +23,7 @@ beside --out, and the same command goes on where an earlier one was stopped.
 """
 
 import argparse
+import ctypes
 import json
 import math
 import multiprocessing
@@ -60,6 +61,7 @@ from train import (
 )
 
 HERE = Path(__file__).resolve().parent
+M_MMAP_THRESHOLD = -3  # of malloc.h
 SEARCH_SEED = 100  # of the learning-rate runs
 load_corpus = cache(load_corpus)  # a worker trains many cells on one corpus
 
@@ -134,6 +136,9 @@ def step_memory(config: HopeConfig, batch_size: int, seq_len: int, device: str, 
     """Peak MiB of one training step above model and optimizer state. On a CPU call it in a fresh process."""
     if threads:
         torch.set_num_threads(threads)
+    with suppress(OSError, AttributeError):
+        # glibc, left alone, keeps freed tensors among living ones: the mark would tell of its hoard, not of the step's need
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 2**10)
     model, inputs, targets = build(config, batch_size, seq_len, device)
     optimizer = optimizer_for(model, TrainConfig())
     training_step(model, inputs[:1, :16], targets[:1, :16])  # loads libraries, and makes the optimizer's state

@@ -49,11 +49,13 @@ EPS = 1e-6  # of l2norm
 
 
 class _CausalConv(torch.autograd.Function):
-    """Depthwise convolution as shifted multiply-adds: on a CPU faster than conv1d and its backward."""
+    """SiLU of a depthwise convolution, as shifted multiply-adds: on a CPU faster than conv1d and its backward.
+
+    The backward computes the convolution again, which is cheaper than keeping what SiLU was applied to.
+    """
 
     @staticmethod
-    def forward(ctx, x, w):  # x [B, width-1+T, D], w [width, D]
-        ctx.save_for_backward(x, w)
+    def convolve(x, w):
         T = x.shape[1] - len(w) + 1
         y = x[:, :T] * w[0]
         for j in range(1, len(w)):
@@ -61,9 +63,15 @@ class _CausalConv(torch.autograd.Function):
         return y
 
     @staticmethod
+    def forward(ctx, x, w):  # x [B, width-1+T, D], w [width, D]
+        ctx.save_for_backward(x, w)
+        return F.silu(_CausalConv.convolve(x, w), inplace=True)
+
+    @staticmethod
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
         T = grad.shape[1]
+        grad = torch.ops.aten.silu_backward(grad, _CausalConv.convolve(x, w))
         dx, dw = torch.zeros_like(x, dtype=grad.dtype), []
         for j in range(len(w)):
             dx[:, j : j + T].addcmul_(grad, w[j])
@@ -89,7 +97,7 @@ class ShortConvolution(nn.Module):
             tail = x.new_zeros(x.shape[0], width - 1, x.shape[2])
         x = torch.cat([tail, x], 1)
         # a copy, or the state would keep the whole input alive
-        return F.silu(_CausalConv.apply(x, self.weight)), x[:, x.shape[1] - width + 1 :].clone()
+        return _CausalConv.apply(x, self.weight), x[:, x.shape[1] - width + 1 :].clone()
 
 
 def linear(d_in, d_out, scale=1.0):
@@ -169,12 +177,11 @@ class _SelfModify(torch.autograd.Function):
             X = unit_lower_inverse(ce[:, :C] * S[:, :C])
             r = X @ r
             # read at the running weights, then write
-            qW = qc @ W[:, :d].mT
-            y[:, i : i + chunk] = torch.baddbmm(a[:, 1:] * qW, ce[:, 1:] * S[:, C:], r[..., :d])
+            y[:, i : i + chunk] = torch.baddbmm(a[:, 1:] * (qc @ W[:, :d].mT), ce[:, 1:] * S[:, C:], r[..., :d])
             W = torch.baddbmm(a[:, C:] * W, (ce[:, C].unsqueeze(-1) * r).mT, k)
             if any(ctx.needs_input_grad):
-                saved += [boundary, kv, norm, kq, S, X, r, P, alpha, sig, z_alpha, qW]
-        ctx.save_for_backward(x, W0, A, *saved)
+                saved += [boundary, kv, norm, X, r, P, alpha, sig, z_alpha]
+        ctx.save_for_backward(x, q, W0, A, *saved)
         ctx.chunk, ctx.step = chunk, step
         return y, W, boundary.clone()  # a copy: the first one is an input
 
@@ -186,18 +193,19 @@ class _SelfModify(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx, dy, dW, d_boundary):
-        x, W0, A, *saved = ctx.saved_tensors
+        x, q, W0, A, *saved = ctx.saved_tensors
         N, T, d = x.shape
-        chunk, step, per_chunk = ctx.chunk, ctx.step, 12
+        chunk, step, per_chunk = ctx.chunk, ctx.step, 9
         dx, dq, dW0 = torch.empty_like(x), torch.empty_like(x), torch.zeros_like(W0)
         dz_eta, dz_alpha, dA = x.new_empty(N, T), x.new_empty(N, T), torch.zeros_like(A)
         for i in range((T - 1) // chunk * chunk, -1, -chunk):
             j = i // chunk * per_chunk
-            W, kv, norm, kq, S, X, r, P, alpha, sig, z_alpha, qW = saved[j : j + per_chunk]
-            xc, dyc = x[:, i : i + chunk], dy[:, i : i + chunk]
+            W, kv, norm, X, r, P, alpha, sig, z_alpha = saved[j : j + per_chunk]
+            xc, qc, dyc = x[:, i : i + chunk], q[:, i : i + chunk], dy[:, i : i + chunk]
             C = xc.shape[1]
             k, v = kv.unbind(2)
-            q, one_alpha = kq[:, C:], 1 + alpha
+            kq, one_alpha = torch.cat([k, qc], 1), 1 + alpha
+            S = kq @ k.mT  # again: kept for all chunks it would be a seventh of what the function keeps
             eta = step * one_alpha * sig
             a, ce = P[..., :1], P[..., 1:] * eta.unsqueeze(1)
             last = ce[:, C].unsqueeze(-1)
@@ -211,8 +219,8 @@ class _SelfModify(torch.autograd.Function):
             # through the read y = a qW + (ce S_q) r
             dr[..., :d].baddbmm_((ce[:, 1:] * S[:, C:]).mT, dyc)
             d_read = dyc @ r[..., :d].mT
-            ady = a[:, 1:] * dyc
-            dW[:, :d].baddbmm_(ady.mT, q)
+            dyW = dyc @ W[:, :d]
+            dW[:, :d].baddbmm_((a[:, 1:] * dyc).mT, qc)
             # through the solve (I + ce S_k) r = v - k + (v - k) W0^T + (v - a k) W^T
             dr = X.mT @ dr
             d_solve = (dr @ r.mT).neg_()
@@ -227,13 +235,13 @@ class _SelfModify(torch.autograd.Function):
             dk.baddbmm_(dS.mT, kq)
             dkq = dS @ k
             dk.add_(dkq[:, :C])
-            dq[:, i : i + chunk] = dkq[:, C:].baddbmm_(ady, W[:, :d])
+            dq[:, i : i + chunk] = dkq[:, C:].addcmul_(a[:, 1:], dyW)
             # through step sizes and retention
             dce = F.pad(d_solve.mul_(S[:, :C]), (0, 0, 0, 1))
             dce[:, 1:].addcmul_(d_read, S[:, C:])
             dce[:, C].add_(d_last)
             deta = (dce * P[..., 1:]).sum(1)
-            da = F.pad(torch.linalg.vecdot(dyc, qW), (1, 0))
+            da = F.pad(torch.linalg.vecdot(dyW, qc), (1, 0))
             da[:, :C].sub_(torch.linalg.vecdot(k, dZ))
             da[:, C].add_(da_C)
             dP = torch.cat([da.unsqueeze(-1), dce * eta.unsqueeze(1)], -1)
