@@ -138,7 +138,7 @@ def step_memory(config: HopeConfig, batch_size: int, seq_len: int, device: str, 
         torch.set_num_threads(threads)
     with suppress(OSError, AttributeError):
         # glibc, left alone, keeps freed tensors among living ones: the mark would tell of its hoard, not of the step's need
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 2**10)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 16 * 2**10)
     model, inputs, targets = build(config, batch_size, seq_len, device)
     optimizer = optimizer_for(model, TrainConfig())
     training_step(model, inputs[:1, :16], targets[:1, :16])  # loads libraries, and makes the optimizer's state

@@ -404,15 +404,10 @@ class SelfModifyingTitans(nn.Module):
         else:
             u1 = u - (k @ starts[0][:, : n * d].mT).unflatten(-1, (n, d)).transpose(-3, -2)
         u1 = torch.cat([u1.transpose(-3, -2).flatten(-2), gate_targets - k @ starts[0][:, n * d :].mT], -1)
-        # memory's own rows are read at q, the others are only written
-        S = momentum[0] if momentum else None
-        parts = []
-        for rows, at in ((slice(0, d), q), (slice(d, None), None)):
-            S_rows = None if S is None else S[..., rows, :]
-            parts.append(scan(running[0][..., rows, :], k, u1[..., rows], q=at, S=S_rows, **rates))
-        y = parts[0][0] + q @ starts[0][:, :d].mT
-        running = [torch.cat([parts[0][1], parts[1][1]], -2), *running[1:]]
-        momentum = momentum and [torch.cat([parts[0][2], parts[1][2]], -2), *momentum[1:]]
+        # all rows are read at q, though only memory's own are needed: a second scan for the others would cost more
+        y, W, S = scan(running[0], k, u1, q=q, S=momentum[0] if momentum else None, **rates)
+        y = y[..., :d] + q @ starts[0][:, :d].mT
+        running, momentum = [W, *running[1:]], momentum and [S, *momentum[1:]]
         if self.mode == "boundary":
             y = q @ boundary[0][..., :d, :].mT
         if second:  # a memory from h to what is left of the targets; h is not of unit length, see memory.write
