@@ -84,13 +84,16 @@ def orthogonal_to_rms(memories, steps=5):
     return [O * (RMS * max(O.shape) ** 0.5) for O in orthogonal(memories, steps)]
 
 
+def unit(g):
+    """g scaled to unit length (Frobenius norm); zero stays zero."""
+    return to_rms(g, g.numel() ** -0.5)
+
+
 READS = {"linear": lambda memories, steps: memories,
          "rms": lambda memories, steps: [to_rms(M) for M in memories],
          "newton_schulz": orthogonal_to_rms}  # fmt: skip
-# Feature maps of gradients (NL eq. 51)
-FEATURES = {"linear": lambda g: g,
-            "unit": lambda g: to_rms(g, g.shape[-1] ** -0.5),  # rows of unit length in the mean: no scale left
-            "sign": torch.sign}  # fmt: skip
+# Feature maps of gradients (NL eq. 51), each with the scale it took away, which the reading gets back
+FEATURES = {"linear": lambda g: (g, 1.0), "sign": lambda g: (g.sign(), 1.0), "unit": lambda g: (unit(g), g.norm())}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The step that all optimizers share
@@ -253,8 +256,8 @@ class DeltaMomentum(Momentum):
 
     def write(self, g, state, group):
         M = tensor(state, "M", g)
-        unit = to_rms(g, g.numel() ** -0.5)
-        old = torch.linalg.multi_dot([M, unit.mT, unit])  # in the cheaper order
+        u = unit(g)
+        old = torch.linalg.multi_dot([M, u.mT, u])  # in the cheaper order
         return M.mul_(group["momentum"]).sub_(old, alpha=group["delta"]).add_(g)
 
 
@@ -263,34 +266,34 @@ class DeepMomentum(GradientDescent):
 
     m maps rows of u to rows of I, so it has W's input and output width, and learns by one step of size eta per gradient on
     the objective ("dot" is NL's <m(u^T), 1>). depth 2: m(u) = (I + B) silu(A u), A like g, B square, both from zero, so
-    retention leads back to a plain momentum; a g with more rows than columns is transposed.
+    retention leads back to the identity; a g with more rows than columns is transposed. A and B feed each other: with
+    features "unit" and eta <= 1 - momentum they stay bounded for all gradients (larger: diverged on a language model).
 
     NL eq. 50 prints W <- W + m(u), which has W's shape for no m that maps keys to values. We add the linear map that m is
     at u, (I + B) diag(mean slope) A, the mean over rows of u. For depth 1 it is the matrix A: a linear memory is read as
-    itself. Then momentum is objective "dot", features "linear", eta 1.
+    itself. Then momentum is features "linear", eta 1.
     """
 
     matrices = True
 
-    def __init__(self, params, lr=1e-2, momentum=0.9, eta=0.1, depth=2, objective="l2", features="unit", weight_decay=0.0,
+    def __init__(self, params, lr=1e-2, momentum=0.9, eta=0.1, depth=2, objective="dot", features="unit", weight_decay=0.0,
                  output="linear"):  # fmt: skip
         super().__init__(params, lr, weight_decay, momentum=momentum, eta=eta, depth=depth, objective=objective,
                          features=features, output=output)  # fmt: skip
 
     def write(self, g, state, group):
         tall = g.shape[0] > g.shape[1]
-        u = FEATURES[group["features"]](g.mT if tall else g)
+        u, scale = FEATURES[group["features"]](g.mT if tall else g)
         identity = torch.eye(len(u), dtype=u.dtype, device=u.device)
         layers = [tensor(state, "A", u)]
         if group["depth"] == 2:
             layers.append(identity + tensor(state, "B", identity))
-        A, *B = memorize(layers, u, identity, group["momentum"], group["eta"], group["objective"])
-        state["A"] = M = A
-        if B:  # retention acts on what was learned, not on the identity
-            B = B[0].add_(identity, alpha=-group["momentum"])
-            state["B"] = B
-            M = silu_derivative(u @ A.mT).mean(0).unsqueeze(1) * A
-            M = M + B @ M
+        state["A"], *outer = memorize(layers, u, identity, group["momentum"], group["eta"], group["objective"])
+        M = state["A"] * scale
+        for layer in outer:
+            state["B"] = layer.sub_(identity, alpha=group["momentum"])  # retention acts on what was learned alone
+            M = silu_derivative(u @ state["A"].mT).mean(0).unsqueeze(1) * M
+            M = M + state["B"] @ M
         return M.mT if tall else M
 
 
@@ -523,13 +526,12 @@ class Together:
             optimizer.load_state_dict(own)
 
 
-# Of the matrices of a model; all but AdamW's reads have the root mean square RMS, so one lr serves matrices and the rest.
+# Of the matrices of a model. All are read through Newton-Schulz, so what differs is the memory; one lr serves all and AdamW.
 MATRIX_OPTIMIZERS = {
     "muon": Muon,
     "m3": M3,
-    "momentum": partial(Momentum, output="rms"),
-    "delta_momentum": partial(DeltaMomentum, output="rms"),
-    "dmgd": partial(DeepMomentum, output="rms"),
+    "delta_momentum": partial(DeltaMomentum, output="newton_schulz"),
+    "dmgd": partial(DeepMomentum, output="newton_schulz"),
 }
 OPTIMIZERS = ("adamw", *MATRIX_OPTIMIZERS)
 

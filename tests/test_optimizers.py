@@ -5,7 +5,7 @@ float64 and 1e-10 unless a test says otherwise. NL is arXiv 2512.24695.
     python -m pytest tests/test_optimizers.py
 """
 
-import copy
+import io
 import math
 
 import pytest
@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import optimizers
 from hope import Hope, HopeConfig
-from memory import l2norm, scan, scan_stepwise, write
+from memory import scan, write
 from optimizers import (
     CUBIC,
     DGD,
     M3,
-    RMS,
+    OPTIMIZERS,
     AdaGradMemory,
     AdamMemory,
     DeepMomentum,
@@ -29,15 +28,14 @@ from optimizers import (
     Momentum,
     Muon,
     PreconditionedMomentum,
-    Together,
     memorize,
     newton_schulz,
     optimizer_by_name,
     split_parameters,
-    to_rms,
 )
 
 SHAPES = [(6, 4), (3, 8), (4, 6), (5, 5)]
+KINDS = list(OPTIMIZERS)
 MATRICES = [DeltaMomentum, DeepMomentum, Muon, M3]
 ALL = [GradientDescent, Momentum, PreconditionedMomentum, AdamMemory, AdaGradMemory, *MATRICES]
 
@@ -67,10 +65,6 @@ def run(make, steps=12, rates=None, **options):
 
 def difference(a, b):
     return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
-
-
-def moved(params, before):
-    return [p.detach() - b for p, b in zip(params, before, strict=True)]
 
 
 # Equal to torch's own
@@ -235,14 +229,14 @@ def test_deep_momentum_with_a_linear_memory_read_as_itself_is_momentum():
 
 @pytest.mark.parametrize("objective", ["dot", "l2"])
 def test_deep_momentum_learns_by_gradient_descent_and_is_read_as_its_jacobian(objective):
-    """NL eq. 50: m(u) = (I + B) silu(A u) on the rows of u = g / |g|, values I; the update is dm/du, mean over the rows."""
+    """NL eq. 50: m(u) = (I + B) silu(A u) on the rows of u = g / |g|, values I; the update is dm/du, mean over rows, by |g|."""
     torch.manual_seed(0)
     w = nn.Parameter(torch.zeros(3, 5, dtype=torch.float64))
     optimizer = DeepMomentum([w], lr=1.0, momentum=0.8, eta=0.3, objective=objective)
     A, B, identity = torch.zeros(3, 5).double(), torch.zeros(3, 3).double(), torch.eye(3).double()
     for _ in range(6):
         g = torch.randn(3, 5, dtype=torch.float64)
-        u = g / g.norm() * 3**0.5  # rows of unit length, in the mean of squares
+        u = g / g.norm()
         A.requires_grad_(), B.requires_grad_()
         y = F.silu(u @ A.mT) @ (identity + B).mT
         loss = -(y * identity).sum() if objective == "dot" else (y - identity).square().sum() / 2
@@ -252,7 +246,7 @@ def test_deep_momentum_learns_by_gradient_descent_and_is_read_as_its_jacobian(ob
         before = w.detach().clone()
         w.grad = g
         optimizer.step()
-        assert (before - w - torch.stack(jacobians).mean(0)).abs().max() < 1e-12
+        assert (before - w - g.norm() * torch.stack(jacobians).mean(0)).abs().max() < 1e-12
 
 
 def test_tall_gradients_are_transposed_in_deep_momentum():
@@ -373,3 +367,309 @@ def test_m3_as_printed_is_algorithm_1():
             O2 = singular_values_by_polynomial(M2)
         W = W - 0.1 * (singular_values_by_polynomial(M1) + 0.5 * O2) / (V.sqrt() + 1e-3)
     assert (p - W).abs().max() < 1e-10
+
+
+def test_a_larger_model_s_matrices_share_one_stack_without_changing_anything():
+    """Equal shapes, also transposed, are orthogonalised at once: each matrix as if it were alone."""
+    shapes = [(4, 6), (6, 4), (4, 6), (5, 5)]
+    together = weights(shapes=shapes)
+    alone = [nn.Parameter(w.detach().clone()) for w in together]
+    optimizers = [M3(together), *(M3([w]) for w in alone)]
+    for grads in gradients(11, shapes=shapes):
+        for params in (together, alone):
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert difference([w.detach() for w in together], [w.detach() for w in alone]) < 1e-12
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_newton_schulz_in_bfloat16_on_a_gpu_is_near_the_exact_polynomial():
+    torch.manual_seed(0)
+    G = torch.randn(3, 64, 96, dtype=torch.float64)
+    expected = torch.stack([singular_values_by_polynomial(g) for g in G])
+    assert (newton_schulz(G.float().cuda()).double().cpu() - expected).norm() < 0.02 * expected.norm()
+
+
+# DGD
+
+
+@pytest.mark.parametrize("length", [0.1, 1.0, 7.0])
+def test_dgd_is_the_minimiser_of_its_problem(length):
+    """NL eq. 56 for one token of any length, solved by Newton's method on the printed objective."""
+    torch.manual_seed(0)
+    layer, lr = nn.Linear(5, 3, bias=False).double(), 0.4
+    optimizer = DGD(layer, lr=lr)
+    start, x = layer.weight.detach().clone(), F.normalize(torch.randn(1, 5).double(), dim=1) * length
+    y = layer(x)
+    gradient = 3 * y.detach() ** 2
+    (y**3).sum().backward()
+
+    def objective(W):
+        return (W @ x[0] + gradient[0]).square().sum() / 2 + (W - start).square().sum() / (2 * lr)
+
+    W = start.clone()
+    slope, curvature = torch.func.grad(objective)(W), torch.func.hessian(objective)(W)
+    W = W - torch.linalg.solve(curvature.reshape(15, 15), slope.flatten()).reshape(3, 5)  # quadratic: one step is exact
+    assert torch.func.grad(objective)(W).abs().max() < 1e-10
+    optimizer.step()
+    assert (layer.weight - W).abs().max() < 1e-10
+
+
+def test_dgd_follows_the_tokens_of_a_batch_one_by_one():
+    """Batch, time and bias: W <- W (I - eta' x x^T) - eta' dL/dy x^T, dL/dy at the weights before the batch."""
+    torch.manual_seed(0)
+    model, lr = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2, bias=False)).double(), 0.3
+    optimizer = DGD(model, lr=lr, weight_decay=0.1)
+    inputs = torch.randn(2, 5, 4, dtype=torch.float64)
+    first, last = model[0], model[2]
+    h = first(inputs).detach().requires_grad_()
+    y = last(torch.tanh(h)).detach().requires_grad_()
+    y.square().sum().backward()
+    (torch.tanh(h) @ last.weight.detach().mT * y.grad).sum().backward()
+    optimizer.zero_grad()  # forgets the passes made so far
+    expected = []
+    augmented = torch.cat([inputs, torch.ones(2, 5, 1, dtype=torch.float64)], -1)
+    W1, W2 = torch.cat([first.weight, first.bias[:, None]], 1).detach(), last.weight.detach()
+    for W, k, g in ((W1, augmented, h.grad), (W2, torch.tanh(h).detach(), y.grad)):
+        W = W * (1 - lr * 0.1)
+        for x, slope in zip(k.flatten(0, 1), g.flatten(0, 1), strict=True):
+            eta = lr / (1 + lr * x @ x)
+            W = W - eta * torch.outer(W @ x + slope, x)
+        expected.append(W)
+    with torch.no_grad():
+        model(100 * inputs)  # is not recorded
+    for rows in inputs:  # two passes, one step
+        model(rows[None]).square().sum().backward()
+    optimizer.step()
+    got = [torch.cat([first.weight, first.bias[:, None]], 1).detach(), last.weight.detach()]
+    assert difference(got, expected) < 1e-10
+    before = last.weight.detach().clone()
+    optimizer.step()  # nothing new was recorded
+    assert torch.equal(last.weight, before)
+
+
+def test_dgd_recovers_gradient_descent_for_small_inputs():
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3, bias=False).double()
+    optimizer, before, x = DGD(layer, lr=0.1), layer.weight.detach().clone(), 1e-5 * torch.randn(1, 4).double()
+    (layer(x) @ torch.tensor([1e5, 2e5, -1e5]).double()).sum().backward()
+    optimizer.step()
+    assert torch.allclose(layer.weight - before, -0.1 * layer.weight.grad, rtol=1e-4)
+
+
+# The statements of the paper
+
+
+def test_the_last_7_gradients_hold_half_of_momentum_and_the_last_44_99_percent():
+    """NL sec. 4.3, counted: at beta = 0.9 (the paper says 6 and 43, which hold 46.9% and 98.9%)."""
+    p = nn.Parameter(torch.zeros(400, dtype=torch.float64))
+    optimizer = Momentum([p], momentum=0.9)
+    for i in range(400):  # gradient i points along axis i: M holds the weight of each
+        p.grad = torch.zeros_like(p)
+        p.grad[i] = 1
+        optimizer.step()
+    held = (optimizer.state[p]["M"].flip(0) / optimizer.state[p]["M"].sum()).cumsum(0).tolist()
+    assert held[6 - 1] == pytest.approx(0.4686, abs=1e-4) and held[43 - 1] == pytest.approx(0.9892, abs=1e-4)
+    assert min(n for n in range(1, 401) if held[n - 1] >= 0.5) == 7
+    assert min(n for n in range(1, 401) if held[n - 1] >= 0.99) == 44
+
+
+def test_momentum_forgets_the_first_of_two_orthogonal_tasks_and_the_slow_memory_does_not():
+    """NL eq. 45: 50 gradients along u1, then 50 along u2. What is left of the first task, as a share of what was held?"""
+    u1, u2 = torch.eye(4, dtype=torch.float64)[:2].unsqueeze(1)
+    p = nn.Parameter(torch.zeros(1, 4, dtype=torch.float64))
+    q = nn.Parameter(torch.zeros(1, 4, dtype=torch.float64))
+    momentum, m3 = Momentum([p], momentum=0.9), M3([q], betas=(0.9, 0.95, 0.9), alpha=0.5, frequency=10)
+    for u in (u1, u2):
+        for _ in range(50):
+            p.grad = q.grad = u
+            momentum.step(), m3.step()
+        if u is u1:
+            full = [momentum.state[p]["M"][0, 0].item(), m3.state[q]["M2"][0, 0].item()]
+    left = [momentum.state[p]["M"][0, 0].item() / full[0], m3.state[q]["M2"][0, 0].item() / full[1]]
+    assert left[0] == pytest.approx(0.9**50) and left[0] < 0.0052  # 0.5%
+    assert left[1] == pytest.approx(0.9**5) and left[1] > 0.59  # 59%
+    # and so it is in what moves the weights: half of the slow memory's reading is still along u1, of the fast one's 0.5%
+    slow, fast = m3.state[q]["O2"], newton_schulz(m3.state[q]["M"])
+    assert slow[0, 0] / slow.norm() > 0.5 and fast[0, 0] / fast.norm() < 0.0053
+
+
+# Whole models
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.linear, self.head = nn.Embedding(5, 4), nn.Linear(4, 6), nn.Linear(6, 5, bias=False)
+        self.conv = nn.Conv1d(4, 4, 3)
+        self.short = nn.ModuleDict({"conv": nn.Linear(4, 3, bias=False)})
+        self.start, self.start2 = nn.Parameter(torch.zeros(2, 4, 4)), nn.Parameter(torch.zeros(4, 4))
+        self.norm = nn.RMSNorm(4)
+
+
+def test_matrices_are_what_maps_features_to_features():
+    model = Model()
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices, decayed, plain = ([names[id(p)] for p in part] for part in split_parameters(model))
+    assert matrices == ["linear.weight"]
+    assert decayed == ["head.weight", "conv.weight", "short.conv.weight"]
+    assert plain == ["start", "start2", "embedding.weight", "linear.bias", "conv.bias", "norm.weight"]
+
+
+@pytest.mark.parametrize("name", ["hope", "titans", "transformer", "gated_deltanet"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_of_a_model_has_one_optimizer(name, kind):
+    model = Hope(HopeConfig.preset("nano", model=name, d_model=32, n_layers=1, n_heads=2))
+    groups = optimizer_by_name(model, kind).param_groups
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in model.parameters())
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for parameter, p in model.named_parameters():
+        undecayed = p.ndim < 2 or "start" in parameter or "embedding" in parameter or "bias" in parameter
+        assert decay[id(p)] == (0 if undecayed else 0.1), parameter
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_optimizer_goes_on_as_if_never_stopped(kind):
+    def model_and_optimizer():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
+        return model, optimizer_by_name(model, kind)
+
+    def steps(model, optimizer, numbers):
+        for t in numbers:
+            optimizer.zero_grad()
+            model(torch.randn(8, 4, generator=torch.Generator().manual_seed(t))).square().sum().backward()
+            optimizer.step()
+
+    model, optimizer = model_and_optimizer()
+    steps(model, optimizer, range(25))
+    saved, file = model_and_optimizer(), io.BytesIO()
+    steps(*saved, range(13))  # in the middle of M3's slow period
+    torch.save([part.state_dict() for part in saved], file)
+    file.seek(0)
+    again = model_and_optimizer()
+    for part, state in zip(again, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    steps(*again, range(13, 25))
+    for a, b in zip(model.parameters(), again[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_non_linear_reads_have_one_scale():
+    """One learning rate serves them all: the update's root mean square is 0.2 lr, as AdamW's usually is."""
+    for kind in KINDS[1:]:
+        w = nn.Parameter(torch.zeros(48, 64))
+        model = nn.Module()
+        model.w = w
+        optimizer = optimizer_by_name(model, kind, lr=1.0, weight_decay=0.0)
+        for (g,) in gradients(20, shapes=[(48, 64)], dtype=torch.float32):
+            before = w.detach().clone()
+            w.grad = g
+            optimizer.step()
+        assert (w.detach() - before).square().mean().sqrt() == pytest.approx(0.2, rel=0.2), kind
+
+
+def test_state_of_other_optimizers_is_refused():
+    model = Model()
+    with pytest.raises(ValueError, match="not of 2 optimizers"):
+        optimizer_by_name(model, "m3").load_state_dict(optimizer_by_name(model, "adamw").state_dict())
+
+
+def test_parameter_groups_have_their_own_rates():
+    a, b = weights(shapes=[(3, 4), (3, 4)])
+    before = [a.detach().clone(), b.detach().clone()]
+    optimizer = Muon([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.3}])
+    a.grad = b.grad = torch.randn(3, 4, dtype=torch.float64)
+    optimizer.step()
+    assert torch.allclose(3 * (a - before[0]), b - before[1])
+    assert optimizer.step(lambda: 5) == 5
+
+
+# Bad input raises before any state changes
+
+
+BAD = {
+    "lr": (ALL, [0, -1.0, math.nan, math.inf, "fast"]),
+    "weight_decay": (ALL, [-0.1, math.nan]),
+    "momentum": ([Momentum, PreconditionedMomentum, DeltaMomentum, DeepMomentum, Muon], [1, -0.1, None]),
+    "betas": ([AdamMemory, M3], [(0.9, 1.0, 0.9), (-0.1, 0.9, 0.9)]),
+    "beta": ([PreconditionedMomentum], [1.0]),
+    "eps": ([AdamMemory, AdaGradMemory, M3], [-1e-8]),
+    "delta": ([DeltaMomentum], [-0.1, 1.1]),
+    "eta": ([DeepMomentum], [0]),
+    "depth": ([DeepMomentum], [0, 3, 1.5]),
+    "objective": ([DeepMomentum], ["l3"]),
+    "features": ([DeepMomentum], ["cubic"]),
+    "output": ([Momentum, DeltaMomentum], ["softmax"]),
+    "retention": ([AdaGradMemory], [0, 1.1]),
+    "alpha": ([M3], [-1]),
+    "frequency": ([M3], [0, -3, 2.5]),
+    "steps": ([Muon, M3], [0]),
+}
+
+
+@pytest.mark.parametrize("name, value, make", [(n, v, m) for n, (makes, values) in BAD.items() for m in makes for v in values])
+def test_bad_hyper_parameters_are_refused(name, value, make):
+    with pytest.raises(ValueError, match=f"^{name} is .*: legal is ") as error:
+        make([nn.Parameter(torch.zeros(3, 4))], **{name: value})
+    assert repr(value) in str(error.value)
+    optimizer = make([nn.Parameter(torch.zeros(3, 4))])
+    with pytest.raises(ValueError, match=f"^{name} is "):  # a group's own value too
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, 4))], name: value})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("make", [*MATRICES, lambda w: Momentum(w, output="newton_schulz")])
+def test_matrix_optimizers_refuse_vectors_and_stacks(make):
+    for shape in ((4,), (2, 3, 4)):
+        with pytest.raises(ValueError, match="takes matrices, got a parameter of shape"):
+            make([nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(shape))])
+
+
+@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("bad", ["nan", "inf", "sparse"])
+def test_bad_gradients_are_refused_before_anything_changes(make, bad):
+    params = weights()
+    optimizer = make(params)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    if bad == "sparse":
+        params[-1].grad = params[-1].grad.to_sparse()
+    else:
+        params[-1].grad[0, 0] = float(bad)
+    before = [p.detach().clone() for p in params]
+    state = [{k: torch.as_tensor(v).clone() for k, v in optimizer.state[p].items()} for p in params]
+    with pytest.raises(ValueError, match=r"gradient of a parameter of shape \(5, 5\) is (not finite|sparse)"):
+        optimizer.step()
+    assert difference(params, before) == 0
+    for p, old in zip(params, state, strict=True):
+        assert all(torch.equal(torch.as_tensor(optimizer.state[p][k]), v) for k, v in old.items())
+
+
+def test_large_finite_gradients_are_no_error():
+    w = nn.Parameter(torch.zeros(3, 4))
+    w.grad = torch.full((3, 4), 3e38)  # their norm is infinite
+    GradientDescent([w], lr=1e-38).step()
+    assert torch.allclose(w.detach(), torch.tensor(-3.0), rtol=0.1)
+
+
+def test_dgd_refuses_bad_input():
+    with pytest.raises(ValueError, match="nn.Linear"):
+        DGD(nn.Tanh())
+    with pytest.raises(ValueError, match="lr is 0: legal is above 0"):
+        DGD(nn.Linear(2, 2), lr=0)
+    layer = nn.Linear(2, 2)
+    optimizer, before = DGD(layer), layer.weight.detach().clone()
+    (layer(torch.ones(1, 2)) * math.inf).sum().backward()
+    with pytest.raises(ValueError, match="not finite"):
+        optimizer.step()
+    assert torch.equal(layer.weight, before)
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(ValueError, match="optimizer is 'adam': legal are adamw, muon, m3"):
+        optimizer_by_name(Model(), "adam")
