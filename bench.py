@@ -394,7 +394,7 @@ def compare(args, pool) -> dict:
     if SEARCH_SEED in seeds:
         raise ValueError(f"seeds has {SEARCH_SEED}, which chooses the learning rates: legal are others")
     device = str(device_for(args.device))
-    threads = max(1, cores() // args.jobs)
+    threads = args.threads or max(1, cores() // args.jobs)
 
     def cell(spec, lr, seed, tokens):
         model, _, optimizer = spec.partition("@")
@@ -470,7 +470,7 @@ def compare_optimizers(args) -> dict:
 
 def step_times(title: str, config: HopeConfig, names: list[str], args) -> dict[str, list[float]]:
     """Seconds of ten steps of each optimizer, round by round, on random gradients; prints medians and ratios."""
-    torch.set_num_threads(max(1, cores() // args.jobs))
+    torch.set_num_threads(args.threads or max(1, cores() // args.jobs))
     device, models, rounds = device_for(args.device), {}, {name: [] for name in names}
     for name in names:
         torch.manual_seed(0)
@@ -650,7 +650,6 @@ def parser() -> Parser:
     s.add_argument("--n-layers", type=count, default=4, help="blocks")
     s.add_argument("--n-heads", type=count, default=4, help="heads")
     s.add_argument("--repeats", type=count, default=5, help="rounds after the warm-up")
-    s.add_argument("--threads", type=lambda text: count(text, 0), default=0, help="CPU threads; 0: torch's own choice")
     s.add_argument("--profile", metavar="MODEL", help="only print where the time of this model's training step goes")
     q.add_argument("--models", default="hope,hope:inner_step=0,transformer,transformer:conv=4,gated_deltanet,titans")
     o.add_argument("--models", default="hope,transformer", help="comma-separated")
@@ -671,9 +670,10 @@ def parser() -> Parser:
     d.add_argument("--steps", type=count, default=300, help="of every run")
     d.add_argument("--seeds", default="0,1,2", help="of weights and batches")
     d.add_argument("--lrs", default="1e-3,3e-3,1e-2", help="grid of learning rates")
-    d.add_argument("--threads", type=lambda text: count(text, 0), default=0, help="CPU threads; 0: torch's own choice")
     d.add_argument("--batch", type=count, default=64, help="images in a batch")
     d.add_argument("--out", default="results/digits.json", help="the result as JSON")
+    for command in (s, q, o, d):
+        command.add_argument("--threads", type=lambda text: count(text, 0), default=0, help="CPU threads of a process; 0: all")
     for command in (s, q, o):
         command.add_argument("--batch", type=count, default=4, help="rows in a batch")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

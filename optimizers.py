@@ -29,6 +29,7 @@ gives the rest to AdamW. Their non-linear reads have AdamW's usual root mean squ
 
 import math
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -552,3 +553,94 @@ def optimizer_by_name(model, name="adamw", lr=3e-3, weight_decay=0.1, betas=(0.9
     parts = [MATRIX_OPTIMIZERS[name](matrices, lr=lr, weight_decay=weight_decay)] if matrices else []
     parts += [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)] if groups else []
     return Together(*parts) if matrices else parts[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def toy_path(make, lr, omega, k=10.0, alpha=1.0, steps=300):
+    """[(r, theta, psi)] of an optimizer on psi = r^2 + k (r - theta + alpha sin(omega r))^2 from (-3.5, 2) (NL eq. 53).
+
+    A ravine along theta = r + alpha sin(omega r), k times as steep across as along: its direction changes with r.
+    """
+    w = nn.Parameter(torch.tensor([[-3.5, 2.0]], dtype=torch.float64))
+    optimizer, path = make([w], lr=lr), []
+    for _ in range(steps):
+        r, theta = w[0].tolist()
+        across = r - theta + alpha * math.sin(omega * r)
+        path.append((r, theta, r**2 + k * across**2))
+        if path[-1][-1] > 1e6:
+            break
+        slope = 2 * r + 2 * k * across * (1 + alpha * omega * math.cos(omega * r)), -2 * k * across
+        w.grad = torch.tensor([slope], dtype=w.dtype)
+        optimizer.step()
+    return path
+
+
+def steps_to_stay(path, below=1e-2):
+    """Steps after which psi stays below; infinite if it ends above."""
+    last = max(i for i, (_, _, psi) in enumerate(path) if not psi < below)
+    return last + 1 if last + 1 < len(path) else math.inf
+
+
+def draw(paths, omega, file, k=10.0, alpha=1.0):
+    """The toy's level lines with the paths {name: path}, and psi step by step, as a picture."""
+    import numpy as np
+    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
+
+    r, theta = np.meshgrid(np.linspace(-5, 3, 300), np.linspace(-5.5, 3.5, 300))
+    psi = r**2 + k * (r - theta + alpha * np.sin(omega * r)) ** 2
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    plane, fall = figure.subplots(1, 2)
+    plane.contourf(r, theta, np.log10(psi + 1e-3), 24, cmap="Greys_r", alpha=0.6)
+    for (name, path), color in zip(paths.items(), ("tab:blue", "tab:orange", "tab:green"), strict=True):
+        x, y, value = np.array(path).T
+        plane.plot(x, y, ".-", color=color, markersize=4, linewidth=1, label=name)
+        fall.semilogy(value, color=color, label=f"{name}: {steps_to_stay(path)} steps")
+    plane.plot(0, 0, "*", color="black", markersize=12)
+    plane.plot(-3.5, 2, "o", color="black")
+    plane.set(xlabel="r", ylabel="theta", xlim=(-5, 3), ylim=(-5.5, 3.5), title=f"k {k:g}, alpha {alpha:g}, omega {omega:g}")
+    fall.axhline(1e-2, color="black", linewidth=0.8, linestyle=":")
+    fall.set(xlabel="step", ylabel="psi", ylim=(1e-6, 1e3), xlim=(0, 200))
+    for axes in (plane, fall):
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    file.parent.mkdir(exist_ok=True)
+    figure.savefig(file, dpi=130)
+
+
+def demo():
+    makes = {"momentum": Momentum, "delta momentum": DeltaMomentum, "deep momentum": DeepMomentum}
+    rates, omegas = [2.0**-n for n in range(8, -1, -1)], (1.0, 2.0, 3.0)
+    print("NL figure 4: psi = r^2 + 10 (r - theta + sin(omega r))^2 from (-3.5, 2), defaults of every optimizer;\n"
+          "steps until psi stays below 0.01, at the best lr of 1, 1/2, ... 1/256\n")  # fmt: skip
+    print(f"{'':18}" + "".join(f"{f'omega {omega:g}':>20}" for omega in omegas))
+    shown = {}
+    for name, make in makes.items():
+        line = f"{name:18}"
+        for omega in omegas:
+            path, lr = min(((toy_path(make, lr, omega), lr) for lr in rates), key=lambda run: steps_to_stay(run[0]))
+            line += f"{f'{steps_to_stay(path)}  (lr {lr:.2g})':>20}"
+            if omega == omegas[0]:
+                shown[name] = path
+        print(line, flush=True)
+    file = Path("runs/optimizers.png")
+    draw(shown, omegas[0], file)
+    print(f"\npaths for omega {omegas[0]:g} drawn in {file}\n")
+
+    print("NL eq. 45: 50 gradients along u1, then 50 along u2. How much of what was held along u1 is left:\n")
+    u = torch.eye(4).unsqueeze(1)
+    memories = {"momentum": (Momentum, "M"), "Muon": (Muon, "M"), "M3, fast": (M3, "M"), "M3, slow": (M3, "M2")}
+    for name, (make, key) in memories.items():
+        w = nn.Parameter(torch.zeros(1, 4))
+        optimizer, held = make([w]), []
+        for task in range(2):
+            for _ in range(50):
+                w.grad = u[task]
+                optimizer.step()
+            held.append(optimizer.state[w][key][0, 0].item())
+        print(f"{name:18}{held[1] / held[0]:>12.2%}")
+
+
+if __name__ == "__main__":
+    demo()
