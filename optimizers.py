@@ -252,7 +252,7 @@ class DeltaMomentum(Momentum):
 
     matrices = True
 
-    def __init__(self, params, lr=1e-2, momentum=0.9, delta=0.5, weight_decay=0.0, output="linear"):
+    def __init__(self, params, lr=1e-2, momentum=0.9, delta=0.2, weight_decay=0.0, output="linear"):
         GradientDescent.__init__(self, params, lr, weight_decay, momentum=momentum, delta=delta, output=output)
 
     def write(self, g, state, group):
@@ -577,7 +577,7 @@ def toy_path(make, lr, omega, k=10.0, alpha=1.0, steps=300):
     return path
 
 
-def steps_to_stay(path, below=1e-2):
+def steps_to_stay(path, below=1e-3):
     """Steps after which psi stays below; infinite if it ends above."""
     last = max(i for i, (_, _, psi) in enumerate(path) if not psi < below)
     return last + 1 if last + 1 < len(path) else math.inf
@@ -600,7 +600,7 @@ def draw(paths, omega, file, k=10.0, alpha=1.0):
     plane.plot(0, 0, "*", color="black", markersize=12)
     plane.plot(-3.5, 2, "o", color="black")
     plane.set(xlabel="r", ylabel="theta", xlim=(-5, 3), ylim=(-5.5, 3.5), title=f"k {k:g}, alpha {alpha:g}, omega {omega:g}")
-    fall.axhline(1e-2, color="black", linewidth=0.8, linestyle=":")
+    fall.axhline(1e-3, color="black", linewidth=0.8, linestyle=":")
     fall.set(xlabel="step", ylabel="psi", ylim=(1e-6, 1e3), xlim=(0, 200))
     for axes in (plane, fall):
         axes.legend(frameon=False)
@@ -613,7 +613,7 @@ def demo():
     makes = {"momentum": Momentum, "delta momentum": DeltaMomentum, "deep momentum": DeepMomentum}
     rates, omegas = [2.0**-n for n in range(8, -1, -1)], (1.0, 2.0, 3.0)
     print("NL figure 4: psi = r^2 + 10 (r - theta + sin(omega r))^2 from (-3.5, 2), defaults of every optimizer;\n"
-          "steps until psi stays below 0.01, at the best lr of 1, 1/2, ... 1/256\n")  # fmt: skip
+          "steps until psi stays below 0.001, at the best lr of 1, 1/2, ... 1/256\n")  # fmt: skip
     print(f"{'':18}" + "".join(f"{f'omega {omega:g}':>20}" for omega in omegas))
     shown = {}
     for name, make in makes.items():
