@@ -559,7 +559,7 @@ def optimizer_by_name(model, name="adamw", lr=3e-3, weight_decay=0.1, betas=(0.9
 
 
 def toy_path(make, lr, omega, k=10.0, alpha=1.0, steps=300):
-    """[(r, theta, psi)] of an optimizer on psi = r^2 + k (r - theta + alpha sin(omega r))^2 from (-3.5, 2) (NL eq. 53).
+    """[(r, theta, psi), ...] of an optimizer on psi = r^2 + k (r - theta + alpha sin(omega r))^2 from (-3.5, 2) (NL eq. 53).
 
     A ravine along theta = r + alpha sin(omega r), k times as steep across as along: its direction changes with r.
     """
@@ -620,7 +620,8 @@ def demo():
         line = f"{name:18}"
         for omega in omegas:
             path, lr = min(((toy_path(make, lr, omega), lr) for lr in rates), key=lambda run: steps_to_stay(run[0]))
-            line += f"{f'{steps_to_stay(path)}  (lr {lr:.2g})':>20}"
+            steps = steps_to_stay(path)
+            line += f"{f'{steps}  (lr {lr:.2g})' if steps < math.inf else f'over {len(path)}':>20}"
             if omega == omegas[0]:
                 shown[name] = path
         print(line, flush=True)
