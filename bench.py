@@ -499,7 +499,7 @@ def step_times(title: str, config: HopeConfig, names: list[str], args) -> dict[s
 class DigitsViT(torch.nn.Module):
     """8 x 8 images [B, 64] -> logits [B, 10]: 16 patches of 2 x 2, pre-norm Transformer blocks, mean of the patches."""
 
-    def __init__(self, d=64, n_layers=3, n_heads=4):
+    def __init__(self, d=64, n_layers=2, n_heads=4):
         super().__init__()
         self.patches = torch.nn.Linear(4, d)
         self.position = torch.nn.Parameter(torch.randn(16, d) * 0.1)

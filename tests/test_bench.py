@@ -132,10 +132,9 @@ def test_optimizers_are_compared_on_every_model(here, capsys):
 
 def test_digits_are_learned_with_every_optimizer(here, capsys):
     pytest.importorskip("sklearn", reason="needs scikit-learn")
-    flags = ["--optimizers", "adamw,m3", "--steps", "30", "--seeds", "0,1", "--lrs", "1e-2", "--threads", "1"]
-    assert main(["digits", *flags, "--out", "d.json"]) == 0
+    flags = ["--optimizers", "adamw,m3", "--steps", "50", "--batch", "16", "--seeds", "0", "--lrs", "1e-2"]
+    assert main(["digits", *flags, "--threads", "1", "--out", "d.json"]) == 0
     result = json.loads(Path("d.json").read_text())
     assert [row["optimizer"] for row in result["rows"]] == ["adamw", "m3"]
-    assert all(row["test_accuracy"] > 0.5 for row in result["rows"])  # chance: 0.1
-    own = [c["test_loss"] for c in result["cells"] if c["optimizer"] == "m3"]
-    assert len(own) == 2 and result["rows"][1]["test_loss"] == pytest.approx(sum(own) / 2)
+    assert all(row["test_accuracy"] > 0.3 for row in result["rows"])  # chance: 0.1
+    assert [row["test_loss"] for row in result["rows"]] == [cell["test_loss"] for cell in result["cells"]]
