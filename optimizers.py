@@ -4,25 +4,26 @@ A gradient g = dL/dW [d_out, d_in] of a layer y = W x is itself what a memory wr
 eq. 8-9). An optimizer adds a memory M of these g, with an objective, a capacity and a retention. Every class here is
 
     M <- write(M, g)                                   retention, then one step on the memory's objective
-    W <- (1 - lr * weight_decay) W - lr * read(M)      sigma of NL eq. 52: linear, root mean square, or Newton-Schulz
+    W <- (1 - lr * weight_decay) W - lr * read(M)      sigma of NL eq. 52: linear, or Newton-Schulz
 
-                            M is                     learns, by one step per gradient                 forgets
-    GradientDescent         nothing (capacity 0)     -                                                everything
-    Momentum                a matrix like W          min -<M g^T, I>          M <- a M + g            alike in all directions
-    PreconditionedMomentum  the same                 min -<M g^T, P>          M <- a M + P g          the same
-    DeltaMomentum           the same                 min |M g^T - I|^2 / 2    M <- M (a - c g^T g) + g    most where g points
-    DeepMomentum            an MLP                   any of memory.OBJECTIVES                         alike
-    Muon                    a matrix                 as Momentum; sigma orthogonalises                alike
-    M3                      two matrices, two clocks as Muon, one every step, one every `frequency`   one fast, one slowly
-    AdamMemory, AdaGrad-    one number per weight    min |M g - P|^2, weighted by age                 alike; never
-    DGD                     W itself                 min |W x + dL/dy|^2 / 2 + |W - W_t|^2 / 2 lr     most where x points
+                           M is                      learns                                  forgets
+    GradientDescent        nothing                   -                                       everything
+    Momentum               a matrix like W           min -<M g^T, I>        M + g            alike in all directions
+    PreconditionedMomentum a matrix like W           min -<M g^T, P>        M + P g          alike in all directions
+    DeltaMomentum          a matrix like W           min |M g^T - I|^2 / 2  M (I - c g^T g) + g   most where g points
+    DeepMomentum           an MLP                    any of memory.OBJECTIVES                alike in all layers
+    Muon                   a matrix like W           as Momentum, read through Newton-Schulz     alike
+    M3                     two, on two clocks        as Muon                                 one soon, one slowly
+    AdamMemory             a number for each weight  min sum of (M g - P)^2, aging           alike
+    AdaGradMemory          a number for each weight  the same                                never
+    DGD                    W itself                  min |W x + dL/dy|^2 / 2 + |W - W_t|^2 / (2 lr)   most where x points
 
 M is a linear map from keys (rows of g) to values (rows of I): `memorize` is that step for any network and objective, and
 makes Momentum, DeltaMomentum and DeepMomentum one thing. lr stands outside the memory (NL eq. 33 has it inside: equal while
 it is constant), so that a schedule acts at once and a non-linear read does not swallow it.
 
 Matrix optimizers (DeltaMomentum, DeepMomentum, Muon, M3) take matrices; `split_parameters` says which, `optimizer_by_name`
-gives the rest to AdamW. Their non-linear reads have AdamW's usual root mean square of 0.2, so one lr serves both.
+gives the rest to AdamW. Read through Newton-Schulz, updates have AdamW's usual root mean square of 0.2: one lr serves both.
 
 `python optimizers.py` draws NL figure 4 and shows what each memory keeps of gradients long past.
 """
@@ -36,7 +37,7 @@ from torch import nn
 
 from memory import OBJECTIVES, full_precision, scan, silu_derivative, surprise
 
-RMS = 0.2  # of AdamW's update divided by lr, in the course of usual training; non-linear reads are scaled to it
+RMS = 0.2  # of AdamW's update divided by lr, in the course of usual training; Newton-Schulz reads are scaled to it
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How a memory of gradients is read: lists of matrices in, lists of updates out
@@ -75,7 +76,7 @@ def orthogonal(memories, steps=5):
     return out
 
 
-def to_rms(M, rms=RMS):
+def to_rms(M, rms):
     """M scaled to a root mean square of rms; zero stays zero."""
     return M * (rms / M.square().mean().sqrt().clamp(min=torch.finfo(M.dtype).tiny))
 
@@ -90,9 +91,7 @@ def unit(g):
     return to_rms(g, g.numel() ** -0.5)
 
 
-READS = {"linear": lambda memories, steps: memories,
-         "rms": lambda memories, steps: [to_rms(M) for M in memories],
-         "newton_schulz": orthogonal_to_rms}  # fmt: skip
+READS = {"linear": lambda memories, steps: memories, "newton_schulz": orthogonal_to_rms}
 # Feature maps of gradients (NL eq. 51), each with the scale it took away, which the reading gets back
 FEATURES = {"linear": lambda g: (g, 1.0), "sign": lambda g: (g.sign(), 1.0), "unit": lambda g: (unit(g), g.norm())}
 
@@ -135,6 +134,7 @@ class GradientDescent(torch.optim.Optimizer):
     """
 
     matrices = False  # takes matrices only
+    n_betas = 0
 
     def __init__(self, params, lr=1e-2, weight_decay=0.0, **rates):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, **rates))
@@ -143,11 +143,12 @@ class GradientDescent(torch.optim.Optimizer):
         for name, value in (self.defaults | group).items():
             legal, check = LEGAL.get(name, ("", lambda value: True))
             try:
-                fine = check(value)
+                fine = check(value) and (name != "betas" or len(value) == self.n_betas)
             except TypeError:
                 fine = False
             if not fine:
-                raise ValueError(f"{name} is {value!r}: legal is {legal}")
+                number = f"{self.n_betas}, " if name == "betas" else ""
+                raise ValueError(f"{name} is {value!r}: legal is {number}{legal}")
         super().add_param_group(group)
         shapes = [tuple(p.shape) for p in self.param_groups[-1]["params"]]
         matrices = self.matrices or self.param_groups[-1].get("output") == "newton_schulz"
@@ -218,7 +219,7 @@ class Momentum(GradientDescent):
     """M <- momentum M + g: gradient descent on -<M g^T, I>, with retention (NL eq. 10-13, 33-34). A sum: the gradient of i
     steps ago weighs momentum^i; at 0.9 the last 7 hold half of it, the last 44 99%.
 
-    output: how M is read, one of READS (those other than "linear" for matrices)."""
+    output: how M is read, "linear" or, for matrices, "newton_schulz"."""
 
     def __init__(self, params, lr=1e-2, momentum=0.9, weight_decay=0.0, output="linear"):
         super().__init__(params, lr, weight_decay, momentum=momentum, output=output)
@@ -267,8 +268,8 @@ class DeepMomentum(GradientDescent):
 
     m maps rows of u to rows of I, so it has W's input and output width, and learns by one step of size eta per gradient on
     the objective ("dot" is NL's <m(u^T), 1>). depth 2: m(u) = (I + B) silu(A u), A like g, B square, both from zero, so
-    retention leads back to the identity; a g with more rows than columns is transposed. A and B feed each other: with
-    features "unit" and eta <= 1 - momentum they stay bounded for all gradients (larger: diverged on a language model).
+    retention leads back to the identity; a g with more rows than columns is transposed. A and B feed each other; features
+    "unit" and eta <= 1 - momentum keep them bounded, whatever the gradients.
 
     NL eq. 50 prints W <- W + m(u), which has W's shape for no m that maps keys to values. We add the linear map that m is
     at u, (I + B) diag(mean slope) A, the mean over rows of u. For depth 1 it is the matrix A: a linear memory is read as
@@ -331,7 +332,10 @@ class M3(Muon):
     printed: Algorithm 1 to the letter. There nothing is ever forgotten (M1 += betas[0] g, V += betas[1] g^2, M2 += betas[2]
     sum of g), and the orthogonalised matrices, which have no scale, are divided by the root of V of the *gradients*, which
     have: the smaller the gradients the longer the step, without bound. Hence means, and V of what is divided.
+    State: five tensors of a parameter's size.
     """
+
+    n_betas = 3
 
     def __init__(self, params, lr=3e-3, betas=(0.95, 0.95, 0.9), alpha=0.3, frequency=10, nesterov=True, steps=5, eps=1e-8,
                  weight_decay=0.0, second_moment=True, printed=False):  # fmt: skip
@@ -368,7 +372,7 @@ class M3(Muon):
             elif group["second_moment"]:
                 beta2 = group["betas"][1]
                 V = tensor(state, "V", O).lerp_(O.square(), 1 - beta2) / (1 - beta2 ** state["step"])
-                O, scale = to_rms(O / (V.sqrt_() + group["eps"])), 1.0
+                O, scale = to_rms(O / (V.sqrt_() + group["eps"]), RMS), 1.0
             updates.append(O * scale)
         return updates
 
@@ -384,6 +388,8 @@ class AdamMemory(GradientDescent):
     weights w_i = beta^age that decay (the print has none), at M's and H's own rate, divided by their sum: this is bias
     correction. Equals torch.optim.AdamW(lr, betas, eps, weight_decay), and torch.optim.Adam without weight decay.
     """
+
+    n_betas = 2
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         super().__init__(params, lr, weight_decay, betas=betas, eps=eps)

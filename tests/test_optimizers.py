@@ -249,6 +249,20 @@ def test_deep_momentum_learns_by_gradient_descent_and_is_read_as_its_jacobian(ob
         assert (before - w - g.norm() * torch.stack(jacobians).mean(0)).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("objective", ["dot", "l2"])
+@pytest.mark.parametrize("rank", [1, 16])
+def test_deep_momentum_stays_bounded(rank, objective):
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.zeros(16, 24, dtype=torch.float64))
+    optimizer, norms = DeepMomentum([w], objective=objective), []
+    g = torch.randn(16, rank, dtype=torch.float64) @ torch.randn(rank, 24, dtype=torch.float64)
+    for _ in range(300):  # the same gradient again and again: nothing adds up more
+        w.grad = 1e3 * g
+        optimizer.step()
+        norms.append(sum(M.norm().item() for M in optimizer.state[w].values()))
+    assert norms[-1] < 3 and norms[-1] == pytest.approx(norms[-50], rel=1e-3)
+
+
 def test_tall_gradients_are_transposed_in_deep_momentum():
     grads = gradients(5, shapes=[(5, 3)])
     results = []
@@ -595,7 +609,7 @@ BAD = {
     "lr": (ALL, [0, -1.0, math.nan, math.inf, "fast"]),
     "weight_decay": (ALL, [-0.1, math.nan]),
     "momentum": ([Momentum, PreconditionedMomentum, DeltaMomentum, DeepMomentum, Muon], [1, -0.1, None]),
-    "betas": ([AdamMemory, M3], [(0.9, 1.0, 0.9), (-0.1, 0.9, 0.9)]),
+    "betas": ([AdamMemory, M3], [(0.9, 1.0, 0.9), (-0.1, 0.9), (0.9,), 0.9]),
     "beta": ([PreconditionedMomentum], [1.0]),
     "eps": ([AdamMemory, AdaGradMemory, M3], [-1e-8]),
     "delta": ([DeltaMomentum], [-0.1, 1.1]),
