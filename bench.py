@@ -5,9 +5,11 @@
     python bench.py speed --profile hope                               # where the time of one training step goes
     python bench.py quality                                            # bits per byte after equal tokens: 36 runs
     python bench.py quality --models hope,transformer --seeds 0 --minutes 5      # and after equal time
+    python bench.py optimizers                                         # optimizers on hope and on the transformer
+    python bench.py digits                                             # and on a small vision transformer (scikit-learn)
 
 A model is NAME[:field=value ...] with fields of HopeConfig: `hope`, `hope:inner_step=0` (memories that never learn),
-`transformer:conv=4`, `hope:chunk=128:levels=[256,null]`.
+`transformer:conv=4`, `hope:chunk=128:levels=[256,null]`. MODEL@OPTIMIZER (in quality) is trained with that optimizer.
 
 speed: one process. A training step is forward + loss + backward; the optimizer, the same for all, is left out. Models
 take turns, A B C A B C ..., so that whatever disturbs the machine disturbs all of them; the first round is a warm-up.
@@ -20,6 +22,12 @@ shorter run with seed 100 (no other run uses it); then a run for each seed. "Aft
 each with a schedule that ends after the tokens the model gets through in --minutes of training, at the median speed of
 its learning-rate runs. Cells run in --jobs processes that share the cores; a finished cell is a line in the .jsonl
 beside --out, and the same command goes on where an earlier one was stopped.
+
+optimizers: quality of every model with every optimizer, each with its best learning rate of the same grid, and the time of
+an optimizer's step: ten steps of one, then of the next, round after round.
+
+digits: 8 x 8 images of scikit-learn, a ViT of patches of 2 x 2; the learning rate is chosen on a tenth of the training
+images with seed 100, and every optimizer takes the same number of steps on the same batches.
 """
 
 import argparse
@@ -48,6 +56,7 @@ import torch
 
 from data import batch, load_corpus, n_bytes, tokenizer
 from hope import Hope, HopeConfig, device_for, first_line
+from optimizers import OPTIMIZERS, optimizer_by_name
 from train import (
     NonFinite,
     TrainConfig,
@@ -267,7 +276,7 @@ def cell_model(config: TrainConfig) -> HopeConfig:
 @cache
 def code_version() -> str:
     """Checksum of the code that a result depends on."""
-    names = ("memory", "titans", "cms", "baselines", "hope", "kernels", "data", "train")
+    names = ("memory", "titans", "cms", "baselines", "hope", "kernels", "data", "optimizers", "train")
     sources = [path.read_bytes() for path in (HERE / f"{name}.py" for name in names) if path.exists()]
     return f"{zlib.crc32(b''.join(sources)):08x}"
 
@@ -390,20 +399,22 @@ def compare(args, pool) -> dict:
     if SEARCH_SEED in seeds:
         raise ValueError(f"seeds has {SEARCH_SEED}, which chooses the learning rates: legal are others")
     device = str(device_for(args.device))
-    threads = max(1, cores() // args.jobs)
+    threads = args.threads or max(1, cores() // args.jobs)
 
     def cell(spec, lr, seed, tokens):
-        name, fields = parse_spec(spec)
+        model, _, optimizer = spec.partition("@")
+        name, fields = parse_spec(model)
         return spec, TrainConfig(
-            model=name, preset=args.preset, set=fields, data=args.data, tokens=tokens, batch_size=args.batch,
-            seq_len=args.seq_len, lr=lr, seed=seed, eval_every=0, eval_tokens=args.eval_tokens, device=device,
-            threads=threads,
+            model=name, preset=args.preset, set=fields, data=args.data, optimizer=optimizer or "adamw", tokens=tokens,
+            batch_size=args.batch, seq_len=args.seq_len, lr=lr, seed=seed, eval_every=0, eval_tokens=args.eval_tokens,
+            device=device, threads=threads,
         )  # fmt: skip
 
     # Everything that can be wrong is found here, before anything is written.
     search = [cell(spec, lr, SEARCH_SEED, args.lr_tokens) for lr in lrs for spec in specs]
     [cell(specs[0], lrs[0], seed, args.tokens) for seed in seeds]
-    sizes = {spec: parameters(spec_config(spec, args.preset, vocab_size=tokenizer().n_vocab)) for spec in specs}
+    models = {spec: spec_config(spec.partition("@")[0], args.preset, vocab_size=tokenizer().n_vocab) for spec in specs}
+    sizes = {spec: parameters(config) for spec, config in models.items()}
     corpus = load_corpus(args.data)
     batch(corpus.train, 1, args.seq_len, 0, 0)
     if max(sizes.values()) > 1.02 * min(sizes.values()):
@@ -440,6 +451,134 @@ def compare(args, pool) -> dict:
     if len(versions) > 1:
         print(f"\nnote: cells of {len(versions)} versions of the code; a fresh --out trains all again")
     return result | {"cells": [{k: v for k, v in c.items() if k != "key"} for c in searched + cells]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers
+
+
+def compare_optimizers(args) -> dict:
+    """`compare` of every model under every optimizer, then the time of their steps; returns all."""
+    models, names, result = split_specs(args.models), split_specs(args.optimizers), {}
+    specs = {model: [f"{model}@{name}" for name in names] for model in models}
+    configs = {model: spec_config(model, args.preset, vocab_size=tokenizer().n_vocab) for model in models}
+    for name in names:
+        TrainConfig(optimizer=name)
+    with workers(args.jobs) as pool:
+        for model in models:
+            args.models = ",".join(specs[model])
+            result[model] = compare(args, pool)
+    for model, config in configs.items():
+        result[model]["step_seconds"] = step_times(model, config, names, args)
+    return result
+
+
+def step_times(title: str, config: HopeConfig, names: list[str], args) -> dict[str, list[float]]:
+    """Seconds of ten steps of each optimizer, round by round, on random gradients; prints medians and ratios."""
+    torch.set_num_threads(args.threads or max(1, cores() // args.jobs))
+    device, models, rounds = device_for(args.device), {}, {name: [] for name in names}
+    for name in names:
+        torch.manual_seed(0)
+        models[name] = Hope(config).to(device)
+        for p in models[name].parameters():
+            p.grad = torch.randn_like(p)
+    optimizers = {name: optimizer_by_name(model, name) for name, model in models.items()}
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    for number in range(args.rounds + 1):
+        for name, optimizer in optimizers.items():
+            wait()
+            began = time.perf_counter()
+            for _ in range(10):  # M3's slow memory is read once in ten steps
+                optimizer.step()
+            wait()
+            if number:
+                rounds[name].append(time.perf_counter() - began)
+    base = "muon" if "muon" in names else names[0]
+    print(f"\n{title}: time of an optimizer's step, medians of {args.rounds} rounds; ratio to {base}\n")
+    for name, own in rounds.items():
+        ratio = statistics.median(t / of for t, of in zip(own, rounds[base], strict=True))
+        print(f"{name:<16}{100 * statistics.median(own):>9.2f} ms{ratio:>8.2f}")
+    return rounds
+
+
+class DigitsViT(torch.nn.Module):
+    """8 x 8 images [B, 64] -> logits [B, 10]: 16 patches of 2 x 2, pre-norm Transformer blocks, mean of the patches."""
+
+    def __init__(self, d=64, n_layers=2, n_heads=4):
+        super().__init__()
+        self.patches = torch.nn.Linear(4, d)
+        self.position = torch.nn.Parameter(torch.randn(16, d) * 0.1)
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.TransformerEncoderLayer(d, n_heads, 4 * d, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(n_layers)
+        )
+        self.norm, self.head = torch.nn.LayerNorm(d), torch.nn.Linear(d, 10)
+
+    def forward(self, x):
+        x = x.view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 16, 4)
+        x = self.patches(x) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1))
+
+
+def digits(args) -> dict:
+    """NL figure 11 at toy scale: training loss, test loss and accuracy of a ViT under each optimizer; prints the table."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError("digits needs scikit-learn: pip install scikit-learn") from None
+    names, seeds, lrs = split_specs(args.optimizers), numbers(args.seeds, int), numbers(args.lrs, float)
+    if SEARCH_SEED in seeds:
+        raise ValueError(f"seeds has {SEARCH_SEED}, which chooses the learning rates: legal are others")
+    configs = {(name, lr): TrainConfig(optimizer=name, lr=lr, weight_decay=0.05) for name in names for lr in lrs}
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    x, y = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
+    x = x.float() / 8 - 1
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    test, train = order[:360], order[360:]  # 360 images for testing, 1437 for training
+
+    def run(name, lr, seed, fit, held_out):
+        torch.manual_seed(seed)
+        model, config = DigitsViT(), configs[name, lr]
+        optimizer = optimizer_for(model, config)
+        recent = []
+        for step in range(args.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.steps, config)
+            rows = fit[torch.randint(len(fit), (args.batch,))]
+            loss = torch.nn.functional.cross_entropy(model(x[rows]), y[rows])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recent.append(loss.item())
+        model.eval()
+        with torch.no_grad():
+            logits = model(x[held_out])
+        loss = torch.nn.functional.cross_entropy(logits, y[held_out]).item()
+        accuracy = (logits.argmax(-1) == y[held_out]).float().mean().item()
+        recent = recent[-max(1, args.steps // 10) :]
+        return {"optimizer": name, "lr": lr, "seed": seed, "train_loss": statistics.mean(recent), "test_loss": loss,
+                "test_accuracy": accuracy}  # fmt: skip
+
+    cells, rows = [], []
+    tenth = len(train) // 10
+    for name in names:
+        search = [run(name, lr, SEARCH_SEED, train[tenth:], train[:tenth]) for lr in lrs]
+        best = min(search, key=lambda c: c["test_loss"] if math.isfinite(c["test_loss"]) else math.inf)["lr"]
+        own = [run(name, best, seed, train, test) for seed in seeds]
+        means = {key: statistics.mean(c[key] for c in own) for key in ("train_loss", "test_loss", "test_accuracy")}
+        spread = statistics.stdev(c["test_loss"] for c in own) if len(own) > 1 else None
+        rows.append({"optimizer": name, "lr": best, **means, "test_loss_std": spread, "search": search})
+        cells += own
+    print(f"ViT on scikit-learn's digits, {args.steps} steps of {args.batch} images, means of seeds {args.seeds}\n\n"
+          f"{'optimizer':<16}{'lr':>8}{'training loss':>15}{'test loss':>17}{'accuracy':>10}")  # fmt: skip
+    for r in rows:
+        std = "" if r["test_loss_std"] is None else f" ± {r['test_loss_std']:.3f}"
+        loss = f"{r['test_loss']:.4f}{std}"
+        print(f"{r['optimizer']:<16}{r['lr']:>8g}{r['train_loss']:>15.5f}{loss:>17}{r['test_accuracy']:>10.2%}")
+    return {"rows": rows, "cells": cells}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,31 +642,44 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     raw, defaults = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
-    top = Parser(description=__doc__, formatter_class=raw, usage="python bench.py speed|quality [--flag value ...]")
-    title = "commands; `speed --help` and `quality --help` list their flags"
-    commands = top.add_subparsers(dest="command", metavar="speed|quality", title=title)
+    top = Parser(description=__doc__, formatter_class=raw, usage="python bench.py COMMAND [--flag value ...]")
+    title = "commands; `speed --help`, `quality --help`, ... list their flags"
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", title=title)
     s = commands.add_parser("speed", formatter_class=defaults, help="time and peak memory of a training step")
     q = commands.add_parser("quality", formatter_class=defaults, help="bits per byte after equal tokens and equal time")
+    o = commands.add_parser("optimizers", formatter_class=defaults, help="the same, of models under several optimizers")
+    d = commands.add_parser("digits", formatter_class=defaults, help="optimizers on a small vision transformer")
     s.add_argument("--models", default="hope,hope:inner_step=0", help="comma-separated; transformer is always measured")
     s.add_argument("--seq-len", type=count, default=1024, help="tokens in a row")
     s.add_argument("--d-model", type=count, default=256, help="width")
     s.add_argument("--n-layers", type=count, default=4, help="blocks")
     s.add_argument("--n-heads", type=count, default=4, help="heads")
     s.add_argument("--repeats", type=count, default=5, help="rounds after the warm-up")
-    s.add_argument("--threads", type=lambda text: count(text, 0), default=0, help="CPU threads; 0: torch's own choice")
     s.add_argument("--profile", metavar="MODEL", help="only print where the time of this model's training step goes")
     q.add_argument("--models", default="hope,hope:inner_step=0,transformer,transformer:conv=4,gated_deltanet,titans")
-    q.add_argument("--tokens", type=count, default=1_000_000, help="of each run, rounded up to whole steps")
-    q.add_argument("--seeds", default="0,1,2", help="of weights and batches")
-    q.add_argument("--lrs", default="1.5e-3,3e-3,6e-3", help="grid of learning rates")
-    q.add_argument("--lr-tokens", type=count, default=250_000, help="tokens of a learning-rate run")
-    q.add_argument("--seq-len", type=count, default=512, help="tokens in a row")
-    q.add_argument("--eval-tokens", type=count, default=262_144, help="held-out tokens, from the first on")
-    q.add_argument("--preset", default="nano", help="size of the models")
-    q.add_argument("--data", default="stdlib", help="'stdlib', a text file or a folder")
-    q.add_argument("--jobs", type=count, default=2, help="cells trained at once; they share the cores")
-    q.add_argument("--minutes", type=minutes, default=0.0, help="also train each model for this long; 0: do not")
-    for command in (s, q):
+    o.add_argument("--models", default="hope,transformer", help="comma-separated")
+    for command, tokens, seeds in ((q, 1_000_000, "0,1,2"), (o, 500_000, "0")):
+        command.add_argument("--tokens", type=count, default=tokens, help="of each run, rounded up to whole steps")
+        command.add_argument("--seeds", default=seeds, help="of weights and batches")
+        command.add_argument("--lrs", default="1.5e-3,3e-3,6e-3", help="grid of learning rates")
+        command.add_argument("--lr-tokens", type=count, default=tokens // 4, help="tokens of a learning-rate run")
+        command.add_argument("--seq-len", type=count, default=512, help="tokens in a row")
+        command.add_argument("--eval-tokens", type=count, default=262_144, help="held-out tokens, from the first on")
+        command.add_argument("--preset", default="nano", help="size of the models")
+        command.add_argument("--data", default="stdlib", help="'stdlib', a text file or a folder")
+        command.add_argument("--jobs", type=count, default=2, help="cells trained at once; they share the cores")
+        command.add_argument("--minutes", type=minutes, default=0.0, help="also train each model for this long; 0: do not")
+    o.add_argument("--rounds", type=count, default=20, help="rounds of ten optimizer steps that are timed")
+    o.add_argument("--optimizers", default="adamw,muon,m3,delta_momentum,dmgd", help=f"out of {', '.join(OPTIMIZERS)}")
+    d.add_argument("--optimizers", default="adamw,muon,m3", help=f"out of {', '.join(OPTIMIZERS)}")
+    d.add_argument("--steps", type=count, default=300, help="of every run")
+    d.add_argument("--seeds", default="0,1,2", help="of weights and batches")
+    d.add_argument("--lrs", default="1e-3,3e-3,1e-2", help="grid of learning rates")
+    d.add_argument("--batch", type=count, default=64, help="images in a batch")
+    d.add_argument("--out", default="results/digits.json", help="the result as JSON")
+    for command in (s, q, o, d):
+        command.add_argument("--threads", type=lambda text: count(text, 0), default=0, help="CPU threads of a process; 0: all")
+    for command in (s, q, o):
         command.add_argument("--batch", type=count, default=4, help="rows in a batch")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         command.add_argument("--out", default=f"results/{command.prog.split()[-1]}.json", help="the result as JSON")
@@ -543,7 +695,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.command is None:
             top.print_help()
             return 0
-        result = {"speed": speed, "quality": quality}[args.command](args)
+        commands = {"speed": speed, "quality": quality, "optimizers": compare_optimizers, "digits": digits}
+        result = commands[args.command](args)
         if result:
             machine = {"cpu": processor(), "cores": cores(), "torch": torch.__version__,
                        "python": platform.python_version(),

@@ -48,6 +48,7 @@ from tqdm import tqdm
 
 from data import batch, load_corpus, n_bytes, tokenizer, windows
 from hope import Hope, HopeConfig, device_for, first_line, load_file, write_beside
+from optimizers import OPTIMIZERS, optimizer_by_name
 
 
 def flag(default, help, legal="", check=lambda value: True, on_resume=False):
@@ -63,6 +64,7 @@ AT_LEAST_0 = ("at least 0", lambda value: value >= 0)
 POSITIVE = ("above 0", lambda value: 0 < value < math.inf)
 FRACTION = ("0 to 1", lambda value: 0 <= value <= 1)
 BELOW_1 = ("0 to below 1", lambda value: 0 <= value < 1)
+AN_OPTIMIZER = (", ".join(OPTIMIZERS), OPTIMIZERS.__contains__)
 NOT_SET = ("all but model, a flag, and vocab_size, the tokenizer's", {"model", "vocab_size"}.isdisjoint)
 
 
@@ -80,10 +82,11 @@ class TrainConfig:
     batch_size: int = flag(4, "rows in a micro-batch", *AT_LEAST_1)
     seq_len: int = flag(512, "tokens in a row", *AT_LEAST_1)
     accumulate: int = flag(1, "micro-batches in a step", *AT_LEAST_1)
+    optimizer: str = flag("adamw", "adamw, or of the matrices, beside AdamW: " + ", ".join(OPTIMIZERS[1:]), *AN_OPTIMIZER)
     lr: float = flag(3e-3, "highest learning rate", *POSITIVE, on_resume=True)
     min_lr_ratio: float = flag(0.1, "learning rate of the last step, as a fraction of lr", *FRACTION, on_resume=True)
     warmup: float = flag(0.05, "fraction of the steps in which the learning rate rises", *FRACTION, on_resume=True)
-    weight_decay: float = flag(0.1, "AdamW's, on matrices", *AT_LEAST_0)
+    weight_decay: float = flag(0.1, "on matrices", *AT_LEAST_0)
     beta1: float = flag(0.9, "AdamW's", *BELOW_1)
     beta2: float = flag(0.95, "AdamW's", *BELOW_1)
     grad_clip: float = flag(1.0, "longest gradient norm; a longer gradient is scaled to it", *POSITIVE, on_resume=True)
@@ -164,16 +167,10 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
 
-def optimizer_for(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only: not on embeddings, gains, biases, or the learned starts of memories."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, plain = [], []
-    for name, p in model.named_parameters():
-        matrix = p.ndim >= 2 and id(p) not in embeddings and "start" not in name and not name.endswith("bias")
-        (decayed if matrix else plain).append(p)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+def optimizer_for(model: nn.Module, config: TrainConfig):
+    """The optimizer that a config names, of all parameters of a model."""
+    betas = (config.beta1, config.beta2)
+    return optimizer_by_name(model, config.optimizer, config.lr, config.weight_decay, betas)
 
 
 def loss_fn(logits: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:

@@ -43,6 +43,10 @@ def test_a_spec_is_a_name_and_fields():
     (["quality", "--seeds", "0,100"], "seeds has 100"),
     (["quality", "--lrs", "0"], "lr is 0.0: legal is above 0"),
     (["quality", "--jobs", "0"], "at least 1"),
+    (["quality", "--models", "hope@adam"], "optimizer is adam: legal is adamw, muon, m3"),
+    (["optimizers", "--optimizers", "m3,adam"], "optimizer is adam: legal is adamw, muon, m3"),
+    (["digits", "--optimizers", "adam"], "optimizer is adam: legal is adamw, muon, m3"),
+    (["digits", "--lrs", "0"], "lr is 0.0: legal is above 0"),
     (["quality", "--data", "nowhere"], "'nowhere' does not exist"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(here, capsys, flags, told):
@@ -110,3 +114,27 @@ def test_speed_gives_ratios_to_the_transformer(here, capsys):
     assert all(row["ratio"] > 0 and math.isfinite(row["tokens_per_s"]) for row in rows)
     assert main(["speed", "--profile", f"hope{TINY}", *flags]) == 0
     assert "aten::mm" in capsys.readouterr().out
+
+
+def test_optimizers_are_compared_on_every_model(here, capsys):
+    models = f"hope{TINY}:chunk=8,transformer{TINY}"
+    flags = ["--seeds", "0", *QUALITY[QUALITY.index("--lrs") :], "--tokens", "128", "--lr-tokens", "64", "--rounds", "2"]
+    assert main(["optimizers", "--models", models, "--optimizers", "adamw,m3", *flags]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("after equal tokens") == shown.count("time of an optimizer's step") == 2
+    result = json.loads(Path("out/q.json").read_text())
+    for model in models.split(","):
+        rows = result[model]["equal_tokens"]
+        assert {row["model"] for row in rows} == {f"{model}@adamw", f"{model}@m3"}
+        assert {len(rounds) for rounds in result[model]["step_seconds"].values()} == {2}
+    assert {json.loads(key)["train"]["optimizer"] for key in read_cells(Path("out/q.jsonl"))} == {"adamw", "m3"}
+
+
+def test_digits_are_learned_with_every_optimizer(here, capsys):
+    pytest.importorskip("sklearn", reason="needs scikit-learn")
+    flags = ["--optimizers", "adamw,m3", "--steps", "50", "--batch", "16", "--seeds", "0", "--lrs", "1e-2"]
+    assert main(["digits", *flags, "--threads", "1", "--out", "d.json"]) == 0
+    result = json.loads(Path("d.json").read_text())
+    assert [row["optimizer"] for row in result["rows"]] == ["adamw", "m3"]
+    assert all(row["test_accuracy"] > 0.3 for row in result["rows"])  # chance: 0.1
+    assert [row["test_loss"] for row in result["rows"]] == [cell["test_loss"] for cell in result["cells"]]
