@@ -27,7 +27,6 @@ from train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = os.environ.get("NESTED_DATA")
-needs_data = pytest.mark.skipif(DATA is None, reason="NESTED_DATA, the folder of released data sets, is not set")
 CHOICES = ["piqa", "hellaswag", "winogrande", "arc_easy", "boolq"]
 
 
@@ -74,7 +73,8 @@ def test_a_greedy_continuation_is_recognised():
     model, context = tiny(), [10, 20, 30]
     written = [int(t) for t in model.generate(torch.tensor([context]), 5, temperature=0)]
     other = [*written[:-1], (written[-1] + 1) % 256]
-    assert [greedy for _, greedy in Scorer(model, tokenizer()).loglikelihood([(context, written), (context, other)])] == [True, False]
+    results = Scorer(model, tokenizer()).loglikelihood([(context, written), (context, other)])
+    assert [greedy for _, greedy in results] == [True, False]
 
 
 def test_a_shared_context_is_read_once():
@@ -132,31 +132,41 @@ def test_writing_ends_at_a_stop_string():
 # The harness
 
 
-def gpt2():
-    """(lm-eval's own wrapping, ours) of one tiny GPT-2 with random weights, 128 positions, GPT-2's tokenizer."""
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """(lm-eval's own wrapping, ours) of one tiny GPT-2 with random weights, 256 positions, GPT-2's tokenizer."""
+    if DATA is None:
+        pytest.skip("NESTED_DATA, the folder of released data sets, is not set")
     pytest.importorskip("lm_eval", reason="pip install -r requirements-eval.txt")
-    transformers = pytest.importorskip("transformers")
+    folder, transformers = tmp_path_factory.mktemp("gpt2"), pytest.importorskip("transformers")
     import tiktoken
     from lm_eval.models.huggingface import HFLM
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-    files = f"{DATA}/gpt2_bpe/vocab.bpe", f"{DATA}/gpt2_bpe/encoder.json"
+    # the first 1,000 merges: logits of 50,257 symbols would be all the work
+    merges = Path(DATA, "gpt2_bpe/vocab.bpe").read_text(encoding="utf-8").splitlines(keepends=True)[:1001]
+    ids = json.loads(Path(DATA, "gpt2_bpe/encoder.json").read_text(encoding="utf-8"))
+    files = str(folder / "vocab.bpe"), str(folder / "encoder.json")
+    Path(files[0]).write_text("".join(merges), encoding="utf-8")
+    ids = {text: i for text, i in ids.items() if i < 1256} | {"<|endoftext|>": 1256}
+    Path(files[1]).write_text(json.dumps(ids), encoding="utf-8")
     torch.manual_seed(0)
-    config = transformers.GPT2Config(n_positions=128, n_embd=16, n_layer=2, n_head=2)
+    config = transformers.GPT2Config(vocab_size=1257, n_positions=256, n_embd=16, n_layer=2, n_head=2,
+                                     bos_token_id=1256, eos_token_id=1256)  # fmt: skip
     network = transformers.GPT2LMHeadModel(config).eval()
     for parameter in network.parameters():
         parameter.data *= 4  # far from uniform
     theirs = transformers.GPT2TokenizerFast(vocab=files[1], merges=files[0])
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     ranks = data_gym_to_mergeable_bpe_ranks(*files)
-    ours = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+    ours = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 1256})
 
     def model(tokens, state=None):
         seen = tokens if state is None else torch.cat([state["seen"], tokens], 1)
         return network(seen).logits[:, -tokens.shape[1] :], {"seen": seen}
 
-    scorer = Scorer(model, ours, max_length=128)
-    return HFLM(pretrained=network, tokenizer=theirs, batch_size=8, max_length=128, device="cpu"), adapter(scorer, 128)
+    scorer = Scorer(model, ours, max_length=256)
+    return HFLM(pretrained=network, tokenizer=theirs, batch_size=8, max_length=256, device="cpu"), adapter(scorer, 256)
 
 
 @pytest.fixture(scope="session")
@@ -190,19 +200,19 @@ def requests_of(monkeypatch, task, data, limit=None):
     return [request for task in seen for request in task.instances]
 
 
-def test_the_adapter_gives_the_log_likelihoods_of_the_harness_s_own(few, monkeypatch):
-    theirs, ours = gpt2()
+def test_the_adapter_gives_the_log_likelihoods_of_the_harness_s_own(gpt2, few, monkeypatch):
+    theirs, ours = gpt2
     for task, limit in (("piqa", 50), ("lambada_openai", 60), ("boolq", 30)):  # 100 + 60 + 60 items; boolq's are cut
         requests = requests_of(monkeypatch, task, few, limit)
-        for (a, hit), (b, same) in zip(theirs.loglikelihood(requests, disable_tqdm=True), ours.loglikelihood(requests), strict=True):
+        expected = theirs.loglikelihood(requests, disable_tqdm=True)
+        for (a, hit), (b, same) in zip(expected, ours.loglikelihood(requests), strict=True):
             assert a == pytest.approx(b, abs=1e-4) and hit == same
 
 
-@needs_data
-def test_the_adapter_agrees_where_text_meets_tokens():
+def test_the_adapter_agrees_where_text_meets_tokens(gpt2):
     from lm_eval.api.instance import Instance
 
-    theirs, ours = gpt2()
+    theirs, ours = gpt2
     cases = [("", " begins from nothing"), ("a question", " an answer"), ("ends in space ", "word"), ("hel", "lo"),
              ("interna", "tionalization"), ("long " * 300, "end"), ("x", "long " * 100)]  # fmt: skip
     requests = [Instance("loglikelihood", {}, case, 0) for case in cases]
@@ -211,8 +221,8 @@ def test_the_adapter_agrees_where_text_meets_tokens():
         assert a == pytest.approx(b, abs=1e-4)
 
 
-def test_rolling_perplexity_and_generated_text_are_the_harness_s_own(few, monkeypatch):
-    theirs, ours = gpt2()
+def test_rolling_perplexity_and_generated_text_are_the_harness_s_own(gpt2, few, monkeypatch):
+    theirs, ours = gpt2
     from lm_eval.api.instance import Instance
 
     pages = requests_of(monkeypatch, "wikitext", few)
@@ -274,8 +284,10 @@ def test_local_files_become_the_harness_s_prompts(few, monkeypatch):
     first = {task: requests_of(monkeypatch, task, few, 1) for task in (*CHOICES, "lambada_openai")}
     assert first["piqa"][0].args == ("Question: How do I ready a guinea pig cage for it's new occupants?\nAnswer:",
                                      " " + first["piqa"][0].doc["sol1"])  # fmt: skip
-    assert first["hellaswag"][3].args == ("Roof shingle removal: A man is sitting on a roof. He", " starts pulling up roofing on a roof.")
-    assert first["winogrande"][1].args == ("Sarah was a much better surgeon than Maria so Maria", " always got the easier cases.")
+    assert first["hellaswag"][3].args == ("Roof shingle removal: A man is sitting on a roof. He",
+                                          " starts pulling up roofing on a roof.")  # fmt: skip
+    assert first["winogrande"][1].args == ("Sarah was a much better surgeon than Maria so Maria",
+                                           " always got the easier cases.")  # fmt: skip
     assert first["arc_easy"][0].args[0].startswith("Question: Which statement best explains")
     assert first["arc_easy"][0].args[0].endswith("?\nAnswer:")
     context, answer = first["boolq"][1].args
@@ -296,18 +308,17 @@ from harness import Scorer
 from hope import Hope, HopeConfig
 torch.set_num_threads(1)
 model = Hope(HopeConfig.preset("nano", sys.argv[1], d_model=32, n_layers=1)).eval()
-tokens = np.random.default_rng(0).integers(0, 256, 120_000).astype(np.uint16)
-print(*position(Scorer(model, tokenizer()), tokens, 512, 120_000, rows=1)["peak_mib"])
+tokens = np.random.default_rng(0).integers(0, 256, 60_000).astype(np.uint16)
+scorer = Scorer(model, tokenizer())
+scorer.limit = 1000
+print(*position(scorer, tokens, 512, 60_000, rows=1)["peak_mib"])
 """
 
 
 @pytest.mark.parametrize(("model", "grows"), [("hope", False), ("transformer", True)])
 def test_a_stream_is_read_at_constant_memory(model, grows):
     """In a process of its own. The transformer, whose cache grows with every token, shows that growth would be seen."""
-    if grows:
-        code = POSITION.replace("120_000", "20_000").replace("d_model=32", "d_model=128")
-    else:
-        code = POSITION
+    code = POSITION.replace("60_000", "10_000") if grows else POSITION
     out = subprocess.run([sys.executable, "-c", code, model], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     half, end = map(float, out.split())
     assert (end > 1.01 * half) == grows
@@ -398,7 +409,7 @@ def test_table2_of_a_run_offline(few, here, capsys):  # noqa: F811
     out, err = capsys.readouterr()
     ours = next(line for line in out.splitlines() if "this run" in line).split(" | ")
     assert [cell == "-" for cell in ours[4:-1]] == [c in ("ARC-c", "SIQA") for c in TABLE2]  # no files of these two
-    assert "with <unk> in it: not comparable" in out and "Only the first 3 items" in out and "Hope, published" in out
+    assert "has <unk> in it, so it is not comparable" in out and "Only the first 3 items" in out and "Hope, published" in out
     written = json.loads(Path("run/eval.json").read_text())
     assert written["bits_per_byte"] and written["table2"]["parameters"] and written["table2"]["training_tokens"] == 256
     assert Path("run/table2.png").stat().st_size > 1000
@@ -425,7 +436,7 @@ def test_position_of_a_run(here, capsys):  # noqa: F811
 )
 def test_bad_input_is_one_line(here, capsys, words, message):  # noqa: F811
     train(small(out="run", tokens=64))
-    Path("words.txt").write_text(TEXT)
+    Path("words.txt").write_text("Where they found it, some wondered. " * 50)
     capsys.readouterr()
     assert evaluation.main(["run", "--device", "cpu", *words]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
@@ -438,7 +449,7 @@ def test_bad_input_is_one_line(here, capsys, words, message):  # noqa: F811
     [
         (["--tasks", "piqq", "--data-dir", "."], "unknown task 'piqq' with --data-dir: did you mean 'piqa'?"),
         (["--tasks", "piqa", "--data-dir", "."], "piqa/valid-labels.lst does not exist"),
-        (["--tasks", "table2", "--data-dir", "."], "holds the files of none of the tasks arc_easy, boolq"),
+        (["--tasks", "table2", "--data-dir", "."], "data_dir '.' gives the data of none of the tasks arc_easy, boolq"),
     ],
 )
 def test_bad_names_and_missing_files_are_one_line(here, capsys, words, message):  # noqa: F811

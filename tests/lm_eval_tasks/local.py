@@ -1,4 +1,4 @@
-"""Released data sets as files -> documents in the form the harness's own tasks expect, so that prompts and metrics stay its own.
+"""Files of released data sets as the documents lm-eval's own tasks expect, so that prompts and metrics stay its own.
 
 A task file here names one of these functions as `custom_dataset`; eval.py passes data_dir, the folder, as metadata. Missing
 files raise FileNotFoundError.
