@@ -29,11 +29,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import documents, join, load_corpus, n_bytes, tokenizer
-from harness import Scorer, harness
+from harness import Scorer, harness, token_losses
 from hope import Hope, device_for, write_beside
 from tasks import NEEDLES, babi, babilong, needle
 from train import NonFinite, TrainConfig, read_config, read_metrics, validate, write_json
@@ -285,25 +284,32 @@ def position(scorer: Scorer, tokens: np.ndarray, seq_len: int, context: int, row
     targets = torch.from_numpy(tokens[: rows * context].astype(np.int64)).view(rows, context)
     inputs = torch.cat([torch.full((rows, 1), scorer.encoding.eot_token), targets[:, :-1]], 1)
     scorer.bar.reset(2 * targets.numel())
-    curves, peak, state = {}, [], None
-    for name, restart in (("kept", context), ("fresh", seq_len)):
-        curve, at = torch.zeros(context), 0
-        while at < context:
-            to = min(at + max(1, scorer.limit // rows), at // restart * restart + restart, context)
-            logits, state = scorer.call(inputs[:, at:to], state if at % restart else None)
-            wanted = targets[:, at:to].to(scorer.device)
-            curve[at:to] = F.cross_entropy(logits.float().mT, wanted, reduction="none").mean(0)
-            scorer.bar.update(rows * (to - at))
-            if name == "kept" and (at < context / 2 <= to or to == context):
-                peak.append(peak_memory(scorer.device))
-            at = to
-        curves[name] = curve
-        if not torch.isfinite(curve).all():
-            raise NonFinite(f"position: the loss at {int((~torch.isfinite(curve)).nonzero()[0])} is not finite")
+
+    def losses(inputs, targets, state=None):
+        logits, state = scorer.call(inputs, state)
+        scorer.bar.update(inputs.numel())
+        return token_losses(logits, targets), state
+
+    kept, fresh, peak, state = torch.zeros(context), torch.zeros(context), [], None
+    step = max(1, scorer.limit // rows)
+    for at in range(0, context, step):
+        here = slice(at, at + step)
+        nats, state = losses(inputs[:, here], targets[:, here], state)
+        kept[here] = nats.mean(0)
+        if at < context / 2 <= at + step or at + step >= context:
+            peak.append(peak_memory(scorer.device))
+    whole = context // seq_len * seq_len  # the rest is a shorter window
+    for span, length in ((slice(0, whole), seq_len), (slice(whole, context), context - whole)):
+        if length:
+            windows = (t[:, span].reshape(-1, length).split(max(1, scorer.limit // length)) for t in (inputs, targets))
+            nats = torch.cat([losses(x, y)[0] for x, y in zip(*windows, strict=True)])
+            fresh[span] = nats.view(rows, -1).mean(0)
+    if not torch.isfinite(kept + fresh).all():
+        raise NonFinite(f"position: the loss at {int((~torch.isfinite(kept + fresh)).nonzero()[0])} is not finite")
     to = [min(seq_len * 2**i, context) for i in range(max(0, math.ceil(math.log2(context / seq_len))) + 1)]
     means = {name: [curve[a:b].mean().item() / math.log(2) for a, b in zip([0, *to], to, strict=False)]
-             for name, curve in curves.items()}  # fmt: skip
-    return means | {"to": to, "rows": rows, "peak_mib": [peak[0], peak[-1]], "curve": curves["kept"].numpy()}
+             for name, curve in (("kept", kept), ("fresh", fresh))}  # fmt: skip
+    return means | {"to": to, "rows": rows, "peak_mib": [peak[0], peak[-1]], "curve": kept.numpy()}
 
 
 def peak_memory(device) -> float | None:

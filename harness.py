@@ -34,6 +34,12 @@ FOLDERS = {"wikitext": "wikitext", "lambada_openai": "lambada", "piqa": "piqa", 
            "squad_completion": "squad_completion", "triviaqa": "triviaqa"}  # fmt: skip
 
 
+def token_losses(logits, targets):
+    """Cross-entropy in nats of every token, in float32 on the CPU. logits [B, T, vocab], targets [B, T] -> [B, T]."""
+    flat = logits.float().flatten(0, 1)  # with the classes last: five times faster than as the middle dimension
+    return F.cross_entropy(flat, targets.to(logits.device).flatten(), reduction="none").view(targets.shape).cpu()
+
+
 class Scorer:
     """Log-likelihoods and greedy text of a model, (tokens [B, T], state) -> (logits [B, T, vocab], state), in batches.
 
@@ -89,7 +95,7 @@ class Scorer:
             order = order[len(batch) :]
             if several[first] and len(batch[-1]) > 1:
                 cut = len(batch[-1]) - 1  # every row keeps a token to predict its answer from
-                _, state = self.read(torch.tensor([c[:cut] for c in batch]), None)
+                _, state = self.read(torch.tensor([c[:cut] for c in batch]))
             rows = [(len(c) - cut + len(pairs[i][1]) - 1, n, i) for n, c in enumerate(batch) for i in answers[c]]
             rows.sort(reverse=True)
             while rows:
@@ -115,9 +121,9 @@ class Scorer:
         for at in range(0, width - 1, step):
             to = min(at + step, width - 1)
             logits, state = self.call(tokens[:, at:to], state)
-            wanted = tokens[:, at + 1 : to + 1].to(self.device)
-            nats[:, at:to] = F.cross_entropy(logits.float().mT, wanted, reduction="none")
-            hit[:, at:to] = logits.argmax(-1) == wanted
+            wanted = tokens[:, at + 1 : to + 1]
+            nats[:, at:to] = token_losses(logits, wanted)
+            hit[:, at:to] = logits.argmax(-1).cpu() == wanted
         return nats, hit
 
     @torch.inference_mode()
