@@ -8,11 +8,16 @@ from torch import Tensor
 # ---------------------------------------------------------------------------------------------------------------------
 # Algebra of one tile, on chip
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on the CPU, for tests
+
 
 @triton.jit
 def _dot(a, b, TYPE: tl.constexpr):
     """a @ b of operands rounded to TYPE, summed in float32. float32 operands become three tf32 products, never one."""
-    return tl.dot(a.to(TYPE), b.to(TYPE), input_precision="tf32x3")
+    a, b = a.to(TYPE), b.to(TYPE)
+    if INTERPRETED:  # the interpreter would multiply the bits of bfloat16
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
@@ -35,10 +40,9 @@ def _inverse(L, C: tl.constexpr):
     """(I + tril(L, -1))^-1 by doubling: from the inverses of the diagonal blocks of b rows to those of 2 b rows."""
     t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     X = tl.where(t == s, 1.0, 0.0) - tl.where((t // 2 == s // 2) & (t > s), L, 0.0)
-    for i in tl.static_range(1, 7):
-        b: tl.constexpr = 1 << i
-        if b < C:
-            below = tl.where((t // (2 * b) == s // (2 * b)) & (t // b > s // b), L, 0.0)
+    for i in tl.static_range(1, 7):  # b = 2^i
+        if 1 << i < C:
+            below = tl.where((t >> i + 1 == s >> i + 1) & (t >> i > s >> i), L, 0.0)
             X -= _dot(X, _dot(below, X, tl.float32), tl.float32)
     return X
 
@@ -83,11 +87,11 @@ def _scan_forward(W, S, k, u, q, eta, alpha, theta, delta, y, W_T, S_T, W_kept, 
     n, j, N = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(0)
     v, h, t = j * DV + tl.arange(0, DV), tl.arange(0, DK), tl.arange(0, C)
     at, real = v[:, None] * dk + h[None, :], (v < dv)[:, None] & (h < dk)[None, :]
-    start, size = n, dv * dk
+    start, size, segments = n, dv * dk, tl.cdiv(tl.cdiv(T, C), EVERY)
     lo, hi = 0, tl.cdiv(T, C)
     if AGAIN:
         segment = first // EVERY + tl.program_id(2)
-        start = n * tl.cdiv(tl.cdiv(T, C), EVERY) + segment
+        start = n * segments + segment
         lo, hi = segment * EVERY, tl.minimum(segment * EVERY + EVERY, hi)
     w = tl.load(W + start * size + at, mask=real, other=0.0)
     z = w
@@ -108,12 +112,11 @@ def _scan_forward(W, S, k, u, q, eta, alpha, theta, delta, y, W_T, S_T, W_kept, 
             tl.store(W_kept + kept * size + at, w, mask=real)
             if MOMENTUM:
                 tl.store(S_kept + kept * size + at, z, mask=real)
-        else:
-            if i % EVERY == 0:
-                checkpoint = (n * tl.cdiv(tl.cdiv(T, C), EVERY) + i // EVERY) * size
-                tl.store(W_kept + checkpoint + at, w, mask=real)
-                if MOMENTUM:
-                    tl.store(S_kept + checkpoint + at, z, mask=real)
+        elif i % EVERY == 0:
+            checkpoint = (n * segments + i // EVERY) * size
+            tl.store(W_kept + checkpoint + at, w, mask=real)
+            if MOMENTUM:
+                tl.store(S_kept + checkpoint + at, z, mask=real)
         if DELTA:
             d = tl.full([C], 1.0, tl.float32)
             if DELTA == 2:
