@@ -21,12 +21,12 @@ def _dot(a, b, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _decay(x, tok, ok, C: tl.constexpr):
-    """Series x at tokens tok -> x [C]; P [C, C], P[t, s] = prod_{s < i < t} x_i below the diagonal; p[t] = prod_{i < t} x_i."""
+def _decay(x, C: tl.constexpr):
+    """x [C] -> P [C, C], P[t, s] = prod_{s < i < t} x_i below the diagonal, else 0; p[t] = prod_{i < t} x_i."""
     t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    before = tl.load(x + tok - 1, mask=ok & (tl.arange(0, C) > 0), other=1.0)
+    before = tl.sum(tl.where(s == t - 1, x[None, :], tl.where((t == 0) & (s == 0), 1.0, 0.0)), 1)  # x[t-1], and 1 at t = 0
     P = tl.cumprod(tl.where(s < t - 1, before[:, None], 1.0), 0)
-    return tl.load(x + tok, mask=ok, other=1.0), tl.where(s < t, P, 0.0), tl.cumprod(before, 0)
+    return tl.where(s < t, P, 0.0), tl.cumprod(before, 0)
 
 
 @triton.jit
@@ -58,11 +58,13 @@ def _row(M, last, C: tl.constexpr):
 def _weights(alpha, theta, tok, ok, C: tl.constexpr, MOMENTUM: tl.constexpr):
     """What W_t holds of the past, see the top: alpha, A0, a0, theta, T0, t0, T1, c0, b0, c1 (without momentum c0 = A0, T1 = I)."""
     t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    al, A0, a0 = _decay(alpha, tok, ok, C)
+    al = tl.load(alpha + tok, mask=ok, other=1.0)
+    A0, a0 = _decay(al, C)
     one = tl.where(t == s, 1.0, 0.0)
     th, T0, t0, T1, c0, b0 = al, A0, a0, one, A0, a0
     if MOMENTUM:
-        th, T0, t0 = _decay(theta, tok, ok, C)
+        th = tl.load(theta + tok, mask=ok, other=1.0)
+        T0, t0 = _decay(th, C)
         T1 = th[:, None] * T0 + one
         c0 = tl.where(s < t, _dot(A0, T1, tl.float32), 0.0)
         b0 = tl.sum(A0 * (th * t0)[None, :], 1)
@@ -71,8 +73,8 @@ def _weights(alpha, theta, tok, ok, C: tl.constexpr, MOMENTUM: tl.constexpr):
 
 @triton.jit
 def _at(n, tok, T, width, cols):
-    """Offsets of rows tok, columns cols in [N, T, width], and which of them exist."""
-    return (n * T + tok)[:, None] * width + cols[None, :], (tok < T)[:, None] & (cols < width)[None, :]
+    """Offsets of rows tok, columns cols in [N, T, width], and which of them exist; both [cols, tok], transposed."""
+    return (n * T + tok)[None, :] * width + cols[:, None], (tok < T)[None, :] & (cols < width)[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def _scan_forward(W, S, k, u, q, eta, alpha, theta, delta, y, W_T, S_T, W_kept, 
                   C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, TYPE: tl.constexpr, MOMENTUM: tl.constexpr,
                   DELTA: tl.constexpr, READ: tl.constexpr, AGAIN: tl.constexpr):  # fmt: skip
     """Rows [j DV, (j + 1) DV) of one memory n. AGAIN: only tiles `first`.. of one segment, from a checkpoint in W, for the backward."""
-    n, j, N = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(0)
+    n, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
     v, h, t = j * DV + tl.arange(0, DV), tl.arange(0, DK), tl.arange(0, C)
     at, real = v[:, None] * dk + h[None, :], (v < dv)[:, None] & (h < dk)[None, :]
     start, size, segments = n, dv * dk, tl.cdiv(tl.cdiv(T, C), EVERY)
@@ -100,14 +102,13 @@ def _scan_forward(W, S, k, u, q, eta, alpha, theta, delta, y, W_T, S_T, W_kept, 
     for i in range(lo, hi):
         tok = i * C + t
         ok, last = tok < T, tl.minimum(T - i * C, C) - 1
-        gate = n * T + tok
+        gate, kept = n * T + tok, n * tiles + i - first
         kat, kok = _at(n, tok, T, dk, h)
         vat, vok = _at(n, tok, T, dv, v)
         K = tl.load(k + kat, mask=kok, other=0.0)
         r = tl.load(u + vat, mask=vok, other=0.0).to(tl.float32)
         et = tl.load(eta + gate, mask=ok, other=0.0)
         al, A0, a0, th, T0, t0, T1, c0, b0, c1 = _weights(alpha, theta, gate, ok, C, MOMENTUM)
-        kept = n * tiles + i - first
         if AGAIN:
             tl.store(W_kept + kept * size + at, w, mask=real)
             if MOMENTUM:
@@ -121,26 +122,26 @@ def _scan_forward(W, S, k, u, q, eta, alpha, theta, delta, y, W_T, S_T, W_kept, 
             d = tl.full([C], 1.0, tl.float32)
             if DELTA == 2:
                 d = tl.load(delta + gate, mask=ok, other=0.0)
-            X = _inverse(d[:, None] * c0 * et[None, :] * _dot(K, tl.trans(K), TYPE), C)
-            known = a0[:, None] * _dot(K, tl.trans(w), TYPE)
+            X = _inverse(d[:, None] * c0 * et[None, :] * _dot(tl.trans(K), K, TYPE), C)
+            r -= (d * a0)[None, :] * _dot(w, K, TYPE)
             if MOMENTUM:
-                known += b0[:, None] * _dot(K, tl.trans(z), TYPE)
-            r = _dot(X, r - d[:, None] * known, tl.float32)
+                r -= (d * b0)[None, :] * _dot(z, K, TYPE)
+            r = _dot(r, tl.trans(X), tl.float32)
             if AGAIN:
                 tl.store(X_kept + (kept * C + t[:, None]) * C + t[None, :], X)
         if AGAIN:
-            tl.store(r_kept + (kept * C + t[:, None]) * dv + v[None, :], r, mask=(v < dv)[None, :])
+            tl.store(r_kept + (kept * C + t[None, :]) * dv + v[:, None], r, mask=(v < dv)[:, None])
         if READ:
             Q = tl.load(q + kat, mask=kok, other=0.0)
-            Y = _dot(c1 * et[None, :] * _dot(Q, tl.trans(K), TYPE), r, TYPE)
-            Y += (al * a0)[:, None] * _dot(Q, tl.trans(w), TYPE)
+            Y = (al * a0)[None, :] * _dot(w, Q, TYPE)
             if MOMENTUM:
-                Y += (al * b0 + th * t0)[:, None] * _dot(Q, tl.trans(z), TYPE)
+                Y += (al * b0 + th * t0)[None, :] * _dot(z, Q, TYPE)
+            Y += _dot(r, tl.trans(c1 * et[None, :] * _dot(tl.trans(Q), K, TYPE)), TYPE)
             tl.store(y + vat, Y, mask=vok)
-        w = _row(al * a0, last, C) * w + _dot(tl.trans((_row(c1, last, C) * et)[:, None] * r), K, TYPE)
+        w = _row(al * a0, last, C) * w + _dot((_row(c1, last, C) * et)[None, :] * r, tl.trans(K), TYPE)
         if MOMENTUM:
             w += _row(al * b0 + th * t0, last, C) * z
-            z = _row(th * t0, last, C) * z + _dot(tl.trans((_row(T1, last, C) * et)[:, None] * r), K, TYPE)
+            z = _row(th * t0, last, C) * z + _dot((_row(T1, last, C) * et)[None, :] * r, tl.trans(K), TYPE)
     if not AGAIN:
         tl.store(W_T + n * size + at, w, mask=real)
         if MOMENTUM:
@@ -171,29 +172,28 @@ def _scan_chain(k, q, eta, alpha, theta, delta, dy, X_kept, dW, dS, dW_kept, dS_
         et = tl.load(eta + gate, mask=ok, other=0.0)
         al, A0, a0, th, T0, t0, T1, c0, b0, c1 = _weights(alpha, theta, gate, ok, C, MOMENTUM)
         tl.store(dW_kept + kept * size + at, dw, mask=real)
-        dr = (_row(c1, last, C) * et)[:, None] * _dot(K, tl.trans(dw), TYPE)
+        dr = (_row(c1, last, C) * et)[None, :] * _dot(dw, K, TYPE)
         dw_next = _row(al * a0, last, C) * dw
         if MOMENTUM:
             tl.store(dS_kept + kept * size + at, dz, mask=real)
-            dr += (_row(T1, last, C) * et)[:, None] * _dot(K, tl.trans(dz), TYPE)
+            dr += (_row(T1, last, C) * et)[None, :] * _dot(dz, K, TYPE)
             dz = _row(th * t0, last, C) * dz + _row(al * b0 + th * t0, last, C) * dw
         if READ:
             Q = tl.load(q + kat, mask=kok, other=0.0)
             dY = tl.load(dy + vat, mask=vok, other=0.0)
-            dr += _dot(tl.trans(c1 * et[None, :] * _dot(Q, tl.trans(K), TYPE)), dY, TYPE)
-            dw_next += _dot(tl.trans((al * a0)[:, None] * dY), Q, TYPE)
+            dr += _dot(dY, c1 * et[None, :] * _dot(tl.trans(Q), K, TYPE), TYPE)
+            dw_next += _dot((al * a0)[None, :] * dY, tl.trans(Q), TYPE)
             if MOMENTUM:
-                dz += _dot(tl.trans((al * b0 + th * t0)[:, None] * dY), Q, TYPE)
+                dz += _dot((al * b0 + th * t0)[None, :] * dY, tl.trans(Q), TYPE)
         dw = dw_next
         if DELTA:
             d = tl.full([C], 1.0, tl.float32)
             if DELTA == 2:
                 d = tl.load(delta + gate, mask=ok, other=0.0)
-            X = tl.load(X_kept + (kept * C + t[:, None]) * C + t[None, :])
-            dr = _dot(tl.trans(X), dr, tl.float32)
-            dw -= _dot(tl.trans((d * a0)[:, None] * dr), K, TYPE)
+            dr = _dot(dr, tl.load(X_kept + (kept * C + t[:, None]) * C + t[None, :]), tl.float32)
+            dw -= _dot((d * a0)[None, :] * dr, tl.trans(K), TYPE)
             if MOMENTUM:
-                dz -= _dot(tl.trans((d * b0)[:, None] * dr), K, TYPE)
+                dz -= _dot((d * b0)[None, :] * dr, tl.trans(K), TYPE)
         tl.store(du + vat, dr, mask=vok)
     tl.store(dW + n * size + at, dw, mask=real)
     if MOMENTUM:
@@ -218,15 +218,15 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
     K = tl.load(k + kat, mask=kok, other=0.0)
     et = tl.load(eta + gate, mask=ok, other=0.0)
     al, A0, a0, th, T0, t0, T1, c0, b0, c1 = _weights(alpha, theta, gate, ok, C, MOMENTUM)
-    r = tl.load(r_kept + (kept * C + t[:, None]) * dv + v[None, :], mask=(v < dv)[None, :], other=0.0)
+    r = tl.load(r_kept + (kept * C + t[None, :]) * dv + v[:, None], mask=(v < dv)[:, None], other=0.0)
     w = tl.load(W_kept + kept * size + at, mask=real, other=0.0)
     dw = tl.load(dW_kept + kept * size + at, mask=real, other=0.0)
     # through the write
     here = t == last
     wr = _row(c1, last, C)
-    dwr = tl.sum(_dot(K, tl.trans(dw), TYPE) * r, 1)
+    dwr = tl.sum(_dot(dw, K, TYPE) * r, 0)
     det = wr * dwr
-    dK = _dot((wr * et)[:, None] * r, dw, TYPE)
+    dK = _dot(tl.trans(dw), (wr * et)[None, :] * r, TYPE)
     dc1 = tl.where(here[:, None], (et * dwr)[None, :], 0.0)
     da = tl.where(here, tl.sum(dw.to(tl.float32) * w.to(tl.float32)), 0.0)
     db, dT1, dt1, z = da, dc1, da, w
@@ -234,9 +234,9 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
         z = tl.load(S_kept + kept * size + at, mask=real, other=0.0)
         dz = tl.load(dS_kept + kept * size + at, mask=real, other=0.0)
         wr = _row(T1, last, C)
-        dwr = tl.sum(_dot(K, tl.trans(dz), TYPE) * r, 1)
+        dwr = tl.sum(_dot(dz, K, TYPE) * r, 0)
         det += wr * dwr
-        dK += _dot((wr * et)[:, None] * r, dz, TYPE)
+        dK += _dot(tl.trans(dz), (wr * et)[None, :] * r, TYPE)
         dT1 = tl.where(here[:, None], (et * dwr)[None, :], 0.0)
         db = tl.where(here, tl.sum(dw.to(tl.float32) * z.to(tl.float32)), 0.0)
         dt1 = tl.where(here, tl.sum(dz.to(tl.float32) * z.to(tl.float32)), 0.0)
@@ -244,21 +244,20 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
     if READ:
         Q = tl.load(q + kat, mask=kok, other=0.0)
         dY = tl.load(dy + vat, mask=vok, other=0.0)
-        dM = _dot(dY, tl.trans(r), TYPE)
-        G = dM * _dot(Q, tl.trans(K), TYPE)
+        part = _dot(tl.trans(w), dY, TYPE)
+        dQ = (al * a0)[None, :] * part
+        da += tl.sum(part * Q, 0)
+        if MOMENTUM:
+            part = _dot(tl.trans(z), dY, TYPE)
+            dQ += (al * b0 + th * t0)[None, :] * part
+            db += tl.sum(part * Q, 0)
+        dM = _dot(tl.trans(dY), r, TYPE)
+        G = dM * _dot(tl.trans(Q), K, TYPE)
         dc1 += G * et[None, :]
         det += tl.sum(G * c1, 0)
         dM *= c1 * et[None, :]
-        dK += _dot(tl.trans(dM), Q, TYPE)
-        dQ = _dot(dM, K, TYPE)
-        part = _dot(dY, w, TYPE)
-        dQ += (al * a0)[:, None] * part
-        da += tl.sum(part * Q, 1)
-        if MOMENTUM:
-            part = _dot(dY, z, TYPE)
-            dQ += (al * b0 + th * t0)[:, None] * part
-            db += tl.sum(part * Q, 1)
-        tl.store(dq + share * dk + kat, dQ, mask=kok)
+        dK += _dot(Q, dM, TYPE)
+        tl.store(dq + share * dk + kat, dQ + _dot(K, tl.trans(dM), TYPE), mask=kok)
     # through the errors
     dc0, da0, db0 = al[:, None] * dc1, al * da, al * db
     if DELTA:
@@ -266,26 +265,25 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
         if DELTA == 2:
             d = tl.load(delta + gate, mask=ok, other=0.0)
         dr = tl.load(du + vat, mask=vok, other=0.0)
-        dM = -_dot(dr, tl.trans(r), TYPE)
-        G = dM * _dot(K, tl.trans(K), TYPE)
-        dc0 += G * d[:, None] * et[None, :]
-        det += tl.sum(G * d[:, None] * c0, 0)
-        dd = tl.sum(G * c0 * et[None, :], 1)
-        dM *= d[:, None] * c0 * et[None, :]
-        dK += _dot(dM + tl.trans(dM), K, TYPE)
-        part = _dot(dr, w, TYPE)
-        dK -= (d * a0)[:, None] * part
-        part = tl.sum(part * K, 1)
-        dd -= a0 * part
+        part = _dot(tl.trans(w), dr, TYPE)
+        dK -= (d * a0)[None, :] * part
+        part = tl.sum(part * K, 0)
+        dd = -a0 * part
         da0 -= d * part
         if MOMENTUM:
-            part = _dot(dr, z, TYPE)
-            dK -= (d * b0)[:, None] * part
-            part = tl.sum(part * K, 1)
+            part = _dot(tl.trans(z), dr, TYPE)
+            dK -= (d * b0)[None, :] * part
+            part = tl.sum(part * K, 0)
             dd -= b0 * part
             db0 -= d * part
+        dM = -_dot(tl.trans(dr), r, TYPE)
+        G = dM * _dot(tl.trans(K), K, TYPE)
+        dc0 += G * d[:, None] * et[None, :]
+        det += tl.sum(G * d[:, None] * c0, 0)
         if DELTA == 2:
-            tl.store(ddelta + share + gate, dd, mask=ok)
+            tl.store(ddelta + share + gate, dd + tl.sum(G * c0 * et[None, :], 1), mask=ok)
+        dM *= d[:, None] * c0 * et[None, :]
+        dK += _dot(K, dM + tl.trans(dM), TYPE)
     tl.store(dk_out + share * dk + kat, dK, mask=kok)
     tl.store(deta + share + gate, det, mask=ok)
     # through the weights c = P_alpha P_theta
