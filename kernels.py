@@ -299,6 +299,208 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
     tl.store(dalpha + share + gate, dal + _decay_gradient(A0, a0, dA0, da0), mask=ok)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Self-modifying Titans with matrix memories, all rows [memory | k | v | eta | alpha] stacked and padded to R = 4 D
+
+
+@triton.jit
+def _block(G, m: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """Rows [m D, (m + 1) D) of G [4 D, C]."""
+    here = tl.arange(0, 4)[:, None, None] == m
+    return tl.sum(tl.where(here, tl.reshape(G, (4, D, C)), 0.0), 0)
+
+
+@triton.jit
+def _stack(k, v, eta, alpha, C: tl.constexpr, D: tl.constexpr):
+    """[4 D, C] with k, v [D, C] in blocks 1 and 2, eta, alpha [C] in the first rows of block 3, zeros elsewhere."""
+    m, i = tl.arange(0, 4)[:, None, None], tl.arange(0, D)[None, :, None]
+    gates = tl.where(i == 0, eta[None, None, :], tl.where(i == 1, alpha[None, None, :], 0.0))
+    return tl.reshape(tl.where(m == 1, k[None], tl.where(m == 2, v[None], tl.where(m == 3, gates, 0.0))), (4 * D, C))
+
+
+@triton.jit
+def _softplus(z):
+    return tl.maximum(z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z)))
+
+
+@triton.jit
+def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, dy, K_kept, V_kept, r_kept, X_kept, z_kept, g_kept, dr_kept,
+                    dK_kept, dq, T, H, step, chunk, PER, EVERY, all_tiles, first, tiles,
+                    C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr, AGAIN: tl.constexpr):  # fmt: skip
+    """One memory n. PER tiles make a chunk. AGAIN: one segment from a checkpoint in W, keeping what the backward needs, and the
+    backward of the read, which depends on nothing later."""
+    n, h, N = tl.program_id(0).to(tl.int64), tl.program_id(0) % H, tl.num_programs(0)
+    row, i0, t = tl.arange(0, 4 * D), tl.arange(0, D), tl.arange(0, C)
+    at, real, size = row[:, None] * D + i0[None, :], (row < 3 * D + 2)[:, None], (3 * D + 2) * D
+    start, lo, hi = n, 0, all_tiles
+    if AGAIN:
+        segment = first // EVERY + tl.program_id(1)
+        start = n * tl.cdiv(all_tiles, EVERY) + segment
+        lo, hi = segment * EVERY, tl.minimum(segment * EVERY + EVERY, all_tiles)
+    w = tl.load(W + start * size + at, mask=real, other=0.0)
+    be, ba, rate = tl.load(b_eta + n), tl.load(b_alpha + n), step * tl.load(A + n)
+    B = w.to(TYPE)
+    for i in range(lo, hi):
+        begin = i // PER * chunk + i % PER * C
+        end = tl.minimum(T, (i // PER + 1) * chunk)
+        tok, last = begin + t, tl.minimum(end - begin, C) - 1
+        ok, kept = tok < end, n * tiles + i - first
+        xat, rat = (n * T + tok)[None, :] * D + i0[:, None], (kept * C + t)[None, :] * (4 * D) + row[:, None]
+        kat = (kept * C + t)[None, :] * D + i0[:, None]
+        w0 = tl.load(W0 + h * size + at, mask=real, other=0.0)
+        B = tl.where(i % PER == 0, (w0 + w).to(TYPE), B)
+        if AGAIN:
+            tl.store(W_kept + kept * size + at, w, mask=real)
+        elif i % EVERY == 0:
+            tl.store(W_kept + (n * tl.cdiv(all_tiles, EVERY) + i // EVERY) * size + at, w, mask=real)
+        if not AGAIN:
+            if i == (all_tiles - 1) // PER * PER:
+                tl.store(W_last + n * size + at, w, mask=real)
+        # generate from the boundary weights
+        G = _dot(B, tl.load(x + xat, mask=ok[None, :], other=0.0), TYPE)
+        K, V = _block(G, 1, C, D), _block(G, 2, C, D)
+        nk, nv = tl.rsqrt(tl.sum(K * K, 0) + 1e-6), tl.rsqrt(tl.sum(V * V, 0) + 1e-6)
+        K, V = K * nk[None, :], V * nv[None, :]
+        z_eta = tl.sum(tl.where((row == 3 * D)[:, None], G, 0.0), 0) + be
+        z_alpha = tl.sum(tl.where((row == 3 * D + 1)[:, None], G, 0.0), 0) + ba
+        al = tl.where(ok, tl.exp(-rate * _softplus(z_alpha)), 1.0)
+        et = tl.where(ok, step * (1.0 + al) * tl.sigmoid(z_eta), 0.0)
+        # the errors of all rows, then read, then write
+        A0, a0 = _decay(al, C)
+        X = _inverse(A0 * et[None, :] * _dot(tl.trans(K), K, TYPE), C)
+        r = _dot(B, V, TYPE) - _dot(w0, K, TYPE) - a0[None, :] * _dot(w, K, TYPE)
+        r = _dot(r, tl.trans(X), tl.float32)
+        A1 = al[:, None] * A0 + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
+        Q = tl.load(q + xat, mask=ok[None, :], other=0.0)
+        QK = _dot(tl.trans(Q), K, TYPE)
+        M = A1 * et[None, :] * QK
+        if AGAIN:
+            tl.store(K_kept + kat, K)
+            tl.store(V_kept + kat, V)
+            tl.store(r_kept + rat, r)
+            tl.store(X_kept + (kept * C + t[:, None]) * C + t[None, :], X)
+            z = z_kept + kept * 4 * C + t
+            tl.store(z, z_eta)
+            tl.store(z + C, z_alpha)
+            tl.store(z + 2 * C, nk)
+            tl.store(z + 3 * C, nv)
+            dY = tl.load(dy + (n * T + tok)[None, :] * D + row[:, None], mask=ok[None, :] & (row < D)[:, None], other=0.0)
+            tl.store(dr_kept + (kept * C + t)[None, :] * D + row[:, None], _dot(dY, M, TYPE), mask=(row < D)[:, None])
+            part = _dot(tl.trans(w), dY, TYPE)
+            dM = _dot(tl.trans(dY), r, TYPE)
+            tl.store(dK_kept + kat, _dot(Q, dM * A1 * et[None, :], TYPE))
+            dQ = (al * a0)[None, :] * part + _dot(K, tl.trans(dM * A1 * et[None, :]), TYPE)
+            tl.store(dq + xat, dQ, mask=ok[None, :])
+            dM *= QK
+            da, dA1 = tl.sum(part * Q, 0), dM * et[None, :]
+            dal = da * a0 + tl.sum(dA1 * A0, 1) + _decay_gradient(A0, a0, al[:, None] * dA1, al * da)
+            tl.store(g_kept + kept * 2 * C + t, tl.sum(dM * A1, 0))
+            tl.store(g_kept + (kept * 2 + 1) * C + t, dal)
+        else:
+            Y = (al * a0)[None, :] * _dot(w, Q, TYPE) + _dot(r, tl.trans(M), TYPE)
+            tl.store(y + (n * T + tok)[None, :] * D + row[:, None], Y, mask=ok[None, :] & (row < D)[:, None])
+        w = _row(al * a0, last, C) * w + _dot((_row(A1, last, C) * et)[None, :] * r, tl.trans(K), TYPE)
+    if not AGAIN:
+        tl.store(W_T + n * size + at, w, mask=real)
+
+
+@triton.jit
+def _modify_chain(x, q, W0, A, dy, K_kept, V_kept, W_kept, r_kept, X_kept, z_kept, g_kept, dr_kept, dK_kept, dW, d_last, dx, d_kept, dG_kept,
+                  dgates, T, H, step, chunk, PER, all_tiles, first, tiles, C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr):
+    """Backward through generation, errors and write of one memory n, tile by tile in reverse; dW is updated in place."""
+    n, h = tl.program_id(0).to(tl.int64), tl.program_id(0) % H
+    row, i0, t = tl.arange(0, 4 * D), tl.arange(0, D), tl.arange(0, C)
+    at, real, size = row[:, None] * D + i0[None, :], (row < 3 * D + 2)[:, None], (3 * D + 2) * D
+    dw = tl.load(dW + n * size + at, mask=real, other=0.0)
+    rate, dB = step * tl.load(A + n), tl.zeros_like(dw)
+    for back in range(0, tiles):
+        i = first + tiles - 1 - back
+        begin = i // PER * chunk + i % PER * C
+        end = tl.minimum(T, (i // PER + 1) * chunk)
+        tok, last = begin + t, tl.minimum(end - begin, C) - 1
+        ok, kept = tok < end, n * tiles + i - first
+        xat, rat = (n * T + tok)[None, :] * D + i0[:, None], (kept * C + t)[None, :] * (4 * D) + row[:, None]
+        kat = (kept * C + t)[None, :] * D + i0[:, None]
+        z = z_kept + kept * 4 * C + t
+        z_eta, z_alpha, nk, nv = tl.load(z), tl.load(z + C), tl.load(z + 2 * C), tl.load(z + 3 * C)
+        al, sig = tl.where(ok, tl.exp(-rate * _softplus(z_alpha)), 1.0), tl.sigmoid(z_eta)
+        et = tl.where(ok, step * (1.0 + al) * sig, 0.0)
+        A0, a0 = _decay(al, C)
+        A1 = al[:, None] * A0 + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
+        K, r = tl.load(K_kept + kat), tl.load(r_kept + rat)
+        w = tl.load(W_kept + kept * size + at, mask=real, other=0.0)
+        # through the write
+        wr = _row(A1, last, C)
+        dr = _dot(dw, K, TYPE)
+        dwr = tl.sum(dr * r, 0)
+        dK = tl.load(dK_kept + kat) + _dot(tl.trans(dw), (wr * et)[None, :] * r, TYPE)
+        da = tl.where(t == last, tl.sum(dw * w.to(tl.float32)), 0.0)
+        # through the read
+        dr = (wr * et)[None, :] * dr + tl.load(dr_kept + (kept * C + t)[None, :] * D + row[:, None], mask=(row < D)[:, None], other=0.0)
+        dY = tl.load(dy + (n * T + tok)[None, :] * D + row[:, None], mask=ok[None, :] & (row < D)[:, None], other=0.0)
+        Q = tl.load(q + xat, mask=ok[None, :], other=0.0)
+        dw = _row(al * a0, last, C) * dw + _dot((al * a0)[None, :] * dY, tl.trans(Q), TYPE)
+        # through the errors
+        d = _dot(dr, tl.load(X_kept + (kept * C + t[:, None]) * C + t[None, :]), tl.float32)
+        tl.store(d_kept + rat, d)
+        dw -= _dot(a0[None, :] * d, tl.trans(K), TYPE)
+        V = tl.load(V_kept + kat)
+        dB += _dot(d, tl.trans(V), TYPE)
+        w0 = tl.load(W0 + h * size + at, mask=real, other=0.0)
+        B = (w0 + tl.load(W_kept + (kept - i % PER) * size + at, mask=real, other=0.0).to(tl.float32)).to(TYPE)
+        dV = _dot(tl.trans(B), d, TYPE)
+        part = _dot(tl.trans(w), d, TYPE)
+        dK -= _dot(tl.trans(w0), d, TYPE) + a0[None, :] * part
+        da0 = al * da - tl.sum(part * K, 0)
+        dM = -_dot(tl.trans(d), r, TYPE)
+        S = dM * _dot(tl.trans(K), K, TYPE)
+        dM *= A0 * et[None, :]
+        dK += _dot(K, dM + tl.trans(dM), TYPE)
+        # through step sizes and retention
+        dA1 = tl.where(t[:, None] == last, (et * dwr)[None, :], 0.0)
+        det = wr * dwr + tl.sum(S * A0, 0) + tl.load(g_kept + kept * 2 * C + t)
+        dal = da * a0 + tl.sum(dA1 * A0, 1) + _decay_gradient(A0, a0, al[:, None] * dA1 + S * et[None, :], da0)
+        dal = (dal + tl.load(g_kept + (kept * 2 + 1) * C + t) + step * det * sig) * al  # of log alpha
+        d_eta = tl.where(ok, step * det * (1.0 + al) * sig * (1.0 - sig), 0.0)
+        d_alpha = tl.where(ok, -rate * dal * tl.sigmoid(z_alpha), 0.0)
+        series, NT = dgates + n * T + tok, tl.num_programs(0) * T
+        tl.store(series, d_eta, mask=ok)
+        tl.store(series + NT, d_alpha, mask=ok)
+        tl.store(series + 2 * NT, -step * dal * _softplus(z_alpha), mask=ok)
+        # through the generation from the boundary weights
+        dK = (dK - K * tl.sum(dK * K, 0)[None, :]) * nk[None, :]
+        dV = (dV - V * tl.sum(dV * V, 0)[None, :]) * nv[None, :]
+        dG = _stack(dK, dV, d_eta, d_alpha, C, D)
+        tl.store(dG_kept + rat, dG)
+        tl.store(dx + xat, _dot(tl.trans(B), dG, TYPE), mask=ok[None, :])
+        dB += _dot(dG, tl.trans(tl.load(x + xat, mask=ok[None, :], other=0.0)), TYPE)
+        if i % PER == 0:
+            dw += dB
+            dB = tl.zeros_like(dB)
+        if i == (all_tiles - 1) // PER * PER:
+            dw += tl.load(d_last + n * size + at, mask=real, other=0.0)
+    tl.store(dW + n * size + at, dw, mask=real)
+
+
+@triton.jit
+def _modify_starts(x, K_kept, V_kept, d_kept, dG_kept, dW0, T, chunk, PER, first, tiles,
+                   C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
+    """dW0 += d (v - k)^T + dG x^T over the tiles of one memory n, for the rows of block m."""
+    n, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, i0, t = m * D + tl.arange(0, D), tl.arange(0, D), tl.arange(0, C)
+    at, real = n * (3 * D + 2) * D + row[:, None] * D + i0[None, :], (row < 3 * D + 2)[:, None]
+    total = tl.load(dW0 + at, mask=real, other=0.0)
+    for j in range(0, tiles):
+        i, kept = first + j, n * tiles + j
+        tok = i // PER * chunk + i % PER * C + t
+        ok = tok < tl.minimum(T, (i // PER + 1) * chunk)
+        rat, kat = (kept * C + t)[None, :] * (4 * D) + row[:, None], (kept * C + t)[:, None] * D + i0[None, :]
+        total += _dot(tl.load(d_kept + rat), tl.load(V_kept + kat).to(tl.float32) - tl.load(K_kept + kat).to(tl.float32), TYPE)
+        xs = tl.load(x + (n * T + tok)[:, None] * D + i0[None, :], mask=ok[:, None], other=0.0)
+        total += _dot(tl.load(dG_kept + rat), xs, TYPE)
+    tl.store(dW0 + at, total, mask=real)
+
+
 EVERY = 8  # tiles from one kept state to the next: 1/8 of what keeping all would take, and 1/8 of the backward's parallel work
 SPAN = 64  # tiles whose states the backward holds at once, a multiple of EVERY
 WARPS = 4
@@ -409,3 +611,90 @@ def scan(W, k, u, eta, alpha, q=None, *, theta=None, S=None, delta=1.0, tile=64)
         None if number else flat(delta, 1), number and delta == 1, tile,
     )[:3]  # fmt: skip
     return None if q is None else y.unflatten(0, lead), W.unflatten(0, lead), None if theta is None else S.unflatten(0, lead)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _chunks(T, chunk):
+    """(tokens of a tile, tiles of a chunk, tiles of T tokens, tiles between kept states)."""
+    C = min(_padded(chunk), 32)
+    per = triton.cdiv(chunk, C)
+    return C, per, T // chunk * per + triton.cdiv(T % chunk, C), per * max(1, EVERY // per)
+
+
+@torch.library.custom_op("nested_learning::modify", mutates_args=())
+def _modify(x: Tensor, q: Tensor, W: Tensor, W0: Tensor, b_eta: Tensor, b_alpha: Tensor, A: Tensor, chunk: int,
+            step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(W_t q_t, W_T, W at the last boundary, kept states) for x, q [N, T, d], W [N, 3d + 2, d], W0 [H, ...], gates [N]."""
+    out = _modify_fake(x, q, W, W0, b_eta, b_alpha, A, chunk, step)
+    (N, T, D), (C, per, tiles, every) = x.shape, _chunks(x.shape[1], chunk)
+    none = [W] * 10
+    _modify_forward[(N,)](x, q, W0, W, b_eta, b_alpha, A, *out, *none, T, len(W0), step, chunk, per, every, tiles, 0, tiles,
+                          C=C, D=D, TYPE=TYPES[x.dtype], AGAIN=False, num_warps=8)  # fmt: skip
+    return out
+
+
+@_modify.register_fake
+def _modify_fake(x, q, W, W0, b_eta, b_alpha, A, chunk, step):
+    _, _, tiles, every = _chunks(x.shape[1], chunk)
+    kept = W.new_empty(W.shape[0], triton.cdiv(tiles, every), *W.shape[1:])
+    return W.new_empty(x.shape), torch.empty_like(W), torch.empty_like(W), kept
+
+
+@torch.library.custom_op("nested_learning::modify_backward", mutates_args=())
+def _modify_backward(dy: Tensor, dW_T: Tensor, d_last: Tensor, W_kept: Tensor, x: Tensor, q: Tensor, W0: Tensor, b_eta: Tensor,
+                     b_alpha: Tensor, A: Tensor, chunk: int, step: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, q, W, W0 [N, ...] and of (z_eta, z_alpha, A) [3, N, T], token by token."""
+    (N, T, D), (C, per, all_tiles, every) = x.shape, _chunks(x.shape[1], chunk)
+    dx, dq, dW, dW0, dgates = torch.empty_like(x), torch.empty_like(q), dW_T.clone(), torch.zeros_like(dW_T), dW_T.new_empty(3, N, T)
+    sizes, none = dict(C=C, D=D, TYPE=TYPES[x.dtype]), dW_T
+    span = every * max(1, SPAN // every)
+    for first in reversed(range(0, all_tiles, span)):
+        tiles = min(span, all_tiles - first)
+
+        def new(*shape, dtype=x.dtype, tiles=tiles):
+            return dW_T.new_empty(N, tiles, *shape, dtype=dtype)
+
+        W_all, K, V, r, dK, dr, d, dG = new(3 * D + 2, D), *(new(C, n) for n in (D, D, 4 * D, D, D, 4 * D, 4 * D))
+        X, z, g = new(C, C, dtype=torch.float32), new(4, C, dtype=torch.float32), new(2, C, dtype=torch.float32)
+        _modify_forward[(N, triton.cdiv(tiles, every))](
+            x, q, W0, W_kept, b_eta, b_alpha, A, none, none, none, W_all, dy, K, V, r, X, z, g, dr, dK, dq,
+            T, len(W0), step, chunk, per, every, all_tiles, first, tiles, AGAIN=True, num_warps=8, **sizes,
+        )  # fmt: skip
+        _modify_chain[(N,)](x, q, W0, A, dy, K, V, W_all, r, X, z, g, dr, dK, dW, d_last, dx, d, dG, dgates,
+                            T, len(W0), step, chunk, per, all_tiles, first, tiles, num_warps=8, **sizes)  # fmt: skip
+        _modify_starts[(N, 4)](x, K, V, d, dG, dW0, T, chunk, per, first, tiles, num_warps=4, **sizes)
+    return dx, dq, dW, dW0, dgates
+
+
+@_modify_backward.register_fake
+def _(dy, dW_T, d_last, W_kept, x, q, W0, b_eta, b_alpha, A, chunk, step):
+    return *(torch.empty_like(like) for like in (x, q, dW_T, dW_T)), dW_T.new_empty(3, *x.shape[:2])
+
+
+def _modify_save(ctx, inputs, output):
+    x, q, W, W0, b_eta, b_alpha, A, ctx.chunk, ctx.step = inputs
+    ctx.save_for_backward(output[3], x, q, W0, b_eta, b_alpha, A)
+
+
+def _modify_gradients(ctx, dy, dW_T, d_last, _):
+    dy, dW_T, d_last = (g.contiguous() for g in (dy, dW_T, d_last))
+    W0 = ctx.saved_tensors[3]
+    dx, dq, dW, dW0, dgates = _modify_backward(dy, dW_T, d_last, *ctx.saved_tensors, ctx.chunk, ctx.step)
+    return dx, dq, dW, dW0.unflatten(0, (-1, len(W0))).sum(0), *dgates.sum(-1), None, None
+
+
+_modify.register_autograd(_modify_gradients, setup_context=_modify_save)
+
+
+def self_modify(x, q, W, W0, b_eta, b_alpha, A, chunk, step):
+    """All chunks of one layer of `titans.SelfModifyingTitans`, from a chunk boundary on: its `_SelfModify` with these kernels.
+
+    x, q [N, T, d] (N = batch x heads), W [N, 3d + 2, d], W0 [H, 3d + 2, d] with H heads, b_eta, b_alpha, A [N]
+    -> W_t q_t [N, T, d], W_T, W at the last boundary.
+    """
+    d = x.shape[-1]
+    residual = torch.cat([torch.eye(d, device=x.device).repeat(3, 1), W0.new_zeros(2, d)])  # M(z) = z + (W0 + W) z
+    flat = (t.float().contiguous() for t in (W, W0 + residual, b_eta, b_alpha, A))
+    return _modify(x.contiguous(), q.to(x.dtype).contiguous(), *flat, chunk, float(step))[:3]
