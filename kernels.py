@@ -37,11 +37,15 @@ def _decay_gradient(P, p, dP, dp):
 
 @triton.jit
 def _inverse(L, C: tl.constexpr):
-    """(I + tril(L, -1))^-1 by doubling: from the inverses of the diagonal blocks of b rows to those of 2 b rows."""
+    """(I + tril(L, -1))^-1: forward substitution in all diagonal blocks of 16 at once, then doubling of the blocks."""
     t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    X = tl.where(t == s, 1.0, 0.0) - tl.where((t // 2 == s // 2) & (t > s), L, 0.0)
-    for i in tl.static_range(1, 7):  # b = 2^i
-        if 1 << i < C:
+    X = tl.where(t == s, 1.0, 0.0)
+    for j in range(0, 15):  # column j of every block
+        column = tl.sum(tl.where((s == t // 16 * 16 + j) & (t > s), L, 0.0), 1)
+        row = tl.sum(tl.where(t == s // 16 * 16 + j, X, 0.0), 0)
+        X -= tl.where(t // 16 == s // 16, column[:, None] * row[None, :], 0.0)
+    for i in tl.static_range(4, 7):
+        if 1 << i < C:  # from the inverses of blocks of 2^i rows to those of twice as many
             below = tl.where((t >> i + 1 == s >> i + 1) & (t >> i > s >> i), L, 0.0)
             X -= _dot(X, _dot(below, X, tl.float32), tl.float32)
     return X
@@ -348,7 +352,7 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, dy, 
         xat, rat = (n * T + tok)[None, :] * D + i0[:, None], (kept * C + t)[None, :] * (4 * D) + row[:, None]
         kat = (kept * C + t)[None, :] * D + i0[:, None]
         w0 = tl.load(W0 + h * size + at, mask=real, other=0.0)
-        B = tl.where(i % PER == 0, (w0 + w).to(TYPE), B)
+        B = tl.where(i % PER == 0, (w0.to(tl.float32) + w).to(TYPE), B)
         if AGAIN:
             tl.store(W_kept + kept * size + at, w, mask=real)
         elif i % EVERY == 0:
@@ -447,7 +451,7 @@ def _modify_chain(x, q, W0, A, dy, K_kept, V_kept, W_kept, r_kept, X_kept, z_kep
         V = tl.load(V_kept + kat)
         dB += _dot(d, tl.trans(V), TYPE)
         w0 = tl.load(W0 + h * size + at, mask=real, other=0.0)
-        B = (w0 + tl.load(W_kept + (kept - i % PER) * size + at, mask=real, other=0.0).to(tl.float32)).to(TYPE)
+        B = (w0.to(tl.float32) + tl.load(W_kept + (kept - i % PER) * size + at, mask=real, other=0.0).to(tl.float32)).to(TYPE)
         dV = _dot(tl.trans(B), d, TYPE)
         part = _dot(tl.trans(w), d, TYPE)
         dK -= _dot(tl.trans(w0), d, TYPE) + a0[None, :] * part
