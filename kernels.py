@@ -323,6 +323,12 @@ def _stack(k, v, eta, alpha, C: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def _own(x, C: tl.constexpr, D: tl.constexpr):
+    """x [D, C] -> [4 D, C] with x in blocks 0, 1, 2: the identity of M(z) = z + (W0 + W) z. It never is rounded with W0."""
+    return tl.reshape(tl.where(tl.arange(0, 4)[:, None, None] < 3, x[None], 0.0), (4 * D, C))
+
+
+@triton.jit
 def _softplus(z):
     return tl.maximum(z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z)))
 
@@ -361,8 +367,9 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, dy, 
             if i == (all_tiles - 1) // PER * PER:
                 tl.store(W_last + n * size + at, w, mask=real)
         # generate from the boundary weights
-        G = _dot(B, tl.load(x + xat, mask=ok[None, :], other=0.0), TYPE)
-        K, V = _block(G, 1, C, D), _block(G, 2, C, D)
+        xs = tl.load(x + xat, mask=ok[None, :], other=0.0)
+        G = _dot(B, xs, TYPE)
+        K, V = _block(G, 1, C, D) + xs, _block(G, 2, C, D) + xs
         nk, nv = tl.rsqrt(tl.sum(K * K, 0) + 1e-6), tl.rsqrt(tl.sum(V * V, 0) + 1e-6)
         K, V = K * nk[None, :], V * nv[None, :]
         z_eta = tl.sum(tl.where((row == 3 * D)[:, None], G, 0.0), 0) + be
@@ -372,7 +379,7 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, dy, 
         # the errors of all rows, then read, then write
         A0, a0 = _decay(al, C)
         X = _inverse(A0 * et[None, :] * _dot(tl.trans(K), K, TYPE), C)
-        r = _dot(B, V, TYPE) - _dot(w0, K, TYPE) - a0[None, :] * _dot(w, K, TYPE)
+        r = _own(V - K, C, D) + _dot(B, V, TYPE) - _dot(w0, K, TYPE) - a0[None, :] * _dot(w, K, TYPE)
         r = _dot(r, tl.trans(X), tl.float32)
         A1 = al[:, None] * A0 + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
         Q = tl.load(q + xat, mask=ok[None, :], other=0.0)
@@ -416,7 +423,7 @@ def _modify_chain(x, q, W0, A, dy, K_kept, V_kept, W_kept, r_kept, X_kept, z_kep
     row, i0, t = tl.arange(0, 4 * D), tl.arange(0, D), tl.arange(0, C)
     at, real, size = row[:, None] * D + i0[None, :], (row < 3 * D + 2)[:, None], (3 * D + 2) * D
     dw = tl.load(dW + n * size + at, mask=real, other=0.0)
-    rate, dB = step * tl.load(A + n), tl.zeros_like(dw)
+    rate = step * tl.load(A + n)
     for back in range(0, tiles):
         i = first + tiles - 1 - back
         begin = i // PER * chunk + i % PER * C
@@ -448,13 +455,12 @@ def _modify_chain(x, q, W0, A, dy, K_kept, V_kept, W_kept, r_kept, X_kept, z_kep
         d = _dot(dr, tl.load(X_kept + (kept * C + t[:, None]) * C + t[None, :]), tl.float32)
         tl.store(d_kept + rat, d)
         dw -= _dot(a0[None, :] * d, tl.trans(K), TYPE)
-        V = tl.load(V_kept + kat)
-        dB += _dot(d, tl.trans(V), TYPE)
-        w0 = tl.load(W0 + h * size + at, mask=real, other=0.0)
-        B = (w0.to(tl.float32) + tl.load(W_kept + (kept - i % PER) * size + at, mask=real, other=0.0).to(tl.float32)).to(TYPE)
-        dV = _dot(tl.trans(B), d, TYPE)
+        from_start = _dot(tl.trans(tl.load(W0 + h * size + at, mask=real, other=0.0)), d, TYPE)
+        from_start += _block(d, 0, C, D) + _block(d, 1, C, D) + _block(d, 2, C, D)
+        boundary = W_kept + (kept - i % PER) * size + at
+        dV = from_start + _dot(tl.trans(tl.load(boundary, mask=real, other=0.0)), d, TYPE)
         part = _dot(tl.trans(w), d, TYPE)
-        dK -= _dot(tl.trans(w0), d, TYPE) + a0[None, :] * part
+        dK -= from_start + a0[None, :] * part
         da0 = al * da - tl.sum(part * K, 0)
         dM = -_dot(tl.trans(d), r, TYPE)
         S = dM * _dot(tl.trans(K), K, TYPE)
@@ -472,15 +478,23 @@ def _modify_chain(x, q, W0, A, dy, K_kept, V_kept, W_kept, r_kept, X_kept, z_kep
         tl.store(series + NT, d_alpha, mask=ok)
         tl.store(series + 2 * NT, -step * dal * _softplus(z_alpha), mask=ok)
         # through the generation from the boundary weights
+        V = tl.load(V_kept + kat)
         dK = (dK - K * tl.sum(dK * K, 0)[None, :]) * nk[None, :]
         dV = (dV - V * tl.sum(dV * V, 0)[None, :]) * nv[None, :]
-        dG = _stack(dK, dV, d_eta, d_alpha, C, D)
+        dG = _stack(dK, dV, d_eta, d_alpha, C, D).to(TYPE)
         tl.store(dG_kept + rat, dG)
-        tl.store(dx + xat, _dot(tl.trans(B), dG, TYPE), mask=ok[None, :])
-        dB += _dot(dG, tl.trans(tl.load(x + xat, mask=ok[None, :], other=0.0)), TYPE)
-        if i % PER == 0:
-            dw += dB
-            dB = tl.zeros_like(dB)
+        dX = dK + dV + _dot(tl.trans(tl.load(W0 + h * size + at, mask=real, other=0.0)), dG, TYPE)
+        dX += _dot(tl.trans(tl.load(boundary, mask=real, other=0.0)), dG, TYPE)
+        tl.store(dx + xat, dX, mask=ok[None, :])
+        if i % PER == 0:  # all that was generated in this chunk came from the weights at its start
+            tl.debug_barrier()
+            for j in range(0, PER):
+                more = (j * C + t[None, :]) * (4 * D) + kept * C * (4 * D) + row[:, None]
+                x_j = begin + j * C + t
+                x_ok = x_j < end
+                kat_j, xat_j = (kept * C + j * C + t)[:, None] * D + i0[None, :], (n * T + x_j)[:, None] * D + i0[None, :]
+                dw += _dot(tl.load(d_kept + more, mask=x_ok[None, :], other=0.0), tl.load(V_kept + kat_j, mask=x_ok[:, None], other=0.0), TYPE)
+                dw += _dot(tl.load(dG_kept + more, mask=x_ok[None, :], other=0.0), tl.load(x + xat_j, mask=x_ok[:, None], other=0.0), TYPE)
         if i == (all_tiles - 1) // PER * PER:
             dw += tl.load(d_last + n * size + at, mask=real, other=0.0)
     tl.store(dW + n * size + at, dw, mask=real)
@@ -507,7 +521,14 @@ def _modify_starts(x, K_kept, V_kept, d_kept, dG_kept, dW0, T, chunk, PER, first
 
 EVERY = 8  # tiles from one kept state to the next: 1/8 of what keeping all would take, and 1/8 of the backward's parallel work
 SPAN = 64  # tiles whose states the backward holds at once, a multiple of EVERY
-WARPS = 4
+STAGES = 1  # no loads ahead: shared memory is full of operands
+WARPS = {"scan forward": 4, "scan again": 4, "scan chain": 4, "scan local": 4,
+         "modify forward": 8, "modify again": 8, "modify chain": 8, "modify starts": 4}  # fmt: skip
+
+
+def _launch(name):
+    return dict(num_warps=WARPS[name], num_stages=STAGES)
+
 
 
 def _padded(width, least=16):
@@ -517,8 +538,8 @@ def _padded(width, least=16):
 def _setting(W, k, u, q, theta, delta, delta_rule, tile):
     """Sizes and compile-time constants of a scan, for W [N, dv, dk], k [N, T, dk]."""
     N, dv, dk = W.shape
-    sizes = dict(C=min(_padded(tile), 64), DV=min(_padded(dv), 64), DK=_padded(dk), TYPE=TYPES[k.dtype], MOMENTUM=theta is not None)
-    sizes |= dict(DELTA=2 if delta is not None else int(delta_rule), READ=q is not None, num_warps=WARPS)
+    sizes = dict(C=min(_padded(tile), 32), DV=min(_padded(dv), 64), DK=_padded(dk), TYPE=TYPES[k.dtype], MOMENTUM=theta is not None)
+    sizes |= dict(DELTA=2 if delta is not None else int(delta_rule), READ=q is not None)
     return N, k.shape[1], dv, dk, triton.cdiv(dv, sizes["DV"]), triton.cdiv(k.shape[1], sizes["C"]), sizes
 
 
@@ -532,7 +553,7 @@ def _scan(W: Tensor, k: Tensor, u: Tensor, eta: Tensor, alpha: Tensor, q: Tensor
     out = _scan_fake(W, k, u, eta, alpha, q, theta, S, delta, delta_rule, tile)
     N, T, dv, dk, blocks, tiles, sizes = _setting(W, k, u, q, theta, delta, delta_rule, tile)
     none = W
-    _scan_forward[(N, blocks)](W, S, k, u, q, eta, alpha, theta, delta, *out, none, none, T, dv, dk, EVERY, 0, tiles, AGAIN=False, **sizes)
+    _scan_forward[(N, blocks)](W, S, k, u, q, eta, alpha, theta, delta, *out, none, none, T, dv, dk, EVERY, 0, tiles, AGAIN=False, **sizes, **_launch("scan forward"))
     return out
 
 
@@ -564,13 +585,14 @@ def _scan_backward(dy: Tensor, dW_T: Tensor, dS_T: Tensor, W_kept: Tensor, S_kep
         inputs, size = (k, q, eta, alpha, theta, delta, dy), (T, dv, dk)
         _scan_forward[(N, blocks, triton.cdiv(tiles, EVERY))](
             W_kept, S_kept, k, u, None, *inputs[2:6], none, none, none, W_all, S_all, r_all, X_all, *size, EVERY, first, tiles,
-            AGAIN=True, **(sizes | {"READ": False}),
+            AGAIN=True, **(sizes | {"READ": False}), **_launch("scan again"),
         )  # fmt: skip
-        _scan_chain[(N, blocks)](*inputs, X_all, dW, dS, dW_all, dS_all, du, *size, first, tiles, **sizes)
+        _scan_chain[(N, blocks)](*inputs, X_all, dW, dS, dW_all, dS_all, du, *size, first, tiles, **sizes, **_launch("scan chain"))
         dk_out, deta, dalpha, dq, dtheta, ddelta = shares
         _scan_local[(N, blocks, tiles)](
-            *inputs, du, W_all, S_all, r_all, dW_all, dS_all, dk_out, dq, deta, dalpha, dtheta, ddelta, *size, first, tiles, **sizes
-        )
+            *inputs, du, W_all, S_all, r_all, dW_all, dS_all, dk_out, dq, deta, dalpha, dtheta, ddelta, *size, first, tiles, **sizes,
+            **_launch("scan local"),
+        )  # fmt: skip
     dk_out, deta, dalpha, dq, dtheta, ddelta = (
         x if x.ndim == 1 else x.sum(0).to(like.dtype) if blocks > 1 else x.squeeze(0)
         for x, like in zip(shares, (k, eta, alpha, q, theta, delta), strict=True)
@@ -600,8 +622,18 @@ def _scan_gradients(ctx, dy, dW_T, dS_T, *_):
 _scan.register_autograd(_scan_gradients, setup_context=_scan_save)
 
 
-def scan(W, k, u, eta, alpha, q=None, *, theta=None, S=None, delta=1.0, tile=64):
-    """`memory.scan` with these kernels, for arguments aligned by it (equal leading dimensions) and `unfit` None."""
+def unfit(x, width, chunk=1):
+    """Why the kernels cannot run on tensors like x with keys of this width and chunks of so many tokens; None: they can."""
+    if not INTERPRETED.value and (not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 0)):
+        return f"they need an NVIDIA GPU of compute capability 8.0 or more (the tensors are on {x.device})"
+    if x.dtype not in TYPES:
+        return f"they need float32 or bfloat16, got {x.dtype}"
+    if width > 64 or chunk > 128:
+        return f"they need keys of width 64 at most and chunks of 128 tokens at most, got {width} and {chunk}"
+
+
+def scan(W, k, u, eta, alpha, q, theta, S, delta, tile):
+    """`memory.scan` with these kernels, for arguments aligned by it (equal leading dimensions) that are not `unfit`."""
     lead, same = W.shape[:-2], k.dtype if k.dtype == u.dtype and (q is None or q.dtype == k.dtype) else torch.float32
     number = not torch.is_tensor(delta)
     if number and delta not in (0, 1):
@@ -622,7 +654,7 @@ def scan(W, k, u, eta, alpha, q=None, *, theta=None, S=None, delta=1.0, tile=64)
 
 def _chunks(T, chunk):
     """(tokens of a tile, tiles of a chunk, tiles of T tokens, tiles between kept states)."""
-    C = min(_padded(chunk), 32)
+    C = 16
     per = triton.cdiv(chunk, C)
     return C, per, T // chunk * per + triton.cdiv(T % chunk, C), per * max(1, EVERY // per)
 
@@ -635,7 +667,7 @@ def _modify(x: Tensor, q: Tensor, W: Tensor, W0: Tensor, b_eta: Tensor, b_alpha:
     (N, T, D), (C, per, tiles, every) = x.shape, _chunks(x.shape[1], chunk)
     none = [W] * 10
     _modify_forward[(N,)](x, q, W0, W, b_eta, b_alpha, A, *out, *none, T, len(W0), step, chunk, per, every, tiles, 0, tiles,
-                          C=C, D=D, TYPE=TYPES[x.dtype], AGAIN=False, num_warps=8)  # fmt: skip
+                          C=C, D=D, TYPE=TYPES[x.dtype], AGAIN=False, **_launch("modify forward"))  # fmt: skip
     return out
 
 
@@ -664,11 +696,11 @@ def _modify_backward(dy: Tensor, dW_T: Tensor, d_last: Tensor, W_kept: Tensor, x
         X, z, g = new(C, C, dtype=torch.float32), new(4, C, dtype=torch.float32), new(2, C, dtype=torch.float32)
         _modify_forward[(N, triton.cdiv(tiles, every))](
             x, q, W0, W_kept, b_eta, b_alpha, A, none, none, none, W_all, dy, K, V, r, X, z, g, dr, dK, dq,
-            T, len(W0), step, chunk, per, every, all_tiles, first, tiles, AGAIN=True, num_warps=8, **sizes,
+            T, len(W0), step, chunk, per, every, all_tiles, first, tiles, AGAIN=True, **sizes, **_launch("modify again"),
         )  # fmt: skip
         _modify_chain[(N,)](x, q, W0, A, dy, K, V, W_all, r, X, z, g, dr, dK, dW, d_last, dx, d, dG, dgates,
-                            T, len(W0), step, chunk, per, all_tiles, first, tiles, num_warps=8, **sizes)  # fmt: skip
-        _modify_starts[(N, 4)](x, K, V, d, dG, dW0, T, chunk, per, first, tiles, num_warps=4, **sizes)
+                            T, len(W0), step, chunk, per, all_tiles, first, tiles, **sizes, **_launch("modify chain"))  # fmt: skip
+        _modify_starts[(N, 4)](x, K, V, d, dG, dW0, T, chunk, per, first, tiles, **sizes, **_launch("modify starts"))
     return dx, dq, dW, dW0, dgates
 
 
@@ -686,7 +718,7 @@ def _modify_gradients(ctx, dy, dW_T, d_last, _):
     dy, dW_T, d_last = (g.contiguous() for g in (dy, dW_T, d_last))
     W0 = ctx.saved_tensors[3]
     dx, dq, dW, dW0, dgates = _modify_backward(dy, dW_T, d_last, *ctx.saved_tensors, ctx.chunk, ctx.step)
-    return dx, dq, dW, dW0.unflatten(0, (-1, len(W0))).sum(0), *dgates.sum(-1), None, None
+    return dx, dq, dW, dW0.unflatten(0, (-1, len(W0))).sum(0).to(W0.dtype), *dgates.sum(-1), None, None
 
 
 _modify.register_autograd(_modify_gradients, setup_context=_modify_save)
@@ -698,7 +730,5 @@ def self_modify(x, q, W, W0, b_eta, b_alpha, A, chunk, step):
     x, q [N, T, d] (N = batch x heads), W [N, 3d + 2, d], W0 [H, 3d + 2, d] with H heads, b_eta, b_alpha, A [N]
     -> W_t q_t [N, T, d], W_T, W at the last boundary.
     """
-    d = x.shape[-1]
-    residual = torch.cat([torch.eye(d, device=x.device).repeat(3, 1), W0.new_zeros(2, d)])  # M(z) = z + (W0 + W) z
-    flat = (t.float().contiguous() for t in (W, W0 + residual, b_eta, b_alpha, A))
-    return _modify(x.contiguous(), q.to(x.dtype).contiguous(), *flat, chunk, float(step))[:3]
+    gates = (t.float().contiguous() for t in (b_eta, b_alpha, A))
+    return _modify(x.contiguous(), q.to(x.dtype).contiguous(), W.float().contiguous(), W0.to(x.dtype).contiguous(), *gates, chunk, float(step))[:3]
