@@ -508,7 +508,9 @@ def kernel_calls(what: str, N: int, T: int, chunk: int, device) -> dict:
         def run(backend, k, q, u, eta, alpha):
             return memory.scan(W, k, u, eta, alpha, q, delta=alpha, backend=backend)[0]
 
-        def compiled(k, q, u, eta, alpha, tile=torch.compile(memory._tile, dynamic=False)):
+        tile = torch.compile(memory._tile, dynamic=False)
+
+        def compiled(k, q, u, eta, alpha):
             state, y = W, []
             for parts in zip(*(x.split(64, 1) for x in (k.float(), u.float(), eta, alpha, q.float())), strict=True):
                 now, state, _ = tile(state, None, *parts, None, parts[3])
@@ -533,7 +535,10 @@ def kernel_calls(what: str, N: int, T: int, chunk: int, device) -> dict:
             flat = [g[:, None] for g in gates]
             return titans._SelfModify.apply(x.float(), q.float(), W, W0.repeat(heads, 1, 1), *flat, chunk, 1.0)[0]
 
-        calls["fused"] = there_and_back(lambda x, q, W0: kernels.self_modify(x, q, W, W0, *gates, chunk, 1.0)[0], (x, q, W0))
+        def fused_step(x, q, W0):
+            return kernels.self_modify(x, q, W, W0, *gates, chunk, 1.0)[0]
+
+        calls["fused"] = there_and_back(fused_step, (x, q, W0))
         if T <= 4096:
             calls["eager"] = there_and_back(torch_step, (x, q, W0))
     return calls
@@ -577,14 +582,16 @@ def kernel_speed(args) -> dict:
         versions["fla"] = metadata.version("flash-linear-attention")
     torch._dynamo.config.cache_size_limit = 64
     peak, rows = ceilings(device), []
-    print(f"{torch.cuda.get_device_name(device)}: matrix product {peak['tflops']:.0f} TFLOP/s, copy {peak['tbytes']:.2f} TB/s\n")
+    name = torch.cuda.get_device_name(device)
+    print(f"{name}: matrix product {peak['tflops']:.0f} TFLOP/s, copy {peak['tbytes']:.2f} TB/s\n")
     for what, N, T in [(what, N, T) for what in ("scan", "self-modifying") for N in heads for T in lengths]:
         torch.manual_seed(0)
         chunk = None if what == "scan" else args.chunk
         calls = kernel_calls(what, N, T, args.chunk, device)
         ms = {name: milliseconds(call) for name, call in calls.items()}
         flops, moved = (scan_work if what == "scan" else modify_work)(N, T)
-        ratio = {name: ms[name] / ms["fused"] if ms.get(name) and ms["fused"] else None for name in ("eager", "compiled", "fla")}
+        rivals = ("eager", "compiled", "fla")
+        ratio = {name: ms[name] / ms["fused"] if ms.get(name) and ms["fused"] else None for name in rivals}
         tflops, tbytes = (work / ms["fused"] / 1e9 if ms["fused"] else None for work in (flops, moved))
         rows.append({"what": what, "heads": N, "T": T, "chunk": chunk, "ms": ms["fused"], "tflops": tflops, "tbytes": tbytes,
                      "of_tflops": tflops and tflops / peak["tflops"], "of_tbytes": tbytes and tbytes / peak["tbytes"], **ratio,
@@ -606,7 +613,8 @@ def kernel_speed(args) -> dict:
             base = next(s["tokens_per_s"] for s in steps if s["T"] == T)
             steps[-1]["ratio"] = steps[-1]["tokens_per_s"] / base if base and steps[-1]["tokens_per_s"] else None
             speed = "out of memory" if steps[-1]["tokens_per_s"] is None else f"{steps[-1]['tokens_per_s']:,.0f} tokens/s"
-            print(f"training step, {args.preset}, T {T}: {spec} {speed}, ratio {steps[-1]['ratio'] or math.nan:.2f}", flush=True)
+            ratio = steps[-1]["ratio"] or math.nan
+            print(f"training step, {args.preset}, T {T}: {spec} {speed}, ratio {ratio:.2f}", flush=True)
     return {"versions": versions, "ceilings": peak, "rows": rows, "training": steps}
 
 

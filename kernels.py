@@ -1,4 +1,49 @@
-"""HEADER"""
+"""The fused chunk update in Triton: `memory.scan` and the chunk step of `titans.SelfModifyingTitans`, forward and backward.
+
+In torch every chunk is dozens of small kernels that wait for each other. Here one program keeps the fast weights of one
+(batch, head) on chip and walks all its tiles in one launch. memory.py and titans.py define what is computed and are the
+tests' oracles; this file repeats their algebra for tokens t, s = 0..C-1 of a tile, l the last of them:
+
+    A0[t, s] = prod_{s < i < t} alpha_i  (s < t, else 0)   a0[t] = prod_{i < t} alpha_i     before token t; T0, t0 from theta
+    A1 = alpha A0 + I      a1 = alpha a0                   T1 = theta T0 + I      t1 = theta t0                after token t
+    c0 = A0 T1             b0 = A0 t1                      c1 = alpha c0 + T1     b1 = alpha b0 + t1   (plain: c0 = A0, T1 = I)
+
+    forward    X  = (I + delta c0 eta ∘ K K^T)^-1                    r = X (u - delta (a0 K W^T + b0 K S^T))
+               y  = a1 Q W^T + b1 Q S^T + (c1 eta ∘ Q K^T) r
+               W' = a1[l] W + b1[l] S + (c1[l] eta r)^T K            S' = t1[l] S + (T1[l] eta r)^T K
+
+    backward   d  = X^T (c1[l] eta K dW'^T + T1[l] eta K dS'^T + (c1 eta ∘ Q K^T)^T dy) = du
+    (chain)    dW = a1[l] dW' + (a1 dy)^T Q - (delta a0 d)^T K       dS = b1[l] dW' + t1[l] dS' + (b1 dy)^T Q - (delta b0 d)^T K
+
+    (local)    M  = (dy r^T) ∘ c1 eta      N = -(d r^T) ∘ delta c0 eta
+               dQ = a1 dy W + b1 dy S + M K
+               dK = c1[l] eta r dW' + T1[l] eta r dS' + M^T Q + (N + N^T) K - delta (a0 d W + b0 d S)
+               dc1 = (dy r^T) ∘ (Q K^T) eta, row l: + eta (K dW'^T . r)      da1 = Q . dy W,    at l: + <dW', W>
+               dc0 = -(d r^T) ∘ (K K^T) delta eta + alpha dc1                da0 = -delta K . d W + alpha da1
+               and through a product of decays, without a division (exact at 0, finite at 1e-30):
+               d alpha_i = sum_s (A0^T dA0 ∘ A0)[i, s] + a0_i (A0^T da0)_i + (what alpha in A1, a1 gets directly)
+
+Only the chain must walk the tiles in reverse; everything local runs for all tiles at once. The forward keeps W and S at
+every EVERY-th tile; the backward computes the states between again ("again"), all segments at once, and holds at most
+SPAN tiles of them, whatever T. So what stays from forward to backward is 1/EVERY of the states, a few percent of the inputs.
+
+Self-modification: with B = W0 + W at the chunk's start and all rows [memory | k | v | eta | alpha] stacked,
+
+    k, v = l2norm of the rows of B x + x;   eta, alpha from its last two rows;   r = X (B v - W0 k - a0 W k + v - k)
+
+(v - k in the three square blocks), the rest as above with S = 0. A chunk is cut into tiles of 16 tokens, which changes
+nothing: k, v, eta, alpha of all of them come from B. Backward: dk, dv, deta, dalpha give dG [rows, C], dx = B^T dG + dk +
+dv, and dG x^T + d v^T joins dW at the chunk's start. What depends only on the read goes into "again"; dW0 is summed last.
+
+Decisions. Tiles are held transposed, r^T [rows, C], so that the rows of the memory and not the few tokens fill the 64
+rows of a Hopper matrix instruction; otherwise Triton gives every warp a copy (255 registers and spills at C = 32).
+X: forward substitution in all diagonal blocks of 16 at once, then doubling of the blocks by [[P, 0], [-R L P, R]]. The
+nilpotent product (I - L)(I + L^2)(I + L^4)... costs the same but takes powers of L: they reach 2^31 where a key repeats
+with eta = 2, while the inverse has entries of 2. States, X, decays and sums are float32. float32 operands of a product are
+split into three tf32 products (input_precision "tf32x3", about 22 bits; plain tf32 has 11); where x, q (k, u, q) are
+bfloat16 so are the operands, all but those of X. No atomics: runs are identical. First derivatives only: a second one
+raises RuntimeError; ask for backend="torch" there.
+"""
 
 import torch
 import triton
@@ -60,7 +105,7 @@ def _row(M, last, C: tl.constexpr):
 
 @triton.jit
 def _weights(alpha, theta, tok, ok, C: tl.constexpr, MOMENTUM: tl.constexpr):
-    """What W_t holds of the past, see the top: alpha, A0, a0, theta, T0, t0, T1, c0, b0, c1 (without momentum c0 = A0, T1 = I)."""
+    """What W_t holds of the past: alpha, A0, a0, theta, T0, t0, T1, c0, b0, c1 of the equations at the top."""
     t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     al = tl.load(alpha + tok, mask=ok, other=1.0)
     A0, a0 = _decay(al, C)
@@ -86,10 +131,10 @@ def _at(n, tok, T, width, cols):
 
 
 @triton.jit
-def _scan_forward(W, S, k, u, q, eta, alpha, theta, delta, y, W_T, S_T, W_kept, S_kept, r_kept, X_kept, T, dv, dk, EVERY, first, tiles,
-                  C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, TYPE: tl.constexpr, MOMENTUM: tl.constexpr,
-                  DELTA: tl.constexpr, READ: tl.constexpr, AGAIN: tl.constexpr):  # fmt: skip
-    """Rows [j DV, (j + 1) DV) of one memory n. AGAIN: only tiles `first`.. of one segment, from a checkpoint in W, for the backward."""
+def _scan_forward(W, S, k, u, q, eta, alpha, theta, delta, y, W_T, S_T, W_kept, S_kept, r_kept, X_kept,
+                  T, dv, dk, EVERY, first, tiles, C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, TYPE: tl.constexpr,
+                  MOMENTUM: tl.constexpr, DELTA: tl.constexpr, READ: tl.constexpr, AGAIN: tl.constexpr):  # fmt: skip
+    """Rows [j DV, (j + 1) DV) of one memory n. AGAIN: only one segment, from the state kept at its start, for the backward."""
     n, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
     v, h, t = j * DV + tl.arange(0, DV), tl.arange(0, DK), tl.arange(0, C)
     at, real = v[:, None] * dk + h[None, :], (v < dv)[:, None] & (h < dk)[None, :]
@@ -334,12 +379,12 @@ def _softplus(z):
 
 
 @triton.jit
-def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, dy, K_kept, V_kept, r_kept, X_kept, z_kept, g_kept, dr_kept,
-                    dK_kept, dq, T, H, step, chunk, PER, EVERY, all_tiles, first, tiles,
+def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, dy, K_kept, V_kept, r_kept, X_kept, z_kept,
+                    g_kept, dr_kept, dK_kept, dq, T, H, step, chunk, PER, EVERY, all_tiles, first, tiles,
                     C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr, AGAIN: tl.constexpr):  # fmt: skip
     """One memory n. PER tiles make a chunk. AGAIN: one segment from a checkpoint in W, keeping what the backward needs, and the
     backward of the read, which depends on nothing later."""
-    n, h, N = tl.program_id(0).to(tl.int64), tl.program_id(0) % H, tl.num_programs(0)
+    n, h = tl.program_id(0).to(tl.int64), tl.program_id(0) % H
     row, i0, t = tl.arange(0, 4 * D), tl.arange(0, D), tl.arange(0, C)
     at, real, size = row[:, None] * D + i0[None, :], (row < 3 * D + 2)[:, None], (3 * D + 2) * D
     start, lo, hi = n, 0, all_tiles
@@ -416,8 +461,9 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, dy, 
 
 
 @triton.jit
-def _modify_chain(x, q, W0, A, dy, K_kept, V_kept, W_kept, r_kept, X_kept, z_kept, g_kept, dr_kept, dK_kept, dW, d_last, dx, d_kept, dG_kept,
-                  dgates, T, H, step, chunk, PER, all_tiles, first, tiles, C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr):
+def _modify_chain(x, q, W0, A, dy, K_kept, V_kept, W_kept, r_kept, X_kept, z_kept, g_kept, dr_kept, dK_kept, dW, d_last,
+                  dx, d_kept, dG_kept, dgates, T, H, step, chunk, PER, all_tiles, first, tiles,
+                  C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
     """Backward through generation, errors and write of one memory n, tile by tile in reverse; dW is updated in place."""
     n, h = tl.program_id(0).to(tl.int64), tl.program_id(0) % H
     row, i0, t = tl.arange(0, 4 * D), tl.arange(0, D), tl.arange(0, C)
@@ -447,7 +493,8 @@ def _modify_chain(x, q, W0, A, dy, K_kept, V_kept, W_kept, r_kept, X_kept, z_kep
         dK = tl.load(dK_kept + kat) + _dot(tl.trans(dw), (wr * et)[None, :] * r, TYPE)
         da = tl.where(t == last, tl.sum(dw * w.to(tl.float32)), 0.0)
         # through the read
-        dr = (wr * et)[None, :] * dr + tl.load(dr_kept + (kept * C + t)[None, :] * D + row[:, None], mask=(row < D)[:, None], other=0.0)
+        dr *= (wr * et)[None, :]
+        dr += tl.load(dr_kept + (kept * C + t)[None, :] * D + row[:, None], mask=(row < D)[:, None], other=0.0)
         dY = tl.load(dy + (n * T + tok)[None, :] * D + row[:, None], mask=ok[None, :] & (row < D)[:, None], other=0.0)
         Q = tl.load(q + xat, mask=ok[None, :], other=0.0)
         dw = _row(al * a0, last, C) * dw + _dot((al * a0)[None, :] * dY, tl.trans(Q), TYPE)
@@ -490,11 +537,14 @@ def _modify_chain(x, q, W0, A, dy, K_kept, V_kept, W_kept, r_kept, X_kept, z_kep
             tl.debug_barrier()
             for j in range(0, PER):
                 more = (j * C + t[None, :]) * (4 * D) + kept * C * (4 * D) + row[:, None]
-                x_j = begin + j * C + t
-                x_ok = x_j < end
-                kat_j, xat_j = (kept * C + j * C + t)[:, None] * D + i0[None, :], (n * T + x_j)[:, None] * D + i0[None, :]
-                dw += _dot(tl.load(d_kept + more, mask=x_ok[None, :], other=0.0), tl.load(V_kept + kat_j, mask=x_ok[:, None], other=0.0), TYPE)
-                dw += _dot(tl.load(dG_kept + more, mask=x_ok[None, :], other=0.0), tl.load(x + xat_j, mask=x_ok[:, None], other=0.0), TYPE)
+                tok_j = begin + j * C + t
+                x_ok = tok_j < end
+                kat_j = (kept * C + j * C + t)[:, None] * D + i0[None, :]
+                xat_j = (n * T + tok_j)[:, None] * D + i0[None, :]
+                v_j = tl.load(V_kept + kat_j, mask=x_ok[:, None], other=0.0)
+                dw += _dot(tl.load(d_kept + more, mask=x_ok[None, :], other=0.0), v_j, TYPE)
+                x_j = tl.load(x + xat_j, mask=x_ok[:, None], other=0.0)
+                dw += _dot(tl.load(dG_kept + more, mask=x_ok[None, :], other=0.0), x_j, TYPE)
         if i == (all_tiles - 1) // PER * PER:
             dw += tl.load(d_last + n * size + at, mask=real, other=0.0)
     tl.store(dW + n * size + at, dw, mask=real)
@@ -513,7 +563,8 @@ def _modify_starts(x, K_kept, V_kept, d_kept, dG_kept, dW0, T, chunk, PER, first
         tok = i // PER * chunk + i % PER * C + t
         ok = tok < tl.minimum(T, (i // PER + 1) * chunk)
         rat, kat = (kept * C + t)[None, :] * (4 * D) + row[:, None], (kept * C + t)[:, None] * D + i0[None, :]
-        total += _dot(tl.load(d_kept + rat), tl.load(V_kept + kat).to(tl.float32) - tl.load(K_kept + kat).to(tl.float32), TYPE)
+        difference = tl.load(V_kept + kat).to(tl.float32) - tl.load(K_kept + kat).to(tl.float32)
+        total += _dot(tl.load(d_kept + rat), difference, TYPE)
         xs = tl.load(x + (n * T + tok)[:, None] * D + i0[None, :], mask=ok[:, None], other=0.0)
         total += _dot(tl.load(dG_kept + rat), xs, TYPE)
     tl.store(dW0 + at, total, mask=real)
@@ -538,8 +589,8 @@ def _padded(width, least=16):
 def _setting(W, k, u, q, theta, delta, delta_rule, tile):
     """Sizes and compile-time constants of a scan, for W [N, dv, dk], k [N, T, dk]."""
     N, dv, dk = W.shape
-    sizes = dict(C=min(_padded(tile), 32), DV=min(_padded(dv), 64), DK=_padded(dk), TYPE=TYPES[k.dtype], MOMENTUM=theta is not None)
-    sizes |= dict(DELTA=2 if delta is not None else int(delta_rule), READ=q is not None)
+    sizes = dict(C=min(_padded(tile), 32), DV=min(_padded(dv), 64), DK=_padded(dk), TYPE=TYPES[k.dtype])
+    sizes |= dict(MOMENTUM=theta is not None, DELTA=2 if delta is not None else int(delta_rule), READ=q is not None)
     return N, k.shape[1], dv, dk, triton.cdiv(dv, sizes["DV"]), triton.cdiv(k.shape[1], sizes["C"]), sizes
 
 
@@ -547,13 +598,15 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
 @torch.library.custom_op("nested_learning::scan", mutates_args=())
-def _scan(W: Tensor, k: Tensor, u: Tensor, eta: Tensor, alpha: Tensor, q: Tensor | None, theta: Tensor | None, S: Tensor | None,
-          delta: Tensor | None, delta_rule: bool, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, W_T, S_T, kept states W, kept S) for W, S [N, dv, dk], k, q [N, T, dk], u [N, T, dv], series [N, T]; absent: empty."""
+def _scan(W: Tensor, k: Tensor, u: Tensor, eta: Tensor, alpha: Tensor, q: Tensor | None, theta: Tensor | None,
+          S: Tensor | None, delta: Tensor | None, delta_rule: bool,
+          tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y, W_T, S_T, kept W, kept S) for W, S [N, dv, dk], k, q [N, T, dk], u [N, T, dv], series [N, T]; absent: empty."""
     out = _scan_fake(W, k, u, eta, alpha, q, theta, S, delta, delta_rule, tile)
     N, T, dv, dk, blocks, tiles, sizes = _setting(W, k, u, q, theta, delta, delta_rule, tile)
     none = W
-    _scan_forward[(N, blocks)](W, S, k, u, q, eta, alpha, theta, delta, *out, none, none, T, dv, dk, EVERY, 0, tiles, AGAIN=False, **sizes, **_launch("scan forward"))
+    _scan_forward[(N, blocks)](W, S, k, u, q, eta, alpha, theta, delta, *out, none, none, T, dv, dk, EVERY, 0, tiles,
+                               AGAIN=False, **sizes, **_launch("scan forward"))  # fmt: skip
     return out
 
 
@@ -584,14 +637,15 @@ def _scan_backward(dy: Tensor, dW_T: Tensor, dS_T: Tensor, W_kept: Tensor, S_kep
         r_all, X_all = new(N, tiles, C, dv, dtype=k.dtype), new(N, tiles, C, C) if sizes["DELTA"] else none
         inputs, size = (k, q, eta, alpha, theta, delta, dy), (T, dv, dk)
         _scan_forward[(N, blocks, triton.cdiv(tiles, EVERY))](
-            W_kept, S_kept, k, u, None, *inputs[2:6], none, none, none, W_all, S_all, r_all, X_all, *size, EVERY, first, tiles,
-            AGAIN=True, **(sizes | {"READ": False}), **_launch("scan again"),
+            W_kept, S_kept, k, u, None, *inputs[2:6], none, none, none, W_all, S_all, r_all, X_all, *size, EVERY, first,
+            tiles, AGAIN=True, **(sizes | {"READ": False}), **_launch("scan again"),
         )  # fmt: skip
-        _scan_chain[(N, blocks)](*inputs, X_all, dW, dS, dW_all, dS_all, du, *size, first, tiles, **sizes, **_launch("scan chain"))
+        _scan_chain[(N, blocks)](*inputs, X_all, dW, dS, dW_all, dS_all, du, *size, first, tiles, **sizes,
+                                 **_launch("scan chain"))  # fmt: skip
         dk_out, deta, dalpha, dq, dtheta, ddelta = shares
         _scan_local[(N, blocks, tiles)](
-            *inputs, du, W_all, S_all, r_all, dW_all, dS_all, dk_out, dq, deta, dalpha, dtheta, ddelta, *size, first, tiles, **sizes,
-            **_launch("scan local"),
+            *inputs, du, W_all, S_all, r_all, dW_all, dS_all, dk_out, dq, deta, dalpha, dtheta, ddelta, *size, first,
+            tiles, **sizes, **_launch("scan local"),
         )  # fmt: skip
     dk_out, deta, dalpha, dq, dtheta, ddelta = (
         x if x.ndim == 1 else x.sum(0).to(like.dtype) if blocks > 1 else x.squeeze(0)
@@ -643,8 +697,8 @@ def scan(W, k, u, eta, alpha, q, theta, S, delta, tile):
         return None if x is None else x.to(dtype).reshape(-1, *x.shape[-n:]).contiguous()
 
     y, W, S = _scan(
-        flat(W, 2), flat(k, 2, same), flat(u, 2, same), flat(eta, 1), flat(alpha, 1), flat(q, 2, same), flat(theta, 1), flat(S, 2),
-        None if number else flat(delta, 1), number and delta == 1, tile,
+        flat(W, 2), flat(k, 2, same), flat(u, 2, same), flat(eta, 1), flat(alpha, 1), flat(q, 2, same), flat(theta, 1),
+        flat(S, 2), None if number else flat(delta, 1), number and delta == 1, tile,
     )[:3]  # fmt: skip
     return None if q is None else y.unflatten(0, lead), W.unflatten(0, lead), None if theta is None else S.unflatten(0, lead)
 
@@ -679,11 +733,13 @@ def _modify_fake(x, q, W, W0, b_eta, b_alpha, A, chunk, step):
 
 
 @torch.library.custom_op("nested_learning::modify_backward", mutates_args=())
-def _modify_backward(dy: Tensor, dW_T: Tensor, d_last: Tensor, W_kept: Tensor, x: Tensor, q: Tensor, W0: Tensor, b_eta: Tensor,
-                     b_alpha: Tensor, A: Tensor, chunk: int, step: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _modify_backward(dy: Tensor, dW_T: Tensor, d_last: Tensor, W_kept: Tensor, x: Tensor, q: Tensor, W0: Tensor,
+                     b_eta: Tensor, b_alpha: Tensor, A: Tensor, chunk: int,
+                     step: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, q, W, W0 [N, ...] and of (z_eta, z_alpha, A) [3, N, T], token by token."""
     (N, T, D), (C, per, all_tiles, every) = x.shape, _chunks(x.shape[1], chunk)
-    dx, dq, dW, dW0, dgates = torch.empty_like(x), torch.empty_like(q), dW_T.clone(), torch.zeros_like(dW_T), dW_T.new_empty(3, N, T)
+    dx, dq, dgates = torch.empty_like(x), torch.empty_like(q), dW_T.new_empty(3, N, T)
+    dW, dW0 = dW_T.clone(), torch.zeros_like(dW_T)
     sizes, none = dict(C=C, D=D, TYPE=TYPES[x.dtype]), dW_T
     span = every * max(1, SPAN // every)
     for first in reversed(range(0, all_tiles, span)):
@@ -693,13 +749,15 @@ def _modify_backward(dy: Tensor, dW_T: Tensor, d_last: Tensor, W_kept: Tensor, x
             return dW_T.new_empty(N, tiles, *shape, dtype=dtype)
 
         W_all, K, V, r, dK, dr, d, dG = new(3 * D + 2, D), *(new(C, n) for n in (D, D, 4 * D, D, D, 4 * D, 4 * D))
-        X, z, g = new(C, C, dtype=torch.float32), new(4, C, dtype=torch.float32), new(2, C, dtype=torch.float32)
+        X, z, g = (new(n, C, dtype=torch.float32) for n in (C, 4, 2))
         _modify_forward[(N, triton.cdiv(tiles, every))](
             x, q, W0, W_kept, b_eta, b_alpha, A, none, none, none, W_all, dy, K, V, r, X, z, g, dr, dK, dq,
-            T, len(W0), step, chunk, per, every, all_tiles, first, tiles, AGAIN=True, **sizes, **_launch("modify again"),
+            T, len(W0), step, chunk, per, every, all_tiles, first, tiles, AGAIN=True, **sizes,
+            **_launch("modify again"),
         )  # fmt: skip
         _modify_chain[(N,)](x, q, W0, A, dy, K, V, W_all, r, X, z, g, dr, dK, dW, d_last, dx, d, dG, dgates,
-                            T, len(W0), step, chunk, per, all_tiles, first, tiles, **sizes, **_launch("modify chain"))  # fmt: skip
+                            T, len(W0), step, chunk, per, all_tiles, first, tiles, **sizes,
+                            **_launch("modify chain"))  # fmt: skip
         _modify_starts[(N, 4)](x, K, V, d, dG, dW0, T, chunk, per, first, tiles, **sizes, **_launch("modify starts"))
     return dx, dq, dW, dW0, dgates
 
@@ -731,4 +789,5 @@ def self_modify(x, q, W, W0, b_eta, b_alpha, A, chunk, step):
     -> W_t q_t [N, T, d], W_T, W at the last boundary.
     """
     gates = (t.float().contiguous() for t in (b_eta, b_alpha, A))
-    return _modify(x.contiguous(), q.to(x.dtype).contiguous(), W.float().contiguous(), W0.to(x.dtype).contiguous(), *gates, chunk, float(step))[:3]
+    x, q, W0 = (t.to(x.dtype).contiguous() for t in (x, q, W0))
+    return _modify(x, q, W.float().contiguous(), W0, *gates, chunk, float(step))[:3]
