@@ -7,6 +7,7 @@
     python bench.py quality --models hope,transformer --seeds 0 --minutes 5      # and after equal time
     python bench.py optimizers                                         # optimizers on hope and on the transformer
     python bench.py digits                                             # and on a small vision transformer (scikit-learn)
+    python bench.py kernels                                            # the fused kernels on a GPU: 15 minutes
 
 A model is NAME[:field=value ...] with fields of HopeConfig: `hope`, `hope:inner_step=0` (memories that never learn),
 `transformer:conv=4`, `hope:chunk=128:levels=[256,null]`. MODEL@OPTIMIZER (in quality) is trained with that optimizer.
@@ -28,6 +29,12 @@ an optimizer's step: ten steps of one, then of the next, round after round.
 
 digits: 8 x 8 images of scikit-learn, a ViT of patches of 2 x 2; the learning rate is chosen on a tenth of the training
 images with seed 100, and every optimizer takes the same number of steps on the same batches.
+
+kernels: forward + backward of the kernels of kernels.py on one GPU, heads of 64, bfloat16, medians of CUDA events after a
+warm-up, against the same in torch (eager, and with each tile compiled) and, where flash-linear-attention is installed,
+against its chunk_gated_delta_rule on the same tensors. FLOPs are those of the matrix products the kernels do, bytes are
+those of inputs and gradients read or written once; both also as a fraction of the device's ceilings, a large matrix
+product and a large copy measured in the same process. Then training steps of the 340m preset against Transformer++.
 """
 
 import argparse
@@ -49,7 +56,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -581,6 +589,178 @@ def digits(args) -> dict:
     return {"rows": rows, "cells": cells}
 
 
+# Fused kernels. A cell that does not fit into the device's memory is a row with None.
+
+
+def milliseconds(f) -> float | None:
+    """Median time of f on the device; None where it runs out of memory."""
+    from triton.testing import do_bench
+
+    try:
+        return do_bench(f, warmup=50, rep=200, return_mode="median")
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        torch.cuda.empty_cache()
+
+
+def there_and_back(f, args):
+    """A call of f on args, forward and backward, as one function without arguments."""
+    args = [x.detach().requires_grad_() for x in args]
+    with torch.no_grad():
+        weights = torch.randn_like(f(*args))
+    return lambda: torch.autograd.grad(f(*args), args, weights)
+
+
+def ceilings(device) -> dict:
+    """TFLOP/s of a bfloat16 matrix product of 8192^3, and TB/s of a copy of 4 GiB, bytes read and written counted."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randn(2**30, device=device)
+    target = torch.empty_like(source)
+    product, copy = milliseconds(lambda: a @ b), milliseconds(lambda: target.copy_(source))
+    return {"tflops": 2 * 8192**3 / product / 1e9, "tbytes": 2 * source.nbytes / copy / 1e9}
+
+
+def scan_work(N: int, T: int, d: int = 64, C: int = 32) -> tuple[int, int]:
+    """FLOPs and bytes of the fused scan, forward and backward, for N heads of width d in tiles of C tokens."""
+    # products of [d, d] x [d, C] and of [d, C] x [C, C], and the doubling of the inverse, of forward, again, chain, local
+    big, small, inverse = (3 + 2 + 4 + 4), (5 + 3 + 3 + 8), 2 * 2
+    per_tile = 2 * (big * d * d * C + small * d * C * C) + inverse * 2 * C**3
+    return N * -(-T // C) * per_tile, N * T * (2 * 6 * d * 2 + 2 * d * 4 + 4 * 4)
+
+
+def modify_work(N: int, T: int, d: int = 64, C: int = 16) -> tuple[int, int]:
+    """The same for self-modifying Titans, whose 3 d + 2 rows are padded to 4 d."""
+    big, small = (6 + 7 + 15), (4 + 7 + 5)  # products with all rows, and those of one block
+    return N * -(-T // C) * 2 * (big * 4 * d * d * C + small * d * C * C), N * T * (2 * 4 * d * 2 + 2 * d * 4)
+
+
+def kernel_calls(what: str, N: int, T: int, chunk: int, device) -> dict:
+    """{name: function without arguments} of the fused kernels and what they are measured against, on the same tensors."""
+    import kernels
+    import memory
+    import titans
+
+    d, calls = 64, {}
+    normal = partial(torch.randn, device=device)
+    if what == "scan":  # as a gated delta rule
+        k, q = (memory.l2norm(normal(N, T, d)).bfloat16() for _ in range(2))
+        u, eta, alpha = normal(N, T, d).bfloat16(), torch.rand(N, T, device=device), 1 - 0.1 * torch.rand(N, T, device=device)
+        args, W = (k, q, u, eta, alpha), torch.zeros(N, d, d, device=device)
+
+        def run(backend, k, q, u, eta, alpha):
+            return memory.scan(W, k, u, eta, alpha, q, delta=alpha, backend=backend)[0]
+
+        tile = torch.compile(memory._tile, dynamic=False)
+
+        def compiled(k, q, u, eta, alpha):
+            state, y = W, []
+            for parts in zip(*(x.split(64, 1) for x in (k.float(), u.float(), eta, alpha, q.float())), strict=True):
+                now, state, _ = tile(state, None, *parts, None, parts[3])
+                y.append(now)
+            return torch.cat(y, 1)
+
+        calls["fused"] = there_and_back(partial(run, "triton"), args)
+        if T <= 4096:
+            calls["eager"], calls["compiled"] = (there_and_back(f, args) for f in (partial(run, "torch"), compiled))
+        with suppress(ImportError):
+            from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+            rows = [x.unflatten(0, (-1, 16)).transpose(1, 2).contiguous() for x in (q, k, u, alpha.log(), eta)]
+            # FLA's g is the logarithm of alpha; its order is queries, keys, values, g, beta
+            calls["fla"] = there_and_back(lambda *a: chunk_gated_delta_rule(*a, scale=1.0)[0], rows)
+    else:
+        x, q = normal(N, T, d).bfloat16(), memory.l2norm(normal(N, T, d)).bfloat16()
+        W, W0, heads = torch.zeros(N, 3 * d + 2, d, device=device), normal(16, 3 * d + 2, d) * d**-0.5, N // 16
+        gates = [torch.full((N,), value, device=device) for value in (0.0, titans.retention_bias(0.9), 1.0)]
+
+        def torch_step(x, q, W0):
+            flat = [g[:, None] for g in gates]
+            return titans._SelfModify.apply(x.float(), q.float(), W, W0.repeat(heads, 1, 1), *flat, chunk, 1.0)[0]
+
+        def fused_step(x, q, W0):
+            return kernels.self_modify(x, q, W, W0, *gates, chunk, 1.0)[0]
+
+        calls["fused"] = there_and_back(fused_step, (x, q, W0))
+        if T <= 4096:
+            calls["eager"] = there_and_back(torch_step, (x, q, W0))
+    return calls
+
+
+def kernel_table(rows: list[dict]) -> str:
+    """The measured cells as text; what was not measured is '-'."""
+    def shown(value, digits=2):
+        return "-" if value is None else f"{value:,.{digits}f}"
+
+    lines = [f"{'':14}{'heads':>6}{'T':>8}{'chunk':>7}{'ms':>9}{'TFLOP/s':>9}{'of peak':>9}{'TB/s':>7}{'of peak':>9}"
+             f"{'eager/':>8}{'compiled/':>11}{'fla/':>7}"]  # fmt: skip
+    for r in rows:
+        lines.append(
+            f"{r['what']:14}{r['heads']:>6}{r['T']:>8}{r['chunk'] or '-':>7}{shown(r['ms'], 3):>9}{shown(r['tflops'], 1):>9}"
+            f"{shown(r['of_tflops'], 3):>9}{shown(r['tbytes']):>7}{shown(r['of_tbytes'], 3):>9}"
+            f"{shown(r['eager'], 1):>8}{shown(r['compiled'], 1):>11}{shown(r['fla']):>7}"
+        )
+    return "\n".join(lines)
+
+
+def driver() -> str | None:
+    with suppress(OSError):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
+
+
+def kernel_speed(args) -> dict:
+    """Times of the fused kernels; prints the table and returns what it holds."""
+    device = device_for(args.device)
+    if device.type != "cuda":
+        raise ValueError("kernels are measured on a CUDA GPU, and here is none (tests/test_kernels.py checks them without one)")
+    import triton
+
+    heads, lengths = numbers(args.heads, int), numbers(args.lengths, int)
+    wrong = [N for N in heads if N < 16 or N % 16] + [T for T in lengths if T < 1]
+    if wrong:
+        raise ValueError(f"heads must be multiples of 16 and lengths at least 1 token, got {wrong[0]}")
+    versions = {"driver": driver(), "cuda": torch.version.cuda, "triton": triton.__version__}
+    with suppress(ImportError, metadata.PackageNotFoundError):
+        versions["fla"] = metadata.version("flash-linear-attention")
+    torch._dynamo.config.cache_size_limit = 64
+    peak, rows = ceilings(device), []
+    name = torch.cuda.get_device_name(device)
+    print(f"{name}: matrix product {peak['tflops']:.0f} TFLOP/s, copy {peak['tbytes']:.2f} TB/s\n")
+    for what, N, T in [(what, N, T) for what in ("scan", "self-modifying") for N in heads for T in lengths]:
+        torch.manual_seed(0)
+        chunk = None if what == "scan" else args.chunk
+        calls = kernel_calls(what, N, T, args.chunk, device)
+        ms = {name: milliseconds(call) for name, call in calls.items()}
+        flops, moved = (scan_work if what == "scan" else modify_work)(N, T)
+        rivals = ("eager", "compiled", "fla")
+        ratio = {name: ms[name] / ms["fused"] if ms.get(name) and ms["fused"] else None for name in rivals}
+        tflops, tbytes = (work / ms["fused"] / 1e9 if ms["fused"] else None for work in (flops, moved))
+        rows.append({"what": what, "heads": N, "T": T, "chunk": chunk, "ms": ms["fused"], "tflops": tflops, "tbytes": tbytes,
+                     "of_tflops": tflops and tflops / peak["tflops"], "of_tbytes": tbytes and tbytes / peak["tbytes"], **ratio,
+                     "all_ms": ms})  # fmt: skip
+        del calls
+        print(kernel_table(rows[-1:]).splitlines()[-1] if len(rows) > 1 else kernel_table(rows), flush=True)
+    steps = []
+    for T in (4096, 32768) if args.preset != "none" else ():
+        for spec in ("transformer", *split_specs(args.models)):
+            try:
+                step = build(spec_config(spec, args.preset), max(1, 16384 // T), T, device)
+                training_step(*step)
+                seconds = statistics.median(training_step(*step) for _ in range(5))
+                steps.append({"model": spec, "T": T, "tokens_per_s": step[1].numel() / seconds})
+            except torch.OutOfMemoryError:
+                steps.append({"model": spec, "T": T, "tokens_per_s": None})
+            step = None
+            torch.cuda.empty_cache()
+            base = next(s["tokens_per_s"] for s in steps if s["T"] == T)
+            steps[-1]["ratio"] = steps[-1]["tokens_per_s"] / base if base and steps[-1]["tokens_per_s"] else None
+            speed = "out of memory" if steps[-1]["tokens_per_s"] is None else f"{steps[-1]['tokens_per_s']:,.0f} tokens/s"
+            ratio = steps[-1]["ratio"] or math.nan
+            print(f"training step, {args.preset}, T {T}: {spec} {speed}, ratio {ratio:.2f}", flush=True)
+    return {"versions": versions, "ceilings": peak, "rows": rows, "training": steps}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -677,10 +857,17 @@ def parser() -> Parser:
     d.add_argument("--lrs", default="1e-3,3e-3,1e-2", help="grid of learning rates")
     d.add_argument("--batch", type=count, default=64, help="images in a batch")
     d.add_argument("--out", default="results/digits.json", help="the result as JSON")
+    k = commands.add_parser("kernels", formatter_class=defaults, help="the fused kernels, on a GPU")
+    k.add_argument("--heads", default="128,256", help="batch x heads, multiples of 16")
+    k.add_argument("--lengths", default="2048,4096,8192,16384,32768", help="tokens in a row")
+    k.add_argument("--chunk", type=count, default=64, help="tokens that self-modifying memories generate at once")
+    k.add_argument("--preset", default="340m", help="size of the models whose training steps are timed; none: leave them out")
+    k.add_argument("--models", default="hope", help="comma-separated; transformer is always measured")
     for command in (s, q, o, d):
         command.add_argument("--threads", type=lambda text: count(text, 0), default=0, help="CPU threads of a process; 0: all")
     for command in (s, q, o):
         command.add_argument("--batch", type=count, default=4, help="rows in a batch")
+    for command in (s, q, o, k):
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         command.add_argument("--out", default=f"results/{command.prog.split()[-1]}.json", help="the result as JSON")
     return top
@@ -695,7 +882,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.command is None:
             top.print_help()
             return 0
-        commands = {"speed": speed, "quality": quality, "optimizers": compare_optimizers, "digits": digits}
+        commands = {"speed": speed, "quality": quality, "optimizers": compare_optimizers, "digits": digits,
+                    "kernels": kernel_speed}  # fmt: skip
         result = commands[args.command](args)
         if result:
             machine = {"cpu": processor(), "cores": cores(), "torch": torch.__version__,

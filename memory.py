@@ -31,6 +31,9 @@ Solving for r and not for e = eta r keeps every gradient free of divisions, also
 `python memory.py` shows a memory at work, and which settings of the rule are which published model.
 """
 
+import functools
+import logging
+
 import torch
 import torch.nn.functional as F
 
@@ -132,7 +135,37 @@ def l2norm(x, eps=1e-6):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The learning rule: the definition, then the fast form
+# The learning rule: the definition, then the fast form, in torch and (kernels.py) in Triton
+
+
+# Whether "auto" takes the kernels on a GPU. They equal torch under Triton's interpreter and compile for an H100, but have
+# not yet run on a device: to be True once `pytest -m gpu` has passed on one. Until then backend="triton" asks for them.
+AUTO_KERNELS = False
+
+
+@functools.cache
+def _log_once(message):
+    logging.getLogger(__name__).warning(message)
+
+
+def fused(what, x, width, chunk=1, backend="auto"):
+    """kernels.py where its Triton kernels fit x (device, dtype), the width of keys and the chunk in tokens; else None: torch.
+
+    Not to have them on a GPU is logged, once for each reason. backend "torch" declines them; "triton" insists: ValueError.
+    """
+    if backend == "torch" or backend == "auto" and not (AUTO_KERNELS and x.is_cuda):
+        return None
+    try:
+        import kernels
+
+        reason = kernels.unfit(x, width, chunk)
+    except ImportError as error:
+        reason = f"Triton is missing ({error})"
+    if reason is None:
+        return kernels
+    if backend == "triton":
+        raise ValueError(f"backend 'triton' cannot run {what}: {reason}")
+    _log_once(f"{what} runs in torch, many times slower than the fused kernels would: {reason}")
 
 
 def scan_stepwise(W, k, u, eta, alpha, q=None, *, theta=None, S=None, delta=1.0):
@@ -160,15 +193,20 @@ def scan(W, k, u, eta, alpha, q=None, *, theta=None, S=None, delta=1.0, tile=64,
     broadcast. alpha in (0, 1], theta in [0, 1); these ranges are the caller's (checking would cost a synchronisation).
 
     Returns (y [..., T, dv] or None without q, W_T [..., dv, dk], S_T or None without theta), in float32 at least, also
-    under autocast. Differentiable, also twice,
-    in every tensor: the outer gradient flows through the inner updates into W. Nothing is written in place.
-    Raises ValueError for shapes that do not fit, tile < 1, S without theta, an unknown backend.
+    under autocast. Differentiable, also twice, in every tensor: the outer gradient flows through the inner updates into W.
+    Nothing is written in place. backend: "auto" takes the fused kernels on a GPU where they fit (dk <= 64; see AUTO_KERNELS),
+    else torch; "torch" and "triton" insist. The kernels have first derivatives only, and where k, u and q are bfloat16 they multiply
+    in bfloat16 (sums, states and the solve stay float32).
+    Raises ValueError for shapes that do not fit, tile < 1, S without theta, a backend that is unknown or cannot run.
     """
     if tile < 1:
         raise ValueError(f"tile must be at least 1, got {tile}")
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend must be 'auto' or 'torch', got {backend!r}")
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
     args = _aligned(W, k, u, eta, alpha, q, theta, S, delta)
+    kernels = fused("scan", k, k.shape[-1], backend=backend)
+    if kernels is not None:
+        return kernels.scan(*args, tile)
     W, k, u, eta, alpha, q, theta, S, delta = map(full_precision, args)
     y = []
     with torch.autocast(k.device.type, enabled=False):

@@ -40,7 +40,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memory import decay_backward, decay_forward, full_precision, l2norm, scan, silu_derivative, unit_lower_inverse, write
+from memory import (
+    decay_backward,
+    decay_forward,
+    full_precision,
+    fused,
+    l2norm,
+    scan,
+    silu_derivative,
+    unit_lower_inverse,
+    write,
+)
 
 EPS = 1e-6  # of l2norm
 
@@ -294,7 +304,7 @@ class SelfModifyingTitans(nn.Module):
         if mode not in ("token", "boundary"):
             raise ValueError(f"mode must be 'token' or 'boundary', got {mode!r}")
         self.n_heads, self.d, self.chunk, self.momentum, self.mode = n_heads, d, chunk, momentum, mode
-        self.inner_step = inner_step
+        self.inner_step, self.backend = inner_step, "auto"  # backend: see memory.scan
         self.adaptive = [name for name in ("k", "v", "q") if name in adaptive]
         self.static = [name for name in ("k", "v", "q") if name not in adaptive]
         n = 1 + len(self.adaptive)  # memories with an output of width d
@@ -331,6 +341,8 @@ class SelfModifyingTitans(nn.Module):
 
         position, boundary, running, momentum = (state[name] for name in ("position", "boundary", "running", "momentum"))
         y, i = [], 0
+        # what the fused kernels multiply in; torch's path stays in float32
+        operands = torch.bfloat16 if x.is_cuda and torch.is_autocast_enabled("cuda") else z.dtype
         with torch.autocast(x.device.type, enabled=False):
             while i < T:
                 left = self.chunk - (position + i) % self.chunk  # tokens of this chunk still to come
@@ -340,7 +352,7 @@ class SelfModifyingTitans(nn.Module):
                 n = T - i if whole else left
                 now = {name: s[:, :, i : i + n] for name, s in streams.items()}
                 if whole:
-                    y_now, boundary, running = self._chunks(now["x"], now["q"], running)
+                    y_now, boundary, running = self._chunks(now["x"], now["q"], running, operands)
                 else:  # computed again in the backward pass: an MLP's chunk otherwise keeps seven times the memory
                     args = (self._chunk, now, boundary, running, momentum)
                     y_now, running, momentum = checkpoint(*args, use_reentrant=False, preserve_rng_state=False)
@@ -363,14 +375,20 @@ class SelfModifyingTitans(nn.Module):
     def _starts(self):
         return [full_precision(start) for start in (self.start, self.start2) if start is not None]
 
-    def _chunks(self, x, q, running):
-        """All chunks at once, from a boundary on, by `_SelfModify`."""
+    def _chunks(self, x, q, running, operands):
+        """All chunks at once, from a boundary on: by the kernels of kernels.py where they fit, else by `_SelfModify`."""
         B, H = x.shape[:2]
         (start,) = self._starts()
         gates = (full_precision(g) for g in (self.b_eta, self.b_alpha, self.log_A.exp()))
         gates = [g.expand(B, H).reshape(B * H, 1) for g in gates]
-        flat = [t.flatten(0, 1) for t in (x, q, running[0], start.expand(B, *start.shape))]
-        y, W, boundary = _SelfModify.apply(*flat, *gates, self.chunk, self.inner_step)
+        kernels = fused("self-modifying Titans", x, self.d, self.chunk, self.backend)
+        flat = [t.flatten(0, 1) for t in (x, q, running[0])]
+        if kernels is not None:
+            flat[:2] = (t.to(operands) for t in flat[:2])
+            y, W, boundary = kernels.self_modify(*flat, start, *(g.squeeze(1) for g in gates), self.chunk, self.inner_step)
+        else:
+            starts = start.expand(B, *start.shape).flatten(0, 1)
+            y, W, boundary = _SelfModify.apply(*flat, starts, *gates, self.chunk, self.inner_step)
         y = q + q @ start[:, : self.d].mT + y.unflatten(0, (B, H))
         return y, [boundary.unflatten(0, (B, H))], [W.unflatten(0, (B, H))]
 

@@ -48,6 +48,8 @@ def test_a_spec_is_a_name_and_fields():
     (["digits", "--optimizers", "adam"], "optimizer is adam: legal is adamw, muon, m3"),
     (["digits", "--lrs", "0"], "lr is 0.0: legal is above 0"),
     (["quality", "--data", "nowhere"], "'nowhere' does not exist"),
+    (["kernels", "--device", "cpu"], "measured on a CUDA GPU"),
+    (["kernels", "--chunk", "0"], "at least 1"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(here, capsys, flags, told):
     before = sorted(here.rglob("*"))
@@ -138,3 +140,17 @@ def test_digits_are_learned_with_every_optimizer(here, capsys):
     assert [row["optimizer"] for row in result["rows"]] == ["adamw", "m3"]
     assert all(row["test_accuracy"] > 0.3 for row in result["rows"])  # chance: 0.1
     assert [row["test_loss"] for row in result["rows"]] == [cell["test_loss"] for cell in result["cells"]]
+
+
+def test_the_table_of_kernels_shows_what_was_not_measured_as_a_dash():
+    row = {"what": "scan", "heads": 128, "T": 2048, "chunk": None, "ms": 1.5, "tflops": 20.0, "tbytes": 0.5, "of_tflops": 0.025,
+           "of_tbytes": 0.12, "eager": 31.25, "compiled": None, "fla": 0.8}  # fmt: skip
+    missing = {name: None if type(x) is float else x for name, x in row.items()}
+    head, first, second = bench.kernel_table([row, missing]).splitlines()
+    assert first.split() == ["scan", "128", "2048", "-", "1.500", "20.0", "0.025", "0.50", "0.120", "31.2", "-", "0.80"]
+    assert second.split() == ["scan", "128", "2048", *"-" * 9] and len(head) == len(first) == len(second)
+
+
+def test_the_work_of_a_kernel_grows_with_its_tokens():
+    assert bench.scan_work(128, 4096)[0] == 2 * bench.scan_work(128, 2048)[0] == 4 * bench.scan_work(64, 2048)[0]
+    assert bench.modify_work(16, 64)[1] == 16 * 64 * (8 * 64 * 2 + 2 * 64 * 4)

@@ -1,0 +1,359 @@
+"""kernels.py against the torch path, which is tested against its own definition elsewhere.
+
+Without a GPU the kernels run under Triton's interpreter, and are compiled ahead of time for an H100 by a process of its
+own (`python tests/test_kernels.py` prints what each takes). With a GPU the same tests run on it, and those marked `gpu`.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import kernels  # noqa: E402
+import memory  # noqa: E402
+import titans  # noqa: E402
+from titans import SelfModifyingTitans, _SelfModify  # noqa: E402
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"  # interpreted, see conftest.py
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # norm of the difference over the norm of the expected
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+def scan_problem(seed, N, T, dk, dv, momentum, delta, q=True, dtype=torch.float32):
+    """Arguments of scan [N, ...], on DEVICE, with gradients; steps reach 1 + alpha, retention comes close to 0 and 1."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(N, *shape, generator=rng)
+
+    def uniform():
+        return torch.rand(N, T, generator=rng)
+
+    alpha = 1 - uniform() ** 3
+    args = dict(
+        W=normal(dv, dk), k=F.normalize(normal(T, dk), dim=-1).to(dtype), u=normal(T, dv).to(dtype),
+        eta=uniform() * (1 if momentum else 1 + alpha), alpha=alpha,
+        q=F.normalize(normal(T, dk), dim=-1).to(dtype) if q else None,
+        theta=0.9 * uniform() if momentum else None, S=normal(dv, dk) if momentum else None,
+        delta=uniform() if delta == "series" else delta,
+    )  # fmt: skip
+    return {name: x.to(DEVICE).requires_grad_() if torch.is_tensor(x) else x for name, x in args.items()}
+
+
+def modify_problem(seed, N, heads, T, d, dtype=torch.float32):
+    """x, q, W, W0, b_eta, b_alpha, A of kernels.self_modify, around the values where the layer starts (alpha 0.9)."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=rng)
+
+    rows = 3 * d + 2
+    args = [normal(N, T, d).to(dtype), F.normalize(normal(N, T, d), dim=-1).to(dtype), 0.2 * normal(N, rows, d) * d**-0.5,
+            normal(heads, rows, d) * d**-0.5, normal(N), normal(N) - 2.2, normal(N).exp()]  # fmt: skip
+    return [x.to(DEVICE).requires_grad_() for x in args]
+
+
+def modify_in_torch(x, q, W, W0, b_eta, b_alpha, A, chunk, step):
+    W0 = W0.repeat(len(x) // len(W0), 1, 1)
+    return _SelfModify.apply(x, q, W, W0, b_eta[:, None], b_alpha[:, None], A[:, None], chunk, step)
+
+
+def exact(args):
+    """The same values in float64, as leaves of their own."""
+    return [x.detach().double().requires_grad_() if torch.is_tensor(x) else x for x in args]
+
+
+def results(f, args):
+    """Outputs of f and gradients of one random weighted sum of them, by name."""
+    outputs, rng = [y for y in f(*args) if y is not None], torch.Generator().manual_seed(1)
+    loss = sum((y * torch.randn(y.shape, generator=rng).to(y)).sum() for y in outputs)
+    leaves = [x for x in args if torch.is_tensor(x)]
+    gradients = torch.autograd.grad(loss, leaves)
+    if len(leaves) == 7:  # of self_modify: gates are numbers, sums over all tokens that may cancel, so they count together
+        gradients = [*gradients[:4], torch.cat(gradients[4:])]
+    return {f"output {i}": y for i, y in enumerate(outputs)} | {f"gradient {i}": g for i, g in enumerate(gradients)}
+
+
+def assert_equal_up_to(tolerance, ours, expected):
+    for name, e in expected.items():
+        assert ours[name].shape == e.shape, name
+        gap = (ours[name].double() - e).norm() / e.norm().clamp(min=1e-3)
+        assert gap <= tolerance, f"{name}: differs by {gap:.2g}"
+
+
+def scan_with(backend, tile=16):
+    return lambda W, k, u, eta, alpha, q, theta, S, delta: memory.scan(
+        W, k, u, eta, alpha, q, theta=theta, S=S, delta=delta, tile=tile, backend=backend
+    )
+
+
+# T is no multiple of the tile, dk and dv differ and are no powers of two
+SCANS = {
+    "delta rule": dict(N=2, T=37, dk=16, dv=24, momentum=False, delta=1.0),
+    "everything": dict(N=1, T=21, dk=20, dv=12, momentum=True, delta="series"),
+    "plain write with momentum": dict(N=2, T=9, dk=16, dv=16, momentum=True, delta=0.0),
+    "two blocks of rows, delta 0.5, no reads": dict(N=1, T=18, dk=16, dv=80, momentum=False, delta=0.5, q=False),
+    "one token": dict(N=1, T=1, dk=16, dv=16, momentum=True, delta=1.0),
+}
+
+
+@both
+@pytest.mark.parametrize("case", SCANS)
+def test_the_fused_scan_and_every_gradient_equal_torch(case, dtype):
+    problem = list(scan_problem(0, **SCANS[case], dtype=dtype).values())
+    ours, expected = results(scan_with("triton"), problem), results(scan_with("torch"), exact(problem))
+    assert all(g.dtype == x.dtype for g, x in zip([v for n, v in ours.items() if n.startswith("g")],
+                                                  [x for x in problem if torch.is_tensor(x)], strict=True))  # fmt: skip
+    assert_equal_up_to(TOLERANCE[dtype], ours, expected)
+
+
+def test_states_between_kept_ones_are_computed_again(monkeypatch):
+    """More tiles than the backward holds at once, and a last segment that is shorter."""
+    monkeypatch.setattr(kernels, "EVERY", 2)
+    monkeypatch.setattr(kernels, "SPAN", 2)
+    problem = list(scan_problem(1, N=1, T=73, dk=16, dv=16, momentum=True, delta=1.0).values())
+    assert_equal_up_to(1e-5, results(scan_with("triton"), problem), results(scan_with("torch"), exact(problem)))
+
+
+def test_repeated_keys_at_the_largest_step_stay_exact():
+    """k_t = k, eta = 2, alpha = 1: the powers of the triangular matrix reach 2^31, its inverse has entries of 2 only."""
+    args = scan_problem(2, N=1, T=64, dk=16, dv=16, momentum=False, delta=1.0)
+    k = args["k"].detach()[:, :1].expand(1, 64, 16)
+    args |= dict(k=k, q=k, eta=torch.full_like(args["eta"], 2), alpha=torch.ones_like(args["alpha"]))
+    args = [x.detach() if torch.is_tensor(x) else x for x in args.values()]
+    ours, expected = scan_with("triton", 32)(*args)[0], scan_with("torch")(*exact(args))[0]
+    assert (ours - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_vanishing_retention_and_momentum_keep_exact_gradients():
+    args = scan_problem(3, N=1, T=20, dk=16, dv=16, momentum=True, delta=1.0)
+    with torch.no_grad():
+        args["alpha"][:, 3:6], args["theta"][:, 8:10], args["alpha"][:, 12:] = 1e-30, 0.0, 1.0
+    problem = list(args.values())
+    assert_equal_up_to(1e-5, results(scan_with("triton"), problem), results(scan_with("torch"), exact(problem)))
+
+
+@both
+@pytest.mark.parametrize("chunk, N, heads, T", [(16, 2, 2, 21), (24, 1, 1, 29)])
+def test_the_fused_chunk_step_and_every_gradient_equal_torch(chunk, N, heads, T, dtype):
+    problem = modify_problem(0, N, heads, T, 16 if dtype == torch.float32 else 64, dtype)
+    ours = results(lambda *args: kernels.self_modify(*args, chunk, 0.9), problem)
+    assert_equal_up_to(TOLERANCE[dtype], ours, results(lambda *args: modify_in_torch(*args, chunk, 0.9), exact(problem)))
+
+
+def test_the_layer_takes_the_kernels_and_stays_itself():
+    """Inside the mixer: cut anywhere, the fused layer gives what the torch layer gives."""
+    torch.manual_seed(0)
+    layer, x = SelfModifyingTitans(32, 2, chunk=8).to(DEVICE), torch.randn(1, 21, 32, device=DEVICE)
+    ys = []
+    for backend in ("torch", "triton"):
+        layer.backend, state, y = backend, None, []
+        with torch.no_grad():
+            for part in x.split([11, 10], 1):
+                out, state = layer(part, state)
+                y.append(out)
+        ys.append(torch.cat([*y, state["running"][0].flatten()[None, :, None].expand(1, -1, 32)], 1))
+    assert (ys[0] - ys[1]).norm() <= 1e-5 * ys[0].norm()
+
+
+@pytest.mark.parametrize("what", ["scan", "self_modify"])
+def test_every_element_of_every_output_is_written(what, monkeypatch):
+    """Buffers that start as NaN give the same results."""
+    if what == "scan":
+        args, f = list(scan_problem(0, N=1, T=19, dk=16, dv=12, momentum=True, delta="series").values()), scan_with("triton")
+    else:
+        args, f = modify_problem(0, 1, 1, 19, 16), lambda *args: kernels.self_modify(*args, 16, 1.0)
+    clean = results(f, args)
+    for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, original=original, **k: original(*a, **k).fill_(float("nan")))
+    for name, x in results(f, args).items():
+        assert torch.equal(x, clean[name]), name  # which also shows that runs are identical
+
+
+def test_a_compiled_graph_holds_the_kernels_unbroken():
+    problem = list(scan_problem(0, N=1, T=9, dk=16, dv=16, momentum=False, delta=1.0).values())
+    compiled = torch.compile(scan_with("triton"), backend="aot_eager", fullgraph=True)
+    plain = results(scan_with("triton"), problem)
+    assert all(torch.equal(x, plain[name]) for name, x in results(compiled, problem).items())
+
+
+@pytest.mark.parametrize("which", ["scan", "modify"])
+def test_the_operators_keep_their_promises(which):
+    """Fake and real outputs agree in shape and dtype, nothing is mutated or aliased."""
+    if which == "scan":
+        a = scan_problem(0, N=1, T=9, dk=16, dv=12, momentum=True, delta=1.0)
+        args = (*(a[n] for n in ("W", "k", "u", "eta", "alpha", "q", "theta", "S")), None, True, 16)
+        operator = torch.ops.nested_learning.scan.default
+    else:
+        args, operator = (*modify_problem(0, 1, 1, 9, 16), 16, 1.0), torch.ops.nested_learning.modify.default
+    torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+def test_second_derivatives_are_refused_not_wrong():
+    problem = list(scan_problem(0, N=1, T=5, dk=16, dv=16, momentum=False, delta=1.0).values())
+    y = scan_with("triton")(*problem)[0]
+    (g,) = torch.autograd.grad(y.sum(), problem[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="(?s)scan_backward.*autograd"):
+        torch.autograd.grad(g.sum(), problem[1])
+
+
+def test_what_does_not_fit_falls_back_and_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(kernels, "unfit", lambda x, width, chunk: f"width {width} is too wide")
+    monkeypatch.setattr(memory, "AUTO_KERNELS", True)
+    memory._log_once.cache_clear()
+    on_gpu = type("Tensor", (), {"is_cuda": True})()
+    with caplog.at_level(logging.WARNING):
+        assert memory.fused("scan", on_gpu, 128) is None and memory.fused("scan", on_gpu, 128) is None
+    assert [r.getMessage() for r in caplog.records] == [
+        "scan runs in torch, many times slower than the fused kernels would: width 128 is too wide"
+    ]
+    with pytest.raises(ValueError, match="'triton' cannot run scan: width 128 is too wide"):
+        memory.fused("scan", on_gpu, 128, backend="triton")
+
+
+@pytest.mark.parametrize("change, told", [(dict(dk=80), "width 64 at most.*got 80"), (dict(dtype=torch.float64), "float64")])
+def test_backend_triton_says_why_it_cannot(change, told):
+    sizes = dict(N=1, T=3, dk=16, dv=16, momentum=False, delta=1.0) | change
+    with pytest.raises(ValueError, match=told):
+        scan_with("triton")(*scan_problem(0, **sizes).values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled for an H100, without one
+
+
+COMPILED = ["scan forward", "scan again", "scan chain", "scan local",
+            "modify forward", "modify again", "modify chain", "modify starts"]  # fmt: skip
+
+
+def compiled(name, dtype="bf16", **changes):
+    """Registers, spill stack and shared memory (bytes) of a kernel for heads of 64, compiled for sm_90 as it is launched."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    family, part = name.split()
+    function = getattr(kernels, f"_{family}_{'forward' if part == 'again' else part}")
+    constants = dict(TYPE=tl.bfloat16 if dtype == "bf16" else tl.float32)
+    if family == "scan":
+        constants |= dict(C=32, DV=64, DK=64, MOMENTUM=False, DELTA=1, READ=part != "again")
+    else:
+        constants |= dict(C=16, D=64)
+    constants |= ({"AGAIN": part == "again"} if part in ("forward", "again") else {}) | changes
+    if family == "scan":  # what is absent is None
+        absent = {"theta": not constants["MOMENTUM"], "S": not constants["MOMENTUM"], "delta": constants["DELTA"] != 2,
+                  "q": not constants["READ"]}  # fmt: skip
+        constants |= {p: None for p, is_absent in absent.items() if is_absent and p in function.arg_names}
+    narrow = {"k", "u", "q", "x", "dq", "dx", "du", "dk_out", "W0"}
+    narrow |= {f"{name}_kept" for name in ("r", "K", "V", "dK", "dr", "d", "dG", "dW", "dS")}
+    if part != "forward":
+        narrow |= {"W_kept", "S_kept"}
+    whole = {"T", "dv", "dk", "EVERY", "first", "tiles", "H", "chunk", "PER", "all_tiles"}
+
+    def kind(p):
+        if p in constants:
+            return "constexpr"
+        return "i32" if p in whole else "fp32" if p == "step" else f"*{dtype}" if p in narrow else "*fp32"
+
+    signature = {p: kind(p) for p in function.arg_names}
+    aligned = [i for i, (p, k) in enumerate(signature.items()) if k.startswith("*") or p in ("dk", "dv")]
+    source = ASTSource(function, signature, {(function.arg_names.index(p),): v for p, v in constants.items()},
+                       {(i,): [["tt.divisibility", 16]] for i in aligned})  # fmt: skip
+    options = dict(num_warps=kernels.WARPS[name], num_stages=kernels.STAGES)
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+)\s+STACK:(\d+)", usage).groups())
+    return dict(kernel=name, registers=registers, stack=stack, shared=kernel.metadata.shared, warps=options["num_warps"])
+
+
+def test_every_kernel_compiles_for_hopper_within_its_registers():
+    """Not under the interpreter, hence in a process of its own. Bounds are today's values and a little room."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(titans.__file__).parent)
+    run = subprocess.run([sys.executable, "-W", "ignore", __file__], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    usage = {row["kernel"]: row for row in map(json.loads, run.stdout.splitlines())}
+    assert list(usage) == COMPILED
+    for name, row in usage.items():
+        assert row["shared"] <= 227 * 1024 and row["registers"] <= 255, row
+        assert row["stack"] <= STACK[name], row
+
+
+# Bytes of spills a thread may have. What self-modification still spills is too much: 256 threads hold 256 x 64 weights in
+# half of all registers, and each product with their transpose asks for the other half.
+STACK = {"scan forward": 512, "scan again": 192, "scan chain": 0, "scan local": 416,
+         "modify forward": 640, "modify again": 1600, "modify chain": 2560, "modify starts": 0}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU only
+
+
+@pytest.mark.gpu
+@needs_gpu
+@both
+@pytest.mark.parametrize("momentum", [False, True])
+def test_scan_on_the_device_at_real_size(momentum, dtype):
+    problem = list(scan_problem(0, N=8, T=700, dk=64, dv=64, momentum=momentum, delta=1.0, dtype=dtype).values())
+    f = scan_with("triton", 64)
+    ours = results(f, problem)
+    assert_equal_up_to(TOLERANCE[dtype], ours, results(scan_with("torch"), exact(problem)))
+    assert all(torch.equal(x, ours[name]) for name, x in results(f, problem).items())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@both
+@pytest.mark.parametrize("d, chunk", [(64, 64), (32, 16), (64, 128), (32, 48)])
+def test_chunk_step_on_the_device_at_real_size(d, chunk, dtype):
+    problem = modify_problem(0, 8, 4, 700, d, dtype)
+
+    def f(*args):
+        return kernels.self_modify(*args, chunk, 1.0)
+
+    ours = results(f, problem)
+    assert_equal_up_to(TOLERANCE[dtype], ours, results(lambda *args: modify_in_torch(*args, chunk, 1.0), exact(problem)))
+    assert all(torch.equal(x, ours[name]) for name, x in results(f, problem).items())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed")
+    script = (
+        "import torch, sys; sys.path.insert(0, 'tests'); import test_kernels as t\n"
+        "t.results(t.scan_with('triton'), list(t.scan_problem(0, 1, 37, 16, 24, True, 'series').values()))\n"
+        "t.results(lambda *a: t.kernels.self_modify(*a, 24, 1.0), t.modify_problem(0, 1, 1, 37, 16))\n"
+        "torch.cuda.synchronize()"
+    )
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", script]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(titans.__file__).parent)
+    if "Device not supported" in run.stdout:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or COMPILED:
+        print(json.dumps(compiled(name)), flush=True)
