@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from memory import l2norm, scan
-from titans import ShortConvolution, head_width, linear
+from memory import delta_net, full_precision, gated_delta_net, l2norm, retention
+from titans import ShortConvolution, head_width, heads, linear, retention_of
 
 
 @lru_cache(maxsize=8)
@@ -82,45 +82,99 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2)), new | {"k": k, "v": v}
 
 
-class GatedDeltaNet(nn.Module):
-    """Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464): the delta rule with retention, and an output gate.
+class Recurrent(nn.Module):
+    """What recurrent baselines share around their memory: projections, short convolution, heads, norm per head, output gate.
 
-    q, k, v pass one short convolution of width `conv` and SiLU; q, k have unit length per head. Step eta ("beta" there)
-    is sigmoid(x w_b), retention alpha = exp(-A softplus(x w_a + dt_bias)), which can come as close to 1 as it likes.
-    Retention acts before the delta rule reads, hence delta = alpha. chunk is only scan's tile: it changes the speed,
-    never the result. Deviation: keys and values are both d_model / n_heads wide (the published models: wider values).
-    State: {"W" [B, H, dv, dk], "conv" (tail), "position" (tokens)}.
-    Raises ValueError if n_heads does not divide d_model, or chunk < 1.
+    A kind says how it remembers: remember(q, k [B, H, T, dk], v [B, H, T, dv], rates, state) -> (y [B, H, T, dv], memory),
+    with `rates` numbers per head and token [rates, B, H, T] and memory a dict of what goes into the state. conv: width of a
+    short convolution with SiLU over q, k and v, 0 for none. expand: dv / dk, with dk = d_model / n_heads.
+    State: memory | {"conv" (tail), "position" (tokens)}. Raises ValueError if n_heads does not divide d_model, or expand < 1.
     """
 
-    def __init__(self, d_model, n_heads, conv=4, chunk=64, out_scale=1.0):
+    def __init__(self, d_model, n_heads, conv, expand=1, rates=0, gate=True, out_scale=1.0):
         super().__init__()
-        if chunk < 1:
-            raise ValueError(f"chunk is {chunk}; it must be at least 1 token")
-        self.n_heads, self.width, self.chunk = n_heads, head_width(d_model, n_heads), chunk
-        self.sizes = (3 * d_model, d_model, n_heads, n_heads)  # q k v | output gate | eta | alpha, in one product
+        if expand < 1:
+            raise ValueError(f"expand is {expand}; values must be at least as wide as keys, so it must be at least 1")
+        self.n_heads, self.width, self.gate = n_heads, head_width(d_model, n_heads), gate
+        dv = expand * d_model
+        self.sizes = (d_model, d_model, dv, dv if gate else 0, rates * n_heads)  # q | k | v | gate | rates, in one product
         self.proj = linear(d_model, sum(self.sizes))
-        self.conv = ShortConvolution(3 * d_model, conv) if conv else None
-        self.log_A = nn.Parameter(torch.empty(n_heads).uniform_(1, 16).log())
-        dt = torch.empty(n_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()  # as in Mamba
-        self.dt_bias = nn.Parameter(dt.expm1().log())  # softplus(dt_bias) = dt
-        self.norm = nn.RMSNorm(self.width, eps=1e-6)
-        self.out = linear(d_model, d_model, out_scale)
+        self.conv = ShortConvolution(2 * d_model + dv, conv) if conv else None
+        self.norm = nn.RMSNorm(expand * self.width, eps=1e-6)
+        self.out = linear(dv, d_model, out_scale)
 
     def forward(self, x, state=None):
         """x [B, T, d_model] -> (y [B, T, d_model], state)."""
-        B, T, _ = x.shape
-        qkv, gate, b, a = self.proj(x).split(self.sizes, dim=-1)
+        qkv, gate, rates = self.proj(x).split((sum(self.sizes[:3]), *self.sizes[3:]), dim=-1)
         tail = state["conv"] if state else None
         if self.conv is not None:
             qkv, tail = self.conv(qkv, tail)
-        q, k, v = (z.unflatten(-1, (self.n_heads, self.width)).transpose(1, 2) for z in qkv.chunk(3, dim=-1))
-        eta = b.sigmoid().transpose(1, 2)
-        alpha = (-self.log_A.exp() * F.softplus(a + self.dt_bias)).exp().transpose(1, 2)
-        W = state["W"] if state else self.log_A.new_zeros(B, self.n_heads, self.width, self.width)
-        y, W, _ = scan(W, l2norm(k), v, eta, alpha, l2norm(q), delta=alpha, tile=self.chunk)
-        y = self.norm(y).to(x.dtype).transpose(1, 2).flatten(2) * F.silu(gate)
-        return self.out(y), {"W": W, "conv": tail, "position": T + (state["position"] if state else 0)}
+        q, k, v = (heads(full_precision(z), self.n_heads) for z in qkv.split(self.sizes[:3], dim=-1))
+        rates = full_precision(rates).unflatten(-1, (-1, self.n_heads)).permute(2, 0, 3, 1) if rates.shape[-1] else None
+        with torch.autocast(x.device.type, enabled=False):
+            y, memory = self.remember(q, k, v, rates, state)
+        y = self.norm(y).to(x.dtype).transpose(1, 2).flatten(2)
+        y = self.out(y * F.silu(gate) if self.gate else y)
+        return y, memory | {"conv": tail, "position": x.shape[1] + (state["position"] if state else 0)}
+
+
+class RetNet(Recurrent):
+    """Retentive network (Sun et al. 2023, arXiv 2307.08621): W_t = alpha W_{t-1} + v_t k_t^T with one fixed alpha per head.
+
+    Heads forget at rates from 2^-5 on, each half as fast as the one before; q and k are rotated as in RoPE; values are
+    twice as wide as keys; group norm (per head, nothing learned) and a swish gate follow the read. State: see Recurrent, "W".
+    """
+
+    def __init__(self, d_model, n_heads, conv=0, expand=2, out_scale=1.0):
+        super().__init__(d_model, n_heads, conv, expand, out_scale=out_scale)
+        self.norm = nn.LayerNorm(expand * self.width, eps=1e-6, elementwise_affine=False)
+
+    def remember(self, q, k, v, rates, state):
+        past = state["position"] if state else 0
+        q, k = (rotate(z.transpose(1, 2), past).transpose(1, 2) for z in (q, k * self.width**-0.5))
+        alpha = 1 - 2.0 ** (-5 - torch.arange(self.n_heads, dtype=k.dtype, device=k.device))
+        y, W, _ = retention(q, k, v, alpha[:, None], state["W"] if state else None)
+        return y, {"W": W}
+
+
+class DeltaNet(Recurrent):
+    """DeltaNet (Yang et al. 2024, arXiv 2406.06484): W_t = W_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T.
+
+    q, k, v pass a short convolution and SiLU, q and k have unit length, beta = sigmoid(x w); no output gate. State: "W".
+    """
+
+    def __init__(self, d_model, n_heads, conv=4, expand=1, out_scale=1.0):
+        super().__init__(d_model, n_heads, conv, expand, rates=1, gate=False, out_scale=out_scale)
+
+    def remember(self, q, k, v, rates, state):
+        y, W, _ = delta_net(l2norm(q), l2norm(k), v, rates[0].sigmoid(), state["W"] if state else None)
+        return y, {"W": W}
+
+
+class GatedDeltaNet(Recurrent):
+    """Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464): DeltaNet with retention, which acts before the error, and a gate.
+
+        W_t = alpha_t W_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T
+
+    Retention alpha = exp(-A softplus(x w_a + dt_bias)) can come as close to 1 as it likes. Deviation: values are as wide as
+    keys unless expand says otherwise (the published models: 2). State: "W" [B, H, dv, dk].
+    """
+
+    def __init__(self, d_model, n_heads, conv=4, expand=1, out_scale=1.0):
+        super().__init__(d_model, n_heads, conv, expand, rates=2, out_scale=out_scale)
+        self.log_A = nn.Parameter(torch.empty(n_heads).uniform_(1, 16).log())
+        self.dt_bias = nn.Parameter(mamba_dt_bias(n_heads))
+
+    def remember(self, q, k, v, rates, state):
+        beta, a = rates
+        alpha = retention_of(a + self.dt_bias[:, None], self.log_A.exp()[:, None])
+        y, W, _ = gated_delta_net(l2norm(q), l2norm(k), v, beta.sigmoid(), alpha, state["W"] if state else None)
+        return y, {"W": W}
+
+
+def mamba_dt_bias(n):
+    """Biases b with softplus(b) log-uniform in [1e-3, 1e-1]: time constants of many lengths, as Mamba starts."""
+    return torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1)).exp().expm1().log()
 
 
 def main():
@@ -128,6 +182,8 @@ def main():
     mixers = {
         "Attention": Attention(d_model, n_heads),
         "Attention, conv 4": Attention(d_model, n_heads, conv=4),
+        "RetNet": RetNet(d_model, n_heads),
+        "DeltaNet": DeltaNet(d_model, n_heads),
         "GatedDeltaNet": GatedDeltaNet(d_model, n_heads),
     }
     print(f"d_model {d_model}, {n_heads} heads, one row, float32\n")

@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from baselines import Attention, GatedDeltaNet
+from baselines import Attention, DeltaNet, GatedDeltaNet, RetNet
 from cms import CMS, VARIANTS, Level
 from titans import NeuralMemory, SelfModifyingTitans
 
@@ -51,7 +51,9 @@ MIXERS = {
     "hope_attention": lambda c: Attention(c.d_model, c.n_heads, c.width, out_scale=c.out_scale),
     "titans": lambda c: NeuralMemory(c.d_model, c.n_heads, c.chunk, c.depth, c.width, c.out_scale),
     "transformer": lambda c: Attention(c.d_model, c.n_heads, c.width, out_scale=c.out_scale),
-    "gated_deltanet": lambda c: GatedDeltaNet(c.d_model, c.n_heads, c.width, out_scale=c.out_scale),
+    "retnet": lambda c: RetNet(c.d_model, c.n_heads, c.width, c.expand or 2, c.out_scale),
+    "deltanet": lambda c: DeltaNet(c.d_model, c.n_heads, c.width, c.expand or 1, c.out_scale),
+    "gated_deltanet": lambda c: GatedDeltaNet(c.d_model, c.n_heads, c.width, c.expand or 1, c.out_scale),
 }
 
 
@@ -70,7 +72,8 @@ class HopeConfig:
 
     levels: chunk lengths of the CMS from fast to slow, in tokens, None = never updates. hidden: width of the feed-forward
     block, all levels together; None = solved for equal parameters. conv: width of the short convolution in tokens, 0 =
-    none; None = 4, but none for attention. The remaining fields belong to the mixers in titans.py.
+    none; None = 4, but none for attention and RetNet. expand: width of values over that of keys in RetNet, DeltaNet and Gated
+    DeltaNet; None = 2 for RetNet, else 1. The remaining fields belong to the mixers in titans.py.
     """
 
     model: str = "hope"
@@ -88,6 +91,7 @@ class HopeConfig:
     momentum: bool = False
     inner_step: float = 1.0
     depth: int = 2
+    expand: int | None = None
 
     def __post_init__(self):
         one_of("model", self.model, MIXERS)
@@ -113,8 +117,10 @@ class HopeConfig:
             raise ValueError(f"adaptive must be a list out of 'k', 'v', 'q', got {self.adaptive!r}")
         if not isinstance(self.momentum, bool):
             raise ValueError(f"momentum must be true or false, got {self.momentum!r}")
-        if self.hidden is not None and (type(self.hidden) is not int or self.hidden < 1):
-            raise ValueError(f"hidden must be an integer of at least 1 or None, got {self.hidden!r}")
+        for name in ("hidden", "expand"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be an integer of at least 1 or None, got {value!r}")
         self.levels, self.adaptive = list(self.levels), list(self.adaptive)
         if self.hidden is None:
             self.hidden = self._equal_hidden()
@@ -134,7 +140,7 @@ class HopeConfig:
     @property
     def width(self):
         """Width of the short convolution in tokens, 0 for none."""
-        return self.conv if self.conv is not None else 0 if self.model in ("transformer", "hope_attention") else 4
+        return self.conv if self.conv is not None else 0 if self.model in ("transformer", "hope_attention", "retnet") else 4
 
     @property
     def out_scale(self):

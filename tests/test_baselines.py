@@ -7,13 +7,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from baselines import Attention, GatedDeltaNet, rotate
+from baselines import Attention, DeltaNet, GatedDeltaNet, RetNet, rotate
+from memory import delta_net, gated_delta_net
 
 D, H = 16, 2
 MIXERS = {
     "attention": lambda: Attention(D, H),
     "attention_conv": lambda: Attention(D, H, conv=4),
-    "gated_deltanet": lambda: GatedDeltaNet(D, H, chunk=8),
+    "retnet": lambda: RetNet(D, H),
+    "deltanet": lambda: DeltaNet(D, H),
+    "gated_deltanet": lambda: GatedDeltaNet(D, H),
+    "gated_deltanet_wide": lambda: GatedDeltaNet(D, H, expand=2),
 }
 each_mixer = pytest.mark.parametrize("mixer", MIXERS, indirect=True)
 
@@ -110,39 +114,109 @@ def test_rotations_first_used_in_inference_mode_serve_training():
     assert mixer.qkv.weight.grad.abs().max() > 0
 
 
-def gated_deltanet_by_hand(mixer, x):
-    """Token by token as in the Gated DeltaNet paper: S_t = S_{t-1} alpha (I - beta k k^T) + beta v k^T."""
-    B, T, d = x.shape
-    w, y = d // H, torch.zeros(B, T, d)
-    qkv, gate, b_in, a_in = (x @ mixer.proj.weight.T).split((3 * d, d, H, H), dim=-1)
-    qkv, _ = mixer.conv(qkv)
-    finals = torch.zeros(B, H, w, w)
+def unit(z):
+    return z / torch.sqrt(z @ z + 1e-6)
+
+
+def by_hand(mixer, x, step, normalize):
+    """The output and the final memories of a recurrent baseline, one head and one token at a time.
+
+    step(h, t, S, q, k, v, rates) -> S, and the read S q; q and k come as projected, rates are the token's, one per kind.
+    """
+    B, T, _ = x.shape
+    dk, dv = D // H, mixer.out.in_features // H
+    split = [D, D, H * dv, H * dv if mixer.gate else 0]
+    z = x @ mixer.proj.weight.T
+    qkv, gate, rates = z.split([2 * D + H * dv, split[3], z.shape[-1] - sum(split)], dim=-1)
+    if mixer.conv is not None:
+        qkv, _ = mixer.conv(qkv)
+    q, k, v = qkv.split(split[:3], dim=-1)
+    y, finals = torch.zeros(B, T, H * dv), torch.zeros(B, H, dv, dk)
     for b in range(B):
         for h in range(H):
-            S = torch.zeros(w, w)
+            S, keys, values = torch.zeros(dv, dk), slice(h * dk, (h + 1) * dk), slice(h * dv, (h + 1) * dv)
             for t in range(T):
-                q, k, v = (qkv[b, t, i * d + h * w : i * d + (h + 1) * w] for i in range(3))
-                q, k = q / torch.sqrt(q @ q + 1e-6), k / torch.sqrt(k @ k + 1e-6)
-                beta = 1 / (1 + torch.exp(-b_in[b, t, h]))
-                dt = torch.log1p(torch.exp(a_in[b, t, h] + mixer.dt_bias[h]))
-                alpha = torch.exp(-torch.exp(mixer.log_A[h]) * dt)
-                S = S @ (alpha * (torch.eye(w) - beta * torch.outer(k, k))) + beta * torch.outer(v, k)
-                read = S @ q
-                read = read / torch.sqrt((read**2).mean() + 1e-6) * mixer.norm.weight
-                y[b, t, h * w : (h + 1) * w] = read * F.silu(gate[b, t, h * w : (h + 1) * w])
+                S, read = step(h, t, S, q[b, t, keys], k[b, t, keys], v[b, t, values], rates[b, t, h::H])
+                y[b, t, values] = normalize(read) * (F.silu(gate[b, t, values]) if mixer.gate else 1)
             finals[b, h] = S
     return y @ mixer.out.weight.T, finals
 
 
-@pytest.mark.parametrize("T, chunk", [(1, 8), (13, 8), (13, 4), (16, 64)])
-def test_gated_deltanet_is_its_textbook_recurrence(T, chunk):
-    mixer, x = GatedDeltaNet(D, H, chunk=chunk), torch.randn(2, T, D)
+def retnet_by_hand(mixer, x):
+    """As in the RetNet paper: S_n = gamma S_{n-1} + v_n (R_n k_n)^T / sqrt(d), group norm, swish gate."""
+
+    def step(h, t, S, q, k, v, rates):
+        S = (1 - 2 ** -(5 + h)) * S + torch.outer(v, rope_by_hand(k, t, 10000.0)) / math.sqrt(len(k))
+        return S, S @ rope_by_hand(q, t, 10000.0)
+
+    return by_hand(mixer, x, step, lambda read: (read - read.mean()) / torch.sqrt(read.var(correction=0) + 1e-6))
+
+
+def rms(mixer):
+    return lambda read: read / torch.sqrt((read**2).mean() + 1e-6) * mixer.norm.weight
+
+
+def deltanet_by_hand(mixer, x):
+    """As in the DeltaNet paper: S_t = S_{t-1} - beta (S_{t-1} k - v) k^T."""
+
+    def step(h, t, S, q, k, v, rates):
+        S = S - torch.sigmoid(rates[0]) * torch.outer(S @ unit(k) - v, unit(k))
+        return S, S @ unit(q)
+
+    return by_hand(mixer, x, step, rms(mixer))
+
+
+def gated_deltanet_by_hand(mixer, x):
+    """As in the Gated DeltaNet paper: S_t = S_{t-1} alpha (I - beta k k^T) + beta v k^T."""
+
+    def step(h, t, S, q, k, v, rates):
+        k, beta = unit(k), 1 / (1 + torch.exp(-rates[0]))
+        alpha = torch.exp(-torch.exp(mixer.log_A[h]) * torch.log1p(torch.exp(rates[1] + mixer.dt_bias[h])))
+        S = S @ (alpha * (torch.eye(len(k)) - beta * torch.outer(k, k))) + beta * torch.outer(v, k)
+        return S, S @ unit(q)
+
+    return by_hand(mixer, x, step, rms(mixer))
+
+
+BY_HAND = [(RetNet, retnet_by_hand), (DeltaNet, deltanet_by_hand), (GatedDeltaNet, gated_deltanet_by_hand)]
+
+
+@pytest.mark.parametrize("kind, recurrence", BY_HAND)
+@pytest.mark.parametrize("T, conv, expand", [(1, 4, 1), (13, 4, 1), (13, 0, 2), (70, 3, 2)])
+def test_recurrent_baselines_are_their_textbook_recurrences(kind, recurrence, T, conv, expand):
+    mixer, x = kind(D, H, conv=conv, expand=expand), torch.randn(2, T, D)
     with torch.no_grad():
-        mixer.norm.weight.uniform_(0.5, 1.5)
+        if kind is not RetNet:
+            mixer.norm.weight.uniform_(0.5, 1.5)
         y, state = mixer(x)
-        expected, S = gated_deltanet_by_hand(mixer, x)
+        expected, S = recurrence(mixer, x)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(state["W"], S, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [DeltaNet, GatedDeltaNet])
+def test_delta_rules_equal_the_naive_references_of_flash_linear_attention(kind):
+    naive = pytest.importorskip("fla.ops.delta_rule.naive", reason="flash-linear-attention is not installed")
+    gated = pytest.importorskip("fla.ops.gated_delta_rule.naive", reason="flash-linear-attention is not installed")
+    B, T, d = 2, 13, 8
+    q, k, v = (torch.randn(B, H, T, d) for _ in range(3))
+    beta, alpha = torch.rand(B, H, T), torch.rand(B, H, T)
+    if kind is DeltaNet:
+        ours = delta_net(q * d**-0.5, k, v, beta)[0]
+        theirs = naive.delta_rule_recurrence(q, k, v, beta)[0]
+    else:
+        ours = gated_delta_net(q * d**-0.5, k, v, beta, alpha)[0].transpose(1, 2)
+        swapped = [z.transpose(1, 2) for z in (q, k, v, beta, alpha.log())]
+        theirs = gated.naive_recurrent_gated_delta_rule(*swapped)[0]
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=0, atol=1e-5)
+
+
+def test_every_head_of_retnet_forgets_half_as_fast_as_the_one_before():
+    mixer, x = RetNet(64, 4), torch.zeros(1, 2, 64)
+    x[:, 0] = torch.randn(64)
+    first, second = mixer(x[:, :1])[1]["W"], mixer(x)[1]["W"]
+    forgotten = 1 - second.flatten(2).norm(dim=2) / first.flatten(2).norm(dim=2)
+    torch.testing.assert_close(forgotten, torch.tensor([[2**-5, 2**-6, 2**-7, 2**-8]]), rtol=1e-9, atol=0)
 
 
 def test_gated_deltanet_starts_with_retention_close_to_one():
@@ -254,7 +328,7 @@ def test_out_scale_scales_only_the_output_projection(kind):
         (lambda: Attention(16, 3), r"d_model is 16, n_heads is 3"),
         (lambda: GatedDeltaNet(16, 0), r"n_heads is 0"),
         (lambda: Attention(15, 3), r"head width is 5 .*even"),
-        (lambda: GatedDeltaNet(16, 2, chunk=0), r"chunk is 0.*at least 1"),
+        (lambda: RetNet(16, 2, expand=0), r"expand is 0.*at least 1"),
     ],
 )
 def test_bad_input_is_named_with_its_value_and_the_legal_range(make_it, message):
