@@ -19,6 +19,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from memory import delta_net, full_precision, gated_delta_net, l2norm, retention
 from titans import ShortConvolution, head_width, heads, linear, retention_of
@@ -51,15 +52,18 @@ class Attention(nn.Module):
     """Causal softmax attention with RoPE and a key-value cache: the mixer of Transformer++.
 
     conv: width of a short convolution (with SiLU) over q, k and v, 0 for none; out_scale: factor on the initial output
-    projection. State: {"k", "v" [B, H, S, dk] (k rotated), "position" (S tokens), "conv" (tail, where there is one)}.
-    Raises ValueError if n_heads does not divide d_model, or a head has an odd width, which RoPE cannot pair.
+    projection; window: tokens a query sees, itself included (None: all), so that the cache stops growing at window - 1.
+    State: {"k", "v" [B, H, S, dk] (k rotated), "position" (tokens seen), "conv" (tail, where there is one)}.
+    Raises ValueError if n_heads does not divide d_model, a head has an odd width, which RoPE cannot pair, or window < 1.
     """
 
-    def __init__(self, d_model, n_heads, conv=0, rope_base=10000.0, out_scale=1.0):
+    def __init__(self, d_model, n_heads, conv=0, rope_base=10000.0, out_scale=1.0, window=None):
         super().__init__()
-        self.n_heads, self.width, self.rope_base = n_heads, head_width(d_model, n_heads), rope_base
+        self.n_heads, self.width, self.rope_base, self.window = n_heads, head_width(d_model, n_heads), rope_base, window
         if self.width % 2:
             raise ValueError(f"head width is {self.width} (d_model {d_model} / n_heads {n_heads}); RoPE needs it even")
+        if window is not None and window < 1:
+            raise ValueError(f"window is {window}; it must be at least 1 token, or None (everything)")
         self.qkv = linear(d_model, 3 * d_model)
         self.conv = ShortConvolution(3 * d_model, conv) if conv else None
         self.out = linear(d_model, d_model, out_scale)
@@ -70,16 +74,44 @@ class Attention(nn.Module):
         qkv, new = self.qkv(x), {"position": past + T}
         if self.conv is not None:
             qkv, new["conv"] = self.conv(qkv, state["conv"] if state else None)
-        q, k, v = (z.unflatten(-1, (self.n_heads, self.width)) for z in qkv.chunk(3, dim=-1))
-        q, k = (rotate(z, past, self.rope_base).transpose(1, 2) for z in (q, k))
-        v = v.transpose(1, 2).contiguous()  # costs nothing measurable, and the cache does not keep all of qkv alive
-        mask = None
+        q, k, v = self.split(qkv, past)
         if past:
             k, v = torch.cat((state["k"], k), dim=2), torch.cat((state["v"], v), dim=2)
-            if T > 1:  # the queries are the last T of past + T positions; a single one sees everything
+        if self.window is None:
+            mask = None
+            if past and T > 1:  # the queries are the last T of past + T positions; a single one sees everything
                 mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past)
+            y = self.look(q, k, v, mask, is_causal=not past)
+        else:
+            y = self.look_near(q, k, v)
+            kept = max(0, k.shape[2] - self.window + 1)
+            k, v = k[:, :, kept:].clone(), v[:, :, kept:].clone()  # copies, or the state would keep all of them alive
         return self.out(y.transpose(1, 2).flatten(2)), new | {"k": k, "v": v}
+
+    def split(self, qkv, position):
+        """[B, T, 3 d_model] -> q, k (rotated), v, each [B, H, T, dk]."""
+        q, k, v = (z.unflatten(-1, (self.n_heads, self.width)) for z in qkv.chunk(3, dim=-1))
+        q, k = (rotate(z, position, self.rope_base).transpose(1, 2) for z in (q, k))
+        return q, k, v.transpose(1, 2).contiguous()  # costs nothing measurable, and the cache does not keep all of qkv alive
+
+    def look(self, q, k, v, mask=None, is_causal=False):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+    def look_near(self, q, k, v):
+        """q: the last T of the positions of k. In blocks of `window` queries, so that the cost is linear in T."""
+        T, S, window, y = q.shape[2], k.shape[2], self.window, []
+        for i in range(0, T, window):
+            rows = torch.arange(S - T + i, S - T + min(i + window, T), device=q.device)
+            first, end = max(0, S - T + i - window + 1), S - T + min(i + window, T)
+            distance = rows[:, None] - torch.arange(first, end, device=q.device)
+            mask = (distance >= 0) & (distance < window)
+            y.append(self.look(q[:, :, i : i + window], k[:, :, first:end], v[:, :, first:end], mask))
+        return torch.cat(y, dim=2)
+
+
+def mamba_dt_bias(n):
+    """Biases b with softplus(b) log-uniform in [1e-3, 1e-1]: time constants of many lengths, as Mamba starts."""
+    return torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1)).exp().expm1().log()
 
 
 class Recurrent(nn.Module):
@@ -172,9 +204,56 @@ class GatedDeltaNet(Recurrent):
         return y, {"W": W}
 
 
-def mamba_dt_bias(n):
-    """Biases b with softplus(b) log-uniform in [1e-3, 1e-1]: time constants of many lengths, as Mamba starts."""
-    return torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1)).exp().expm1().log()
+class Mamba(nn.Module):
+    """Selective state space (Gu and Dao 2023, arXiv 2312.00752), every second mixer of Samba (Ren et al. 2024, 2406.07522).
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t + D x_t        h [B, d, n], d = expand * d_model
+
+    Step dt [d], B and C [n] are read off the token, A is negative: every channel and state decays at its own rate, which
+    memory.scan (one retention per head) cannot express. Hence token by token, but recomputed in the backward pass in tiles,
+    so that memory is T / tile states, not T: no division, no logarithm, exact. On a CPU this is bound by the exponentials of
+    [B, T, d, n], not by the loop (README: cost); on a GPU by T kernel launches.
+    State: {"h" [B, d, n], "conv" (tail), "position" (tokens)}.
+    """
+
+    def __init__(self, d_model, conv=4, n=16, expand=2, tile=64, out_scale=1.0):
+        super().__init__()
+        d, self.tile = expand * d_model, tile
+        self.sizes = (-(-d_model // 16), n, n)  # dt (low rank) | B | C
+        self.proj = linear(d_model, 2 * d)
+        self.conv = ShortConvolution(d, conv) if conv else None
+        self.rates = linear(d, sum(self.sizes))
+        self.dt_proj = linear(self.sizes[0], d)
+        self.dt_bias = nn.Parameter(mamba_dt_bias(d))
+        self.log_A = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(d, 1))
+        self.D = nn.Parameter(torch.ones(d))
+        self.out = linear(d, d_model, out_scale)
+
+    def forward(self, x, state=None):
+        """x [B, T, d_model] -> (y [B, T, d_model], state)."""
+        T, (x, gate) = x.shape[1], self.proj(x).chunk(2, dim=-1)
+        tail = state["conv"] if state else None
+        if self.conv is not None:
+            x, tail = self.conv(x, tail)
+        dt, b, c = self.rates(x).split(self.sizes, dim=-1)
+        dt = F.softplus(full_precision(self.dt_proj(dt)) + self.dt_bias)
+        h = state["h"] if state else dt.new_zeros(x.shape[0], *self.log_A.shape)
+        A, y = -self.log_A.exp(), []
+        with torch.autocast(x.device.type, enabled=False):
+            for z in zip(*(full_precision(z).split(self.tile, dim=1) for z in (x, dt, b, c)), strict=True):
+                y_tile, h = checkpoint(selective_scan, h, A, *z, use_reentrant=False, preserve_rng_state=False)
+                y.append(y_tile)
+        y = (torch.cat(y, dim=1).to(x.dtype) + self.D * x) * F.silu(gate)
+        return self.out(y), {"h": h, "conv": tail, "position": T + (state["position"] if state else 0)}
+
+
+def selective_scan(h, A, x, dt, b, c):
+    """h [B, d, n], A [d, n], x, dt [B, T, d], b, c [B, T, n] -> (h_t C_t [B, T, d], h_T)."""
+    decay, write, seen = (dt.unsqueeze(-1) * A).exp(), (dt * x).unsqueeze(-1) * b.unsqueeze(-2), []
+    for decay_t, write_t in zip(decay.unbind(1), write.unbind(1), strict=True):
+        h = torch.addcmul(write_t, decay_t, h)
+        seen.append(h)
+    return (torch.stack(seen, 1) @ c.unsqueeze(-1)).squeeze(-1), h
 
 
 def main():
@@ -185,6 +264,8 @@ def main():
         "RetNet": RetNet(d_model, n_heads),
         "DeltaNet": DeltaNet(d_model, n_heads),
         "GatedDeltaNet": GatedDeltaNet(d_model, n_heads),
+        "Mamba": Mamba(d_model),
+        "Attention, window 64": Attention(d_model, n_heads, window=64),
     }
     print(f"d_model {d_model}, {n_heads} heads, one row, float32\n")
     print("mixer               parameters" + "".join(f"   state after {T:>5}" for T in lengths))

@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from baselines import Attention, DeltaNet, GatedDeltaNet, RetNet
+from baselines import Attention, DeltaNet, GatedDeltaNet, Mamba, RetNet
 from cms import CMS, VARIANTS, Level
 from titans import NeuralMemory, SelfModifyingTitans
 
@@ -54,7 +54,18 @@ MIXERS = {
     "retnet": lambda c: RetNet(c.d_model, c.n_heads, c.width, c.expand or 2, c.out_scale),
     "deltanet": lambda c: DeltaNet(c.d_model, c.n_heads, c.width, c.expand or 1, c.out_scale),
     "gated_deltanet": lambda c: GatedDeltaNet(c.d_model, c.n_heads, c.width, c.expand or 1, c.out_scale),
+    "samba": (  # layer by layer in turn
+        lambda c: Mamba(c.d_model, c.width, out_scale=c.out_scale),
+        lambda c: Attention(c.d_model, c.n_heads, out_scale=c.out_scale, window=c.window),
+    ),
 }
+
+
+def mixer(c, layer):
+    """The mixer of that layer, counted from 0."""
+    kinds = MIXERS[c.model] if isinstance(MIXERS[c.model], tuple) else (MIXERS[c.model],)
+    return kinds[layer % len(kinds)](c)
+
 
 
 def one_of(what, value, choices):
@@ -73,7 +84,8 @@ class HopeConfig:
     levels: chunk lengths of the CMS from fast to slow, in tokens, None = never updates. hidden: width of the feed-forward
     block, all levels together; None = solved for equal parameters. conv: width of the short convolution in tokens, 0 =
     none; None = 4, but none for attention and RetNet. expand: width of values over that of keys in RetNet, DeltaNet and Gated
-    DeltaNet; None = 2 for RetNet, else 1. The remaining fields belong to the mixers in titans.py.
+    DeltaNet; None = 2 for RetNet, else 1. window: tokens that the attention of Samba sees. The remaining fields belong to
+    the mixers in titans.py.
     """
 
     model: str = "hope"
@@ -92,12 +104,13 @@ class HopeConfig:
     inner_step: float = 1.0
     depth: int = 2
     expand: int | None = None
+    window: int = 128
 
     def __post_init__(self):
         one_of("model", self.model, MIXERS)
         one_of("memory", self.memory, ("matrix", "mlp"))
         one_of("variant", self.variant, VARIANTS)
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "chunk", "depth"):
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "chunk", "depth", "window"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
@@ -132,6 +145,8 @@ class HopeConfig:
         for field in overrides:
             one_of("field of HopeConfig", field, [f.name for f in dataclasses.fields(cls)])
         sizes = dict(d_model=d_model, n_layers=n_layers, n_heads=n_heads, vocab_size=vocab_size)
+        if name != "nano":
+            sizes["window"] = 2048  # as published; nano is trained on shorter rows
         return cls(model=model, **(sizes | overrides))
 
     def to_dict(self):
@@ -152,19 +167,20 @@ class HopeConfig:
         d = self.d_model
         target = 4 * d * d + 3 * d * (8 * round(d / 3)) + 2 * d
         with torch.device("meta"):  # counts only
-            mixer = sum(p.numel() for p in MIXERS[self.model](self).parameters())
+            mixers = [mixer(self, layer) for layer in range(self.n_layers)]
+        mean = sum(p.numel() for m in mixers for p in m.parameters()) / self.n_layers
         n = len(self.levels)
-        each = round((target - mixer - d * (n + 1)) / (3 * d * n) / 4) * 4
+        each = round((target - mean - d * (n + 1)) / (3 * d * n) / 4) * 4
         if each < 4:
             raise ValueError(f"{self.model} at d_model {d} leaves no parameters for {n} CMS levels; set hidden or fewer levels")
         return n * each
 
 
 class Block(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
         self.norm = nn.RMSNorm(c.d_model, eps=1e-6)
-        self.mixer = MIXERS[c.model](c)
+        self.mixer = mixer(c, layer)
         if c.hidden % len(c.levels):
             raise ValueError(f"hidden must be a multiple of the number of levels, got {c.hidden} for {len(c.levels)} levels")
         levels = [Level(chunk, c.hidden // len(c.levels)) for chunk in c.levels]
@@ -184,7 +200,7 @@ class Hope(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.05)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
 
     def forward(self, tokens, state=None):

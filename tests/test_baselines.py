@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from baselines import Attention, DeltaNet, GatedDeltaNet, RetNet, rotate
+from baselines import Attention, DeltaNet, GatedDeltaNet, Mamba, RetNet, rotate
 from memory import delta_net, gated_delta_net
 
 D, H = 16, 2
@@ -18,6 +18,9 @@ MIXERS = {
     "deltanet": lambda: DeltaNet(D, H),
     "gated_deltanet": lambda: GatedDeltaNet(D, H),
     "gated_deltanet_wide": lambda: GatedDeltaNet(D, H, expand=2),
+    "mamba": lambda: Mamba(D, n=4, tile=8),
+    "attention_window": lambda: Attention(D, H, window=5),
+    "attention_window_one": lambda: Attention(D, H, window=1),
 }
 each_mixer = pytest.mark.parametrize("mixer", MIXERS, indirect=True)
 
@@ -62,8 +65,8 @@ def rope_by_hand(x, t, base):
     return out
 
 
-def attention_by_hand(mixer, x, qkv):
-    """Softmax attention with RoPE, query by query, from the projections qkv [B, T, 3 d]."""
+def attention_by_hand(mixer, x, qkv, hidden=None):
+    """Softmax attention with RoPE, query by query, from the projections qkv [B, T, 3 d]; hidden [T, T]: keys not to be seen."""
     B, T, d = x.shape
     w = d // mixer.n_heads
     y = torch.zeros(B, T, d)
@@ -73,7 +76,10 @@ def attention_by_hand(mixer, x, qkv):
             for t in range(T):
                 query = rope_by_hand(q[t], t, mixer.rope_base)
                 keys = torch.stack([rope_by_hand(k[s], s, mixer.rope_base) for s in range(t + 1)])
-                y[b, t, h * w : (h + 1) * w] = torch.softmax(keys @ query / math.sqrt(w), dim=0) @ v[: t + 1]
+                scores = keys @ query / math.sqrt(w)
+                if hidden is not None:
+                    scores = scores.masked_fill(hidden[t, : t + 1], -math.inf)
+                y[b, t, h * w : (h + 1) * w] = torch.softmax(scores, dim=0) @ v[: t + 1]
     return y @ mixer.out.weight.T
 
 
@@ -89,6 +95,16 @@ def test_convolution_of_attention_acts_on_queries_keys_and_values():
     mixer, x = Attention(D, H, conv=3), torch.randn(2, 7, D)
     qkv, _ = mixer.conv(x @ mixer.qkv.weight.T)
     torch.testing.assert_close(mixer(x)[0], attention_by_hand(mixer, x, qkv), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("window", [1, 3, 7, 50])
+def test_attention_in_a_window_sees_only_the_last_tokens(window):
+    mixer, x = Attention(D, H, window=window), torch.randn(2, 17, D)
+    y, state = mixer(x)
+    hidden = torch.ones(17, 17, dtype=torch.bool).tril(-window) | torch.ones(17, 17, dtype=torch.bool).triu(1)
+    expected = attention_by_hand(mixer, x, x @ mixer.qkv.weight.T, hidden)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+    assert state["k"].shape == state["v"].shape == (2, H, min(17, window - 1), D // H)
 
 
 def test_rope_scores_depend_on_relative_distance_only():
@@ -219,6 +235,30 @@ def test_every_head_of_retnet_forgets_half_as_fast_as_the_one_before():
     torch.testing.assert_close(forgotten, torch.tensor([[2**-5, 2**-6, 2**-7, 2**-8]]), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("T, tile", [(1, 64), (13, 4), (20, 64)])
+def test_mamba_is_its_textbook_recurrence(T, tile):
+    """Channel by channel and state by state: h_t = exp(dt A) h_{t-1} + dt B x, y_t = C h_t + D x."""
+    mixer, x = Mamba(D, n=3, tile=tile), torch.randn(2, T, D)
+    with torch.no_grad():
+        y, state = mixer(x)
+        z, gate = (x @ mixer.proj.weight.T).chunk(2, dim=-1)
+        z, _ = mixer.conv(z)
+        low, b, c = (z @ mixer.rates.weight.T).split([1, 3, 3], dim=-1)
+        dt = torch.log1p(torch.exp(low @ mixer.dt_proj.weight.T + mixer.dt_bias))
+        expected, h = torch.zeros(2, T, 2 * D), torch.zeros(2, 2 * D, 3)
+        for row in range(2):
+            for channel in range(2 * D):
+                for t in range(T):
+                    now, step = z[row, t, channel], dt[row, t, channel]
+                    for i in range(3):
+                        decay = torch.exp(-step * torch.exp(mixer.log_A[channel, i]))
+                        h[row, channel, i] = decay * h[row, channel, i] + step * b[row, t, i] * now
+                    expected[row, t, channel] = c[row, t] @ h[row, channel] + mixer.D[channel] * now
+        expected = (expected * F.silu(gate)) @ mixer.out.weight.T
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(state["h"], h, rtol=0, atol=1e-10)
+
+
 def test_gated_deltanet_starts_with_retention_close_to_one():
     mixer = GatedDeltaNet(1024, 512)
     dt, A = F.softplus(mixer.dt_bias), mixer.log_A.exp()
@@ -253,7 +293,8 @@ def test_future_tokens_never_change_past_outputs(mixer):
 def test_outputs_have_no_gradient_from_the_future(mixer):
     x = torch.randn(1, 12, D, requires_grad=True)
     (grad,) = torch.autograd.grad(mixer(x)[0][:, 6].sum(), x)
-    assert (grad[:, 7:] == 0).all() and (grad[:, :7].abs().amax(-1) > 0).all()
+    seen = 7 - (getattr(mixer, "window", None) or 7)
+    assert (grad[:, 7:] == 0).all() and (grad[:, :seen] == 0).all() and (grad[:, seen:7].abs().amax(-1) > 0).all()
 
 
 @each_mixer
@@ -300,6 +341,8 @@ def test_gradient_flows_through_the_state_into_the_first_piece(mixer):
 
 @each_mixer
 def test_every_parameter_is_trained(mixer):
+    if getattr(mixer, "window", None) == 1:
+        pytest.skip("a softmax over one token trains no queries and keys")
     mixer(torch.randn(2, 9, D))[0].square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in mixer.parameters())
 
@@ -329,6 +372,7 @@ def test_out_scale_scales_only_the_output_projection(kind):
         (lambda: GatedDeltaNet(16, 0), r"n_heads is 0"),
         (lambda: Attention(15, 3), r"head width is 5 .*even"),
         (lambda: RetNet(16, 2, expand=0), r"expand is 0.*at least 1"),
+        (lambda: Attention(16, 2, window=0), r"window is 0.*at least 1"),
     ],
 )
 def test_bad_input_is_named_with_its_value_and_the_legal_range(make_it, message):
