@@ -15,14 +15,15 @@ x, y are [B, T, d_model]. The state is a plain dict of tensors and ints; cutting
 
 import math
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memory import delta_net, full_precision, gated_delta_net, l2norm, retention
-from titans import ShortConvolution, head_width, heads, linear, retention_of
+from memory import delta_net, full_precision, gated_delta_net, l2norm, retention, scan
+from titans import NeuralMemory, ShortConvolution, head_width, heads, linear, retention_of
 
 
 @lru_cache(maxsize=8)
@@ -204,6 +205,86 @@ class GatedDeltaNet(Recurrent):
         return y, {"W": W}
 
 
+class TTT(Recurrent):
+    """TTT-Linear (depth 1) and TTT-MLP (depth 2) (Sun et al. 2024, arXiv 2407.04620): a memory that learns by gradient descent.
+
+        f(x) = x + LN(W x + b)    or    x + LN(W2 gelu(W1 x + b1) + b2)        y_t = f(q_t; W_t)
+        W_t = W_{t-1} - eta_t grad_W |f(k_t; W_boundary) - v_t|^2 / 2
+
+    The boundary is the end of the previous `chunk` of tokens (their inner mini-batch). The layer norm is learned, outside
+    the loop; a bias is a column of W for an input that is always 1. Learned step sizes: eta = base sigmoid(x w + b), base 1,
+    and 0.1 for the MLP, over chunk * |x|^2, x the layer's input: all tokens of a chunk repeat the same step for equal
+    keys, so a longer step explodes (the published code divides by the head width; deviation). Left out: that code's
+    1 / i for the i-th reader of a chunk, which is not in the paper's equations, and separate convolutions for q and k.
+    State: "boundary", "running" (lists of [B, H, d_out, d_in + 1]). Raises ValueError for chunk < 1 or depth not 1 or 2.
+    """
+
+    def __init__(self, d_model, n_heads, chunk=16, depth=1, conv=4, out_scale=1.0):
+        super().__init__(d_model, n_heads, conv, rates=1, out_scale=out_scale)
+        if chunk < 1:
+            raise ValueError(f"chunk is {chunk}; it must be at least 1 token")
+        if depth not in (1, 2):
+            raise ValueError(f"depth is {depth}; it must be 1 (TTT-Linear) or 2 (TTT-MLP)")
+        self.chunk, self.base, d = chunk, 1.0 if depth == 1 else 0.1, self.width
+        sizes = pairwise([d, *[4 * d] * (depth - 1), d])
+        starts = [torch.randn(n_heads, d_out, d_in) * d_in**-0.5 for d_in, d_out in sizes]
+        self.start = nn.ParameterList(F.pad(W, (0, 1)) for W in starts)
+        self.scale, self.shift = nn.Parameter(torch.ones(n_heads, 1, d)), nn.Parameter(torch.zeros(n_heads, 1, d))
+        self.b_eta = nn.Parameter(torch.zeros(n_heads, 1))
+
+    def remember(self, q, k, v, rates, state):
+        T, position = q.shape[2], state["position"] if state else 0
+        eta = self.base * torch.sigmoid(rates[0] + self.b_eta) / self.chunk
+        state = state or self.start_state(q.shape[0])
+        boundary, running, y, i = state["boundary"], state["running"], [], 0
+        while i < T:
+            left = self.chunk - (position + i) % self.chunk  # tokens of this chunk still to come
+            if left == self.chunk:
+                boundary = running
+            now = [z[:, :, i : i + left] for z in (q, k, v, eta)]  # computed again in the backward pass, as in the paper
+            y_now, running = checkpoint(self.write, *now, boundary, running, use_reentrant=False, preserve_rng_state=False)
+            y.append(y_now)
+            i += left
+        if (position + T) % self.chunk == 0:
+            boundary = running
+        return torch.cat(y, 2), {"boundary": boundary, "running": running}
+
+    def start_state(self, batch):
+        running = [full_precision(W).expand(batch, *W.shape).clone() for W in self.start]
+        return {"boundary": running, "running": running}
+
+    def write(self, q, k, v, eta, boundary, running):
+        """Tokens of one chunk: gradients at `boundary`, read and written from `running` on -> (y, running)."""
+        one, inputs, slopes = torch.ones_like(eta), [with_one(k)], []
+        for W in boundary[:-1]:
+            z = inputs[-1] @ W.mT
+            slopes.append(gelu_derivative(z))
+            inputs.append(with_one(F.gelu(z)))
+        z = inputs[-1] @ boundary[-1].mT
+        # the gradient of |k + LN(z) - v|^2 / 2 at z: what is left of it after the layer norm's mean and length
+        z = z - z.mean(-1, keepdim=True)
+        r = torch.rsqrt(z.square().mean(-1, keepdim=True) + 1e-6)
+        z = z * r
+        g = (k + z * self.scale + self.shift - v) * self.scale
+        gradients = [r * (g - g.mean(-1, keepdim=True) - z * (g * z).mean(-1, keepdim=True))]
+        for W, slope in zip(reversed(boundary[1:]), reversed(slopes), strict=True):
+            gradients.insert(0, (gradients[0] @ W[..., :-1]) * slope)
+        h, new = q, []
+        for i, (W, x, g) in enumerate(zip(running, inputs, gradients, strict=True)):
+            h, W, _ = scan(W, x, -g, eta / x.square().sum(-1), one, with_one(F.gelu(h) if i else h), delta=0.0)
+            new.append(W)
+        return q + F.layer_norm(h, h.shape[-1:], eps=1e-6) * self.scale + self.shift, new
+
+
+def with_one(x):
+    """x and a channel that is always 1: the weights of that channel are the bias."""
+    return F.pad(x, (0, 1), value=1.0)
+
+
+def gelu_derivative(z):
+    return 0.5 * (1 + torch.erf(z * 0.5**0.5)) + z * torch.exp(-0.5 * z * z) * (2 * math.pi) ** -0.5
+
+
 class Mamba(nn.Module):
     """Selective state space (Gu and Dao 2023, arXiv 2312.00752), every second mixer of Samba (Ren et al. 2024, 2406.07522).
 
@@ -254,6 +335,126 @@ def selective_scan(h, A, x, dt, b, c):
         h = torch.addcmul(write_t, decay_t, h)
         seen.append(h)
     return (torch.stack(seen, 1) @ c.unsqueeze(-1)).squeeze(-1), h
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Titans with attention (Titans paper sec. 4): a core that attends, a long-term memory that learns, and persistent memory,
+# which is learned tokens that hold what does not depend on the text. Three ways to put them together.
+#
+# As in the paper's sec. 4.4, the gate is normalised: o = norm(attention) * silu(norm(memory)). Persistent tokens have no
+# position: they meet a query unrotated, at every distance alike. The long-term memory does not read them: what they would
+# write is in its learned start.
+
+
+class PersistentAttention(Attention):
+    """Attention in a window, or as MAC cuts it, that also sees `persistent` learned tokens [persistent, d_model]."""
+
+    def __init__(self, d_model, n_heads, window=None, persistent=4, out_scale=1.0):
+        super().__init__(d_model, n_heads, out_scale=out_scale, window=window)
+        self.persistent = nn.Parameter(torch.randn(persistent, d_model))
+
+    def split(self, qkv, position):
+        """As Attention.split, but a query is twice as wide, rotated and not: one half meets tokens, one the persistent."""
+        plain = qkv[..., : qkv.shape[-1] // 3].unflatten(-1, (self.n_heads, self.width)).transpose(1, 2)
+        q, k, v = super().split(qkv, position)
+        return torch.cat((q, plain), -1), k, v
+
+    def look(self, q, k, v, mask=None, is_causal=False):
+        fixed = self.qkv(self.persistent).unflatten(-1, (3, self.n_heads, self.width)).permute(1, 2, 0, 3)
+        fixed_k, fixed_v = (z.expand(q.shape[0], *z.shape).to(k.dtype) for z in fixed[1:])
+        k = torch.cat((F.pad(fixed_k, (self.width, 0)), F.pad(k, (0, self.width))), dim=2)
+        mask = F.pad(mask, (len(self.persistent), 0), value=True)
+        v = torch.cat((fixed_v, v), dim=2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.width**-0.5)
+
+
+class TitansMAC(nn.Module):
+    """Memory as a context: per segment retrieve, then attend, then write (Titans paper sec. 4.1).
+
+        h = M(x W_Q)          retrieve, at the weights of the memory's chunk boundary; nothing is written
+        y = attention of x over [persistent | h | x]     both of this segment only, causal
+        o = norm(y) * silu(norm(M_t(y)))                 write y, read at the running weights: nothing leaks
+
+    The printed M_t is the memory after the whole segment, and its attention sees all of h: both leak within a segment, hence
+    running weights and a causal mask over h. Segments are cut at absolute positions, h has the positions of its tokens. With
+    a memory chunk shorter than the segment, h is as recent as the memory's last chunk.
+    State: {"memory", "k", "v" (h and x of the running segment, in turn) [B, H, 2 S, dk], "position"}.
+    """
+
+    def __init__(self, d_model, n_heads, chunk=64, segment=128, depth=2, conv=4, persistent=4, out_scale=1.0):
+        super().__init__()
+        if segment < 1:
+            raise ValueError(f"segment is {segment}; it must be at least 1 token")
+        self.segment = segment
+        self.memory = NeuralMemory(d_model, n_heads, chunk, depth, conv, gate=False)
+        self.attention = PersistentAttention(d_model, n_heads, persistent=persistent)
+        self.norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.out = linear(d_model, d_model, out_scale)
+
+    def forward(self, x, state=None):
+        """x [B, T, d_model] -> (y [B, T, d_model], state)."""
+        core, T, y, i = self.attention, x.shape[1], [], 0
+        state = state or self.start_state(x.shape[0])
+        memory, k, v, position = state["memory"], state["k"], state["v"], state["position"]
+        while i < T:
+            n = min(T - i, *(length - position % length for length in (self.segment, self.memory.chunk)))
+            now = x[:, i : i + n]
+            q, k_now, v_now = core.split(core.qkv(now), position)
+            _, k_h, v_h = core.split(core.qkv(self.memory.retrieve(now, memory)), position)
+            # what the memory said stands beside its token, so that the cache does not tell how the stream was cut
+            k = torch.cat((k, torch.stack((k_h, k_now), 3).flatten(2, 3)), 2)
+            v = torch.cat((v, torch.stack((v_h, v_now), 3).flatten(2, 3)), 2)
+            length = k.shape[2] // 2
+            causal = torch.ones(n, length, dtype=torch.bool, device=x.device).tril(length - n)
+            seen = core.look(q, k, v, causal.repeat_interleave(2, dim=1))
+            seen = core.out(seen.transpose(1, 2).flatten(2))
+            learned, memory = self.memory(seen, memory)
+            y.append(self.norm(seen) * F.silu(learned))
+            i, position = i + n, position + n
+            if position % self.segment == 0:
+                k, v = k[:, :, :0].clone(), v[:, :, :0].clone()
+        return self.out(torch.cat(y, 1)), {"memory": memory, "k": k, "v": v, "position": position}
+
+    def start_state(self, batch):
+        memory = self.memory.start_state(batch)
+        nothing = self.out.weight.new_zeros(batch, self.attention.n_heads, 0, self.attention.width)
+        return {"memory": memory, "k": nothing, "v": nothing, "position": 0}
+
+
+class TitansMAG(nn.Module):
+    """Memory as a gate: o = norm(attention(x)) * silu(norm(M_t(x))), attention in a window (Titans paper sec. 4.2).
+
+    State: {"memory", "attention", "position"}.
+    """
+
+    def __init__(self, d_model, n_heads, chunk=64, window=128, depth=2, conv=4, persistent=4, out_scale=1.0):
+        super().__init__()
+        self.memory = NeuralMemory(d_model, n_heads, chunk, depth, conv, gate=False)
+        self.attention = PersistentAttention(d_model, n_heads, window, persistent)
+        self.norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.out = linear(d_model, d_model, out_scale)
+
+    def forward(self, x, state=None):
+        """x [B, T, d_model] -> (y [B, T, d_model], state)."""
+        learned, memory = self.memory(x, state and state["memory"])
+        seen, attention = self.attention(x, state and state["attention"])
+        y = self.out(self.norm(seen) * F.silu(learned))
+        return y, {"memory": memory, "attention": attention, "position": memory["position"]}
+
+
+class TitansMAL(nn.Module):
+    """Memory as a layer: o = attention(x + M_t(x)), attention in a window (Titans paper sec. 4.3). State: as TitansMAG."""
+
+    def __init__(self, d_model, n_heads, chunk=64, window=128, depth=2, conv=4, persistent=4, out_scale=1.0):
+        super().__init__()
+        self.memory = NeuralMemory(d_model, n_heads, chunk, depth, conv, gate=False)
+        self.attention = PersistentAttention(d_model, n_heads, window, persistent, out_scale)
+
+    def forward(self, x, state=None):
+        """x [B, T, d_model] -> (y [B, T, d_model], state)."""
+        learned, memory = self.memory(x, state and state["memory"])
+        y, attention = self.attention(x + learned, state and state["attention"])
+        return y, {"memory": memory, "attention": attention, "position": memory["position"]}
 
 
 def main():

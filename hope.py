@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from baselines import Attention, DeltaNet, GatedDeltaNet, Mamba, RetNet
+from baselines import TTT, Attention, DeltaNet, GatedDeltaNet, Mamba, RetNet, TitansMAC, TitansMAG, TitansMAL
 from cms import CMS, VARIANTS, Level
 from titans import NeuralMemory, SelfModifyingTitans
 
@@ -50,10 +50,15 @@ MIXERS = {
     ),
     "hope_attention": lambda c: Attention(c.d_model, c.n_heads, c.width, out_scale=c.out_scale),
     "titans": lambda c: NeuralMemory(c.d_model, c.n_heads, c.chunk, c.depth, c.width, c.out_scale),
+    "titans_mac": lambda c: TitansMAC(c.d_model, c.n_heads, c.chunk, c.window, c.depth, c.width, out_scale=c.out_scale),
+    "titans_mag": lambda c: TitansMAG(c.d_model, c.n_heads, c.chunk, c.window, c.depth, c.width, out_scale=c.out_scale),
+    "titans_mal": lambda c: TitansMAL(c.d_model, c.n_heads, c.chunk, c.window, c.depth, c.width, out_scale=c.out_scale),
     "transformer": lambda c: Attention(c.d_model, c.n_heads, c.width, out_scale=c.out_scale),
     "retnet": lambda c: RetNet(c.d_model, c.n_heads, c.width, c.expand or 2, c.out_scale),
     "deltanet": lambda c: DeltaNet(c.d_model, c.n_heads, c.width, c.expand or 1, c.out_scale),
     "gated_deltanet": lambda c: GatedDeltaNet(c.d_model, c.n_heads, c.width, c.expand or 1, c.out_scale),
+    "ttt_linear": lambda c: TTT(c.d_model, c.n_heads, min(16, c.chunk), 1, c.width, c.out_scale),
+    "ttt_mlp": lambda c: TTT(c.d_model, c.n_heads, min(16, c.chunk), 2, c.width, c.out_scale),
     "samba": (  # layer by layer in turn
         lambda c: Mamba(c.d_model, c.width, out_scale=c.out_scale),
         lambda c: Attention(c.d_model, c.n_heads, out_scale=c.out_scale, window=c.window),
@@ -84,8 +89,8 @@ class HopeConfig:
     levels: chunk lengths of the CMS from fast to slow, in tokens, None = never updates. hidden: width of the feed-forward
     block, all levels together; None = solved for equal parameters. conv: width of the short convolution in tokens, 0 =
     none; None = 4, but none for attention and RetNet. expand: width of values over that of keys in RetNet, DeltaNet and Gated
-    DeltaNet; None = 2 for RetNet, else 1. window: tokens that the attention of Samba sees. The remaining fields belong to
-    the mixers in titans.py.
+    DeltaNet; None = 2 for RetNet, else 1. window: tokens that the attention of Samba, MAG and MAL sees, and a segment of MAC.
+    The remaining fields belong to the mixers in titans.py; TTT's chunk is 16, as in its paper, unless `chunk` is shorter.
     """
 
     model: str = "hope"
@@ -258,16 +263,17 @@ class Hope(nn.Module):
         c, count = self.config, lambda modules: sum(p.numel() for m in modules for p in m.parameters())
         mixers = [b.mixer for b in self.blocks]
         rows = []  # (tokens between updates, component, updates, context, parameters)
-        if hasattr(mixers[0], "start_state"):
-            starts = sum(p.numel() for m in mixers for name, p in m.named_parameters() if name.startswith("start"))
+        starts = sum(p.numel() for m in mixers for name, p in m.named_parameters() if "start" in name.split("."))
+        if starts and c.inner_step:  # else frozen: as static as any projection
             made = ", ".join(["content", *c.adaptive, "eta", "alpha"]) if c.model == "hope" else "content"
             targets = "own targets, in context" if c.model == "hope" else "keys and values, in context"
-            if c.inner_step:  # else frozen: as static as any projection
-                rows.append((1, f"memories ({made})", f"every token, generated every {c.chunk}", targets, starts))
-        elif c.model in ("transformer", "hope_attention"):
+            chunk = min(16, c.chunk) if c.model.startswith("ttt") else c.chunk
+            rows.append((1, f"memories ({made})", f"every token, generated every {chunk}", targets, starts))
+        if c.model in ("transformer", "hope_attention", "samba", "titans_mac", "titans_mag", "titans_mal"):
             rows.append((1, "attention (non-parametric)", "every token", "keys and values, in context", 0))
-        else:
-            rows.append((1, "matrix memory", "every token", "keys and values, in context", 0))
+        if c.model in ("retnet", "deltanet", "gated_deltanet", "samba"):
+            what = "state space" if c.model == "samba" else "matrix memory"
+            rows.append((1, what, "every token", "keys and values, in context", 0))
         for i, level in enumerate(self.blocks[0].cms.levels):
             size = count(b.cms.mlps[i] for b in self.blocks)
             if level.chunk is not None:

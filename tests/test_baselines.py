@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from baselines import Attention, DeltaNet, GatedDeltaNet, Mamba, RetNet, rotate
-from memory import delta_net, gated_delta_net
+from baselines import TTT, Attention, DeltaNet, GatedDeltaNet, Mamba, RetNet, TitansMAC, TitansMAG, TitansMAL, rotate
+from hope import map_state
+from memory import delta_net, gated_delta_net, l2norm, read
 
 D, H = 16, 2
 MIXERS = {
@@ -18,6 +19,13 @@ MIXERS = {
     "deltanet": lambda: DeltaNet(D, H),
     "gated_deltanet": lambda: GatedDeltaNet(D, H),
     "gated_deltanet_wide": lambda: GatedDeltaNet(D, H, expand=2),
+    "ttt_linear": lambda: TTT(D, H, chunk=4),
+    "ttt_mlp": lambda: TTT(D, H, chunk=4, depth=2),
+    "titans_mac": lambda: TitansMAC(D, H, chunk=4, segment=8),
+    "titans_mac_one_length": lambda: TitansMAC(D, H, chunk=5, segment=5, depth=1, conv=0, persistent=1),
+    "titans_mac_uneven": lambda: TitansMAC(D, H, chunk=7, segment=5),
+    "titans_mag": lambda: TitansMAG(D, H, chunk=4, window=5),
+    "titans_mal": lambda: TitansMAL(D, H, chunk=4, window=5),
     "mamba": lambda: Mamba(D, n=4, tile=8),
     "attention_window": lambda: Attention(D, H, window=5),
     "attention_window_one": lambda: Attention(D, H, window=1),
@@ -46,13 +54,19 @@ def in_pieces(mixer, x, cuts):
     return torch.cat(ys, dim=1), state
 
 
+def tensors(state):
+    out = []
+    map_state(out.append, state)
+    return out
+
+
 def check_cuts(mixer, x, cuts):
     whole, final = mixer(x)
     pieces, state = in_pieces(mixer, x, cuts)
     torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-9)
     assert state.keys() == final.keys() and state["position"] == x.shape[1]
-    for name in final:
-        torch.testing.assert_close(state[name], final[name], rtol=0, atol=1e-9)
+    for a, b in zip(tensors(state), tensors(final), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
 def rope_by_hand(x, t, base):
@@ -105,6 +119,61 @@ def test_attention_in_a_window_sees_only_the_last_tokens(window):
     expected = attention_by_hand(mixer, x, x @ mixer.qkv.weight.T, hidden)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
     assert state["k"].shape == state["v"].shape == (2, H, min(17, window - 1), D // H)
+
+
+def core_by_hand(core, x, t, seen, extra=()):
+    """What the attention core of MAC, MAG, MAL reads at token t of x [T, d]: softmax over the persistent tokens, which have no
+    position, the tokens `seen` and, for MAC, the pairs (what memory said, position) of `extra`."""
+    w, y = D // H, torch.zeros(D)
+    Wq, Wk, Wv = core.qkv.weight.chunk(3)
+    for h in range(H):
+        head = slice(h * w, (h + 1) * w)
+        q = (Wq @ x[t])[head]
+        turned = rope_by_hand(q, t, 10000.0)
+        scores = [q @ (Wk @ p)[head] for p in core.persistent]
+        values = [(Wv @ p)[head] for p in core.persistent]
+        for z, s in [*extra, *((x[s], s) for s in seen)]:
+            scores.append(turned @ rope_by_hand((Wk @ z)[head], s, 10000.0))
+            values.append((Wv @ z)[head])
+        y[head] = torch.softmax(torch.stack(scores) / math.sqrt(w), dim=0) @ torch.stack(values)
+    return core.out.weight @ y
+
+
+def gated(norm, seen, learned):
+    return seen / torch.sqrt(seen.square().mean() + 1e-6) * norm.weight * F.silu(learned)
+
+
+@torch.no_grad()
+def test_mag_and_mal_put_window_attention_beside_and_above_the_memory():
+    x, window = torch.randn(1, 12, D), 5
+    mag, mal = TitansMAG(D, H, chunk=4, window=window), TitansMAL(D, H, chunk=4, window=window)
+    near = lambda t: range(max(0, t - window + 1), t + 1)  # noqa: E731
+    learned = mag.memory(x)[0][0]
+    expected = [gated(mag.norm, core_by_hand(mag.attention, x[0], t, near(t)), learned[t]) for t in range(12)]
+    torch.testing.assert_close(mag(x)[0][0], torch.stack(expected) @ mag.out.weight.T, rtol=0, atol=1e-10)
+    z = x[0] + mal.memory(x)[0][0]
+    expected = [core_by_hand(mal.attention, z, t, near(t)) for t in range(12)]
+    torch.testing.assert_close(mal(x)[0][0], torch.stack(expected), rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk, segment", [(4, 8), (5, 5), (3, 4)])
+def test_mac_retrieves_then_attends_then_writes(chunk, segment):
+    """Token by token: h from the memory of the last chunk boundary, attention within the segment, then the memory learns y."""
+    mac, x = TitansMAC(D, H, chunk=chunk, segment=segment), torch.randn(1, 14, D)
+    memory, told, expected = mac.memory.start_state(1), [], []
+    Wq = mac.memory.in_proj.weight[:D]
+    for t in range(14):
+        if t % chunk == 0:
+            boundary = memory["running"]
+        q = F.silu(Wq @ x[0, t]).view(1, H, 1, D // H)
+        h = read(boundary, l2norm(q))[0, :, 0]
+        told.append(((h / torch.sqrt(h.square().mean(-1, keepdim=True) + 1e-6) * mac.memory.norm.weight).flatten(), t))
+        start = t - t % segment
+        seen = core_by_hand(mac.attention, x[0], t, range(start, t + 1), told[start:])
+        learned, memory = mac.memory(seen.view(1, 1, D), memory)
+        expected.append(gated(mac.norm, seen, learned[0, 0]))
+    torch.testing.assert_close(mac(x)[0][0], torch.stack(expected) @ mac.out.weight.T, rtol=0, atol=1e-10)
 
 
 def test_rope_scores_depend_on_relative_distance_only():
@@ -235,6 +304,58 @@ def test_every_head_of_retnet_forgets_half_as_fast_as_the_one_before():
     torch.testing.assert_close(forgotten, torch.tensor([[2**-5, 2**-6, 2**-7, 2**-8]]), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("T, chunk, depth", [(1, 4, 1), (13, 4, 1), (13, 16, 1), (13, 1, 2), (11, 4, 2)])
+def test_ttt_descends_the_gradient_of_its_paper(T, chunk, depth):
+    """W_t = W_{t-1} - eta_t grad |f(k_t; W_boundary) - v_t|^2 / 2 by autograd, and y_t = f(q_t; W_t), token by token."""
+    mixer, x, w = TTT(D, H, chunk=chunk, depth=depth), torch.randn(2, T, D), D // H
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+        y, state = mixer(x)
+    qkv, gate, rates = (x @ mixer.proj.weight.T).split([3 * D, D, H], dim=-1)
+    qkv, _ = mixer.conv(qkv)
+    expected = torch.zeros(2, T, D)
+    for b in range(2):
+        for h in range(H):
+
+            def f(z, layers):
+                out = z
+                for i, (W, bias) in enumerate(layers):
+                    out = W @ (F.gelu(out) if i else out) + bias
+                out = (out - out.mean()) / torch.sqrt(out.var(correction=0) + 1e-6)
+                return z + out * mixer.scale[h, 0] + mixer.shift[h, 0]  # noqa: B023
+
+            layers = [(W[h, :, :-1].detach(), W[h, :, -1].detach()) for W in mixer.start]
+            for t in range(T):
+                if t % chunk == 0:
+                    boundary = [tuple(p.clone().requires_grad_() for p in layer) for layer in layers]
+                q, k, v = (qkv[b, t, i * D + h * w : i * D + (h + 1) * w].detach() for i in range(3))
+                flat = [p for layer in boundary for p in layer]
+                gradient = iter(torch.autograd.grad((f(k, boundary) - v).square().sum() / 2, flat))
+                inputs = [k, F.gelu(boundary[0][0] @ k + boundary[0][1])]
+                eta = (1.0 if depth == 1 else 0.1) * torch.sigmoid(rates[b, t, h] + mixer.b_eta[h, 0]) / chunk
+                steps = [eta / (z @ z + 1) for z in inputs[:depth]]
+                layers = [tuple(p - s * next(gradient) for p in layer) for layer, s in zip(layers, steps, strict=True)]
+                out = f(q, layers)
+                out = out / torch.sqrt(out.square().mean() + 1e-6) * mixer.norm.weight
+                expected[b, t, h * w : (h + 1) * w] = out * F.silu(gate[b, t, h * w : (h + 1) * w])
+            for W, (matrix, bias) in zip(state["running"], layers, strict=True):
+                torch.testing.assert_close(W[b, h], torch.cat([matrix, bias[:, None]], 1), rtol=0, atol=1e-10)
+    torch.testing.assert_close(y, (expected @ mixer.out.weight.T).detach(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_memory_of_ttt_stays_bounded_on_a_repeated_token(depth):
+    mixer = TTT(64, 1, depth=depth).float()
+    x = torch.randn(1, 1, 64, dtype=torch.float32).repeat(1, 2000, 1) * 10
+    with torch.no_grad():
+        mixer.b_eta.fill_(10.0)  # the longest step
+        y, state = mixer(x)
+    assert y.isfinite().all() and y[:, 1000:].std(1).max() < 0.1 * y.std()  # it settles
+    for W, start in zip(state["running"], mixer.start, strict=True):
+        assert (W - start).norm() < 10 * start.norm()
+
+
 @pytest.mark.parametrize("T, tile", [(1, 64), (13, 4), (20, 64)])
 def test_mamba_is_its_textbook_recurrence(T, tile):
     """Channel by channel and state by state: h_t = exp(dt A) h_{t-1} + dt B x, y_t = C h_t + D x."""
@@ -293,8 +414,8 @@ def test_future_tokens_never_change_past_outputs(mixer):
 def test_outputs_have_no_gradient_from_the_future(mixer):
     x = torch.randn(1, 12, D, requires_grad=True)
     (grad,) = torch.autograd.grad(mixer(x)[0][:, 6].sum(), x)
-    seen = 7 - (getattr(mixer, "window", None) or 7)
-    assert (grad[:, 7:] == 0).all() and (grad[:, :seen] == 0).all() and (grad[:, seen:7].abs().amax(-1) > 0).all()
+    first = 7 - (getattr(mixer, "window", None) or 7)
+    assert (grad[:, 7:] == 0).all() and (grad[:, :first] == 0).all() and (grad[:, first:7].abs().amax(-1) > 0).all()
 
 
 @each_mixer
@@ -324,11 +445,10 @@ def test_a_state_is_a_value(mixer):
     """Continuing twice from one state gives the same answer twice: a call writes into nothing it was given."""
     x = torch.randn(2, 11, D)
     _, state = mixer(x[:, :5])
-    before = {name: z.clone() if torch.is_tensor(z) else z for name, z in state.items()}
+    before = [z.clone() for z in tensors(state)]
     first, second = mixer(x[:, 5:], state)[0], mixer(x[:, 5:], state)[0]
     assert torch.equal(first, second)
-    for name in before:
-        torch.testing.assert_close(state[name], before[name], rtol=0, atol=0)
+    assert all(map(torch.equal, tensors(state), before))
 
 
 @each_mixer
@@ -373,6 +493,9 @@ def test_out_scale_scales_only_the_output_projection(kind):
         (lambda: Attention(15, 3), r"head width is 5 .*even"),
         (lambda: RetNet(16, 2, expand=0), r"expand is 0.*at least 1"),
         (lambda: Attention(16, 2, window=0), r"window is 0.*at least 1"),
+        (lambda: TTT(16, 2, chunk=0), r"chunk is 0.*at least 1"),
+        (lambda: TTT(16, 2, depth=3), r"depth is 3.*1 \(TTT-Linear\) or 2"),
+        (lambda: TitansMAC(16, 2, segment=0), r"segment is 0.*at least 1"),
     ],
 )
 def test_bad_input_is_named_with_its_value_and_the_legal_range(make_it, message):
