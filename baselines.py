@@ -4,9 +4,15 @@ Attention (Transformer++): an exact memory of everything, whose state grows with
 
     y_t = sum_{s <= t} softmax_s(<R_t q_t, R_s k_s> / sqrt(dk)) v_s        R_t: rotation by t * base^(-2i/dk), i < dk/2
 
-Gated DeltaNet (Yang et al. 2024): a matrix of fixed size, one setting of memory.scan (DESIGN section 2),
+A matrix of fixed size per head, settings of memory.scan in its symbols:
 
-    W_t = alpha_t W_{t-1} (I - eta_t k_t k_t^T) + eta_t v_t k_t^T,    y_t = W_t q_t
+    RetNet           W_t = alpha W_{t-1} + v_t k_t^T                                               alpha fixed per head
+    DeltaNet         W_t = W_{t-1} (I - eta_t k_t k_t^T) + eta_t v_t k_t^T
+    Gated DeltaNet   W_t = alpha_t W_{t-1} (I - eta_t k_t k_t^T) + eta_t v_t k_t^T
+    TTT              W_t = W_{t-1} - eta_t grad |f(k_t; W_boundary) - v_t|^2 / 2                   f a network
+
+Samba: Mamba, whose every channel decays at its own rate, and attention in a window, in turn. Titans MAC, MAG, MAL: attention
+with the long-term memory of titans.py as its context, its gate, or the layer below it.
 
 x, y are [B, T, d_model]. The state is a plain dict of tensors and ints; cutting a sequence into calls never changes y.
 
@@ -462,22 +468,32 @@ def main():
     mixers = {
         "Attention": Attention(d_model, n_heads),
         "Attention, conv 4": Attention(d_model, n_heads, conv=4),
+        "Attention, window 128": Attention(d_model, n_heads, window=128),
+        "Mamba": Mamba(d_model),
         "RetNet": RetNet(d_model, n_heads),
         "DeltaNet": DeltaNet(d_model, n_heads),
         "GatedDeltaNet": GatedDeltaNet(d_model, n_heads),
-        "Mamba": Mamba(d_model),
-        "Attention, window 64": Attention(d_model, n_heads, window=64),
+        "TTT-Linear": TTT(d_model, n_heads),
+        "TTT-MLP": TTT(d_model, n_heads, depth=2),
+        "TitansMAC": TitansMAC(d_model, n_heads),
+        "TitansMAG": TitansMAG(d_model, n_heads),
+        "TitansMAL": TitansMAL(d_model, n_heads),
     }
+
+    def size(state):
+        parts = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
+        return state.nbytes if torch.is_tensor(state) else sum(map(size, parts))
+
     print(f"d_model {d_model}, {n_heads} heads, one row, float32\n")
-    print("mixer               parameters" + "".join(f"   state after {T:>5}" for T in lengths))
+    print("mixer                   parameters" + "".join(f"   state after {T:>5}" for T in lengths))
     for name, mixer in mixers.items():
-        line = f"{name:<20}{sum(p.numel() for p in mixer.parameters()):>10,}"
+        line = f"{name:<24}{sum(p.numel() for p in mixer.parameters()):>10,}"
         for T in lengths:
             with torch.no_grad():
                 _, state = mixer(torch.randn(1, T, d_model))
-            line += f"{sum(z.nbytes for z in state.values() if torch.is_tensor(z)) / 1024:>12,.1f} KiB  "
+            line += f"{size(state) / 1024:>12,.1f} KiB  "
         print(line)
-    print("\nAttention keeps every key and value; Gated DeltaNet keeps one matrix per head, whatever the length.")
+    print("\nOnly attention without a window grows with the text; every other state is bounded, whatever the length.")
 
 
 if __name__ == "__main__":

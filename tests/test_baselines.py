@@ -284,7 +284,7 @@ def test_delta_rules_equal_the_naive_references_of_flash_linear_attention(kind):
     naive = pytest.importorskip("fla.ops.delta_rule.naive", reason="flash-linear-attention is not installed")
     gated = pytest.importorskip("fla.ops.gated_delta_rule.naive", reason="flash-linear-attention is not installed")
     B, T, d = 2, 13, 8
-    q, k, v = (torch.randn(B, H, T, d) for _ in range(3))
+    q, k, v = torch.randn(B, H, T, d), l2norm(torch.randn(B, H, T, d)), torch.randn(B, H, T, d)
     beta, alpha = torch.rand(B, H, T), torch.rand(B, H, T)
     if kind is DeltaNet:
         ours = delta_net(q * d**-0.5, k, v, beta)[0]
@@ -293,7 +293,7 @@ def test_delta_rules_equal_the_naive_references_of_flash_linear_attention(kind):
         ours = gated_delta_net(q * d**-0.5, k, v, beta, alpha)[0].transpose(1, 2)
         swapped = [z.transpose(1, 2) for z in (q, k, v, beta, alpha.log())]
         theirs = gated.naive_recurrent_gated_delta_rule(*swapped)[0]
-    torch.testing.assert_close(ours.float(), theirs.float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, theirs.double(), rtol=0, atol=1e-5)  # theirs computes in float32
 
 
 def test_every_head_of_retnet_forgets_half_as_fast_as_the_one_before():
