@@ -298,8 +298,8 @@ class Mamba(nn.Module):
 
     Step dt [d], B and C [n] are read off the token, A is negative: every channel and state decays at its own rate, which
     memory.scan (one retention per head) cannot express. Hence token by token, but recomputed in the backward pass in tiles,
-    so that memory is T / tile states, not T: no division, no logarithm, exact. On a CPU this is bound by the exponentials of
-    [B, T, d, n], not by the loop (README: cost); on a GPU by T kernel launches.
+    so that memory is T / tile states, not T: no division, no logarithm, exact. One mixer's forward and backward takes ten
+    times attention's on a CPU (d_model 128, 512 tokens): passes over [B, T, d, n]. On a GPU, not measured, T launches.
     State: {"h" [B, d, n], "conv" (tail), "position" (tokens)}.
     """
 
