@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from baselines import Attention, GatedDeltaNet
+from baselines import TTT, Attention, DeltaNet, GatedDeltaNet, Mamba, RetNet, TitansMAC, TitansMAG, TitansMAL
 from cms import CMS, VARIANTS, Level
 from titans import NeuralMemory, SelfModifyingTitans
 
@@ -50,9 +50,26 @@ MIXERS = {
     ),
     "hope_attention": lambda c: Attention(c.d_model, c.n_heads, c.width, out_scale=c.out_scale),
     "titans": lambda c: NeuralMemory(c.d_model, c.n_heads, c.chunk, c.depth, c.width, c.out_scale),
+    "titans_mac": lambda c: TitansMAC(c.d_model, c.n_heads, c.chunk, c.window, c.depth, c.width, out_scale=c.out_scale),
+    "titans_mag": lambda c: TitansMAG(c.d_model, c.n_heads, c.chunk, c.window, c.depth, c.width, out_scale=c.out_scale),
+    "titans_mal": lambda c: TitansMAL(c.d_model, c.n_heads, c.chunk, c.window, c.depth, c.width, out_scale=c.out_scale),
     "transformer": lambda c: Attention(c.d_model, c.n_heads, c.width, out_scale=c.out_scale),
-    "gated_deltanet": lambda c: GatedDeltaNet(c.d_model, c.n_heads, c.width, out_scale=c.out_scale),
+    "retnet": lambda c: RetNet(c.d_model, c.n_heads, c.width, c.expand or 2, c.out_scale),
+    "deltanet": lambda c: DeltaNet(c.d_model, c.n_heads, c.width, c.expand or 1, c.out_scale),
+    "gated_deltanet": lambda c: GatedDeltaNet(c.d_model, c.n_heads, c.width, c.expand or 1, c.out_scale),
+    "ttt_linear": lambda c: TTT(c.d_model, c.n_heads, min(16, c.chunk), 1, c.width, c.out_scale),
+    "ttt_mlp": lambda c: TTT(c.d_model, c.n_heads, min(16, c.chunk), 2, c.width, c.out_scale),
+    "samba": (  # layer by layer in turn
+        lambda c: Mamba(c.d_model, c.width, out_scale=c.out_scale),
+        lambda c: Attention(c.d_model, c.n_heads, out_scale=c.out_scale, window=c.window),
+    ),
 }
+
+
+def mixer(c, layer):
+    """The mixer of that layer, counted from 0."""
+    kinds = MIXERS[c.model] if isinstance(MIXERS[c.model], tuple) else (MIXERS[c.model],)
+    return kinds[layer % len(kinds)](c)
 
 
 def one_of(what, value, choices):
@@ -70,7 +87,9 @@ class HopeConfig:
 
     levels: chunk lengths of the CMS from fast to slow, in tokens, None = never updates. hidden: width of the feed-forward
     block, all levels together; None = solved for equal parameters. conv: width of the short convolution in tokens, 0 =
-    none; None = 4, but none for attention. The remaining fields belong to the mixers in titans.py.
+    none; None = 4, but none for attention and RetNet. expand: width of values over that of keys in RetNet, DeltaNet and Gated
+    DeltaNet; None = 2 for RetNet, else 1. window: tokens that the attention of Samba, MAG and MAL sees, and a segment of MAC.
+    The remaining fields belong to the mixers in titans.py; TTT's chunk is 16, as in its paper, unless `chunk` is shorter.
     """
 
     model: str = "hope"
@@ -88,12 +107,14 @@ class HopeConfig:
     momentum: bool = False
     inner_step: float = 1.0
     depth: int = 2
+    expand: int | None = None
+    window: int = 128
 
     def __post_init__(self):
         one_of("model", self.model, MIXERS)
         one_of("memory", self.memory, ("matrix", "mlp"))
         one_of("variant", self.variant, VARIANTS)
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "chunk", "depth"):
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "chunk", "depth", "window"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
@@ -113,8 +134,10 @@ class HopeConfig:
             raise ValueError(f"adaptive must be a list out of 'k', 'v', 'q', got {self.adaptive!r}")
         if not isinstance(self.momentum, bool):
             raise ValueError(f"momentum must be true or false, got {self.momentum!r}")
-        if self.hidden is not None and (type(self.hidden) is not int or self.hidden < 1):
-            raise ValueError(f"hidden must be an integer of at least 1 or None, got {self.hidden!r}")
+        for name in ("hidden", "expand"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be an integer of at least 1 or None, got {value!r}")
         self.levels, self.adaptive = list(self.levels), list(self.adaptive)
         if self.hidden is None:
             self.hidden = self._equal_hidden()
@@ -126,6 +149,8 @@ class HopeConfig:
         for field in overrides:
             one_of("field of HopeConfig", field, [f.name for f in dataclasses.fields(cls)])
         sizes = dict(d_model=d_model, n_layers=n_layers, n_heads=n_heads, vocab_size=vocab_size)
+        if name != "nano":
+            sizes["window"] = 2048  # as published; nano is trained on shorter rows
         return cls(model=model, **(sizes | overrides))
 
     def to_dict(self):
@@ -134,7 +159,7 @@ class HopeConfig:
     @property
     def width(self):
         """Width of the short convolution in tokens, 0 for none."""
-        return self.conv if self.conv is not None else 0 if self.model in ("transformer", "hope_attention") else 4
+        return self.conv if self.conv is not None else 0 if self.model in ("transformer", "hope_attention", "retnet") else 4
 
     @property
     def out_scale(self):
@@ -146,19 +171,20 @@ class HopeConfig:
         d = self.d_model
         target = 4 * d * d + 3 * d * (8 * round(d / 3)) + 2 * d
         with torch.device("meta"):  # counts only
-            mixer = sum(p.numel() for p in MIXERS[self.model](self).parameters())
+            mixers = [mixer(self, layer) for layer in range(self.n_layers)]
+        mean = sum(p.numel() for m in mixers for p in m.parameters()) / self.n_layers
         n = len(self.levels)
-        each = round((target - mixer - d * (n + 1)) / (3 * d * n) / 4) * 4
+        each = round((target - mean - d * (n + 1)) / (3 * d * n) / 4) * 4
         if each < 4:
             raise ValueError(f"{self.model} at d_model {d} leaves no parameters for {n} CMS levels; set hidden or fewer levels")
         return n * each
 
 
 class Block(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
         self.norm = nn.RMSNorm(c.d_model, eps=1e-6)
-        self.mixer = MIXERS[c.model](c)
+        self.mixer = mixer(c, layer)
         if c.hidden % len(c.levels):
             raise ValueError(f"hidden must be a multiple of the number of levels, got {c.hidden} for {len(c.levels)} levels")
         levels = [Level(chunk, c.hidden // len(c.levels)) for chunk in c.levels]
@@ -178,7 +204,7 @@ class Hope(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.05)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
 
     def forward(self, tokens, state=None):
@@ -236,16 +262,17 @@ class Hope(nn.Module):
         c, count = self.config, lambda modules: sum(p.numel() for m in modules for p in m.parameters())
         mixers = [b.mixer for b in self.blocks]
         rows = []  # (tokens between updates, component, updates, context, parameters)
-        if hasattr(mixers[0], "start_state"):
-            starts = sum(p.numel() for m in mixers for name, p in m.named_parameters() if name.startswith("start"))
+        starts = sum(p.numel() for m in mixers for name, p in m.named_parameters() if "start" in name.split("."))
+        if starts and c.inner_step:  # else frozen: as static as any projection
             made = ", ".join(["content", *c.adaptive, "eta", "alpha"]) if c.model == "hope" else "content"
             targets = "own targets, in context" if c.model == "hope" else "keys and values, in context"
-            if c.inner_step:  # else frozen: as static as any projection
-                rows.append((1, f"memories ({made})", f"every token, generated every {c.chunk}", targets, starts))
-        elif c.model in ("transformer", "hope_attention"):
+            chunk = min(16, c.chunk) if c.model.startswith("ttt") else c.chunk
+            rows.append((1, f"memories ({made})", f"every token, generated every {chunk}", targets, starts))
+        if c.model in ("transformer", "hope_attention", "samba", "titans_mac", "titans_mag", "titans_mal"):
             rows.append((1, "attention (non-parametric)", "every token", "keys and values, in context", 0))
-        else:
-            rows.append((1, "matrix memory", "every token", "keys and values, in context", 0))
+        if c.model in ("retnet", "deltanet", "gated_deltanet", "samba"):
+            what = "state space" if c.model == "samba" else "matrix memory"
+            rows.append((1, what, "every token", "keys and values, in context", 0))
         for i, level in enumerate(self.blocks[0].cms.levels):
             size = count(b.cms.mlps[i] for b in self.blocks)
             if level.chunk is not None:

@@ -195,8 +195,8 @@ def scan(W, k, u, eta, alpha, q=None, *, theta=None, S=None, delta=1.0, tile=64,
     Returns (y [..., T, dv] or None without q, W_T [..., dv, dk], S_T or None without theta), in float32 at least, also
     under autocast. Differentiable, also twice, in every tensor: the outer gradient flows through the inner updates into W.
     Nothing is written in place. backend: "auto" takes the fused kernels on a GPU where they fit (dk <= 64; see AUTO_KERNELS),
-    else torch; "torch" and "triton" insist. The kernels have first derivatives only, and where k, u and q are bfloat16 they multiply
-    in bfloat16 (sums, states and the solve stay float32).
+    else torch; "torch" and "triton" insist. The kernels have first derivatives only, and where k, u and q are bfloat16 they
+    multiply in bfloat16 (sums, states and the solve stay float32).
     Raises ValueError for shapes that do not fit, tile < 1, S without theta, a backend that is unknown or cannot run.
     """
     if tile < 1:

@@ -46,6 +46,7 @@ from memory import (
     full_precision,
     fused,
     l2norm,
+    read,
     scan,
     silu_derivative,
     unit_lower_inverse,
@@ -463,10 +464,11 @@ class NeuralMemory(nn.Module):
     the chunk boundary, reads at the running weights. eta, theta, alpha are read off the token. All writes of a chunk
     repeat the same gradient step for equal keys, so eta < (1 - theta) / chunk: then one chunk can at most close the gap.
     Values, too, have unit length (a deviation: free ones made gradients 1,000 times longer at chunk 16).
+    gate: the output gate and projection; without, y is the read alone, normalised per head (for MAC, MAG, MAL).
     State as in SelfModifyingTitans. Raises ValueError for sizes that do not fit.
     """
 
-    def __init__(self, d_model, n_heads, chunk=64, depth=2, conv=4, out_scale=1.0):
+    def __init__(self, d_model, n_heads, chunk=64, depth=2, conv=4, out_scale=1.0, gate=True):
         super().__init__()
         d = head_width(d_model, n_heads)
         if chunk < 1:
@@ -474,13 +476,13 @@ class NeuralMemory(nn.Module):
         if depth < 1:
             raise ValueError(f"depth of a memory must be at least 1 layer, got {depth}")
         self.n_heads, self.chunk = n_heads, chunk
-        self.sizes = (3 * d_model, d_model, 3 * n_heads)  # q, k, v | output gate | eta, theta, alpha
+        self.sizes = (3 * d_model, d_model if gate else 0, 3 * n_heads)  # q, k, v | output gate | eta, theta, alpha
         self.in_proj = linear(d_model, sum(self.sizes))
         self.conv = ShortConvolution(3 * d_model, conv) if conv else None
         self.start = nn.ParameterList(torch.randn(n_heads, d, d) * d**-0.5 for _ in range(depth))
         self.bias = nn.Parameter(torch.tensor([[0.0], [0.0], [retention_bias(0.9999)]]).repeat(1, n_heads))
         self.norm = nn.RMSNorm(d, eps=EPS)
-        self.out_proj = linear(d_model, d_model, out_scale)
+        self.out_proj = linear(d_model, d_model, out_scale) if gate else None
 
     def forward(self, x, state=None):
         """x [B, T, d_model] -> (y [B, T, d_model], state)."""
@@ -510,9 +512,17 @@ class NeuralMemory(nn.Module):
                 i += left
         if (position + T) % self.chunk == 0:
             boundary = running
-        y = self.norm(torch.cat(y, 2)).to(x.dtype).transpose(1, 2).flatten(2) * F.silu(gate)
-        state = {"position": position + T, "boundary": boundary, "running": running, "momentum": momentum, "conv": tail}
-        return self.out_proj(y), state
+        y = self.norm(torch.cat(y, 2)).to(x.dtype).transpose(1, 2).flatten(2)
+        if self.out_proj is not None:
+            y = self.out_proj(y * F.silu(gate))
+        return y, {"position": position + T, "boundary": boundary, "running": running, "momentum": momentum, "conv": tail}
+
+    def retrieve(self, x, state):
+        """What the memory of the last chunk boundary says to x [B, T, d_model]: nothing is written, q has no convolution."""
+        q = F.silu(F.linear(x, self.in_proj.weight[: x.shape[-1]]))
+        with torch.autocast(x.device.type, enabled=False):
+            y = read(state["boundary"], l2norm(heads(full_precision(q), self.n_heads), EPS))
+        return self.norm(y).to(x.dtype).transpose(1, 2).flatten(2)
 
     def start_state(self, batch):
         running = [full_precision(start).expand(batch, *start.shape).clone() for start in self.start]

@@ -7,13 +7,28 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from baselines import Attention, GatedDeltaNet, rotate
+from baselines import TTT, Attention, DeltaNet, GatedDeltaNet, Mamba, RetNet, TitansMAC, TitansMAG, TitansMAL, rotate
+from hope import map_state
+from memory import delta_net, gated_delta_net, l2norm, read
 
 D, H = 16, 2
 MIXERS = {
     "attention": lambda: Attention(D, H),
     "attention_conv": lambda: Attention(D, H, conv=4),
-    "gated_deltanet": lambda: GatedDeltaNet(D, H, chunk=8),
+    "retnet": lambda: RetNet(D, H),
+    "deltanet": lambda: DeltaNet(D, H),
+    "gated_deltanet": lambda: GatedDeltaNet(D, H),
+    "gated_deltanet_wide": lambda: GatedDeltaNet(D, H, expand=2),
+    "ttt_linear": lambda: TTT(D, H, chunk=4),
+    "ttt_mlp": lambda: TTT(D, H, chunk=4, depth=2),
+    "titans_mac": lambda: TitansMAC(D, H, chunk=4, segment=8),
+    "titans_mac_one_length": lambda: TitansMAC(D, H, chunk=5, segment=5, depth=1, conv=0, persistent=1),
+    "titans_mac_uneven": lambda: TitansMAC(D, H, chunk=7, segment=5),
+    "titans_mag": lambda: TitansMAG(D, H, chunk=4, window=5),
+    "titans_mal": lambda: TitansMAL(D, H, chunk=4, window=5),
+    "mamba": lambda: Mamba(D, n=4, tile=8),
+    "attention_window": lambda: Attention(D, H, window=5),
+    "attention_window_one": lambda: Attention(D, H, window=1),
 }
 each_mixer = pytest.mark.parametrize("mixer", MIXERS, indirect=True)
 
@@ -39,13 +54,19 @@ def in_pieces(mixer, x, cuts):
     return torch.cat(ys, dim=1), state
 
 
+def tensors(state):
+    out = []
+    map_state(out.append, state)
+    return out
+
+
 def check_cuts(mixer, x, cuts):
     whole, final = mixer(x)
     pieces, state = in_pieces(mixer, x, cuts)
     torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-9)
     assert state.keys() == final.keys() and state["position"] == x.shape[1]
-    for name in final:
-        torch.testing.assert_close(state[name], final[name], rtol=0, atol=1e-9)
+    for a, b in zip(tensors(state), tensors(final), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
 def rope_by_hand(x, t, base):
@@ -58,8 +79,8 @@ def rope_by_hand(x, t, base):
     return out
 
 
-def attention_by_hand(mixer, x, qkv):
-    """Softmax attention with RoPE, query by query, from the projections qkv [B, T, 3 d]."""
+def attention_by_hand(mixer, x, qkv, hidden=None):
+    """Softmax attention with RoPE, query by query, from the projections qkv [B, T, 3 d]; hidden [T, T]: keys not to be seen."""
     B, T, d = x.shape
     w = d // mixer.n_heads
     y = torch.zeros(B, T, d)
@@ -69,7 +90,10 @@ def attention_by_hand(mixer, x, qkv):
             for t in range(T):
                 query = rope_by_hand(q[t], t, mixer.rope_base)
                 keys = torch.stack([rope_by_hand(k[s], s, mixer.rope_base) for s in range(t + 1)])
-                y[b, t, h * w : (h + 1) * w] = torch.softmax(keys @ query / math.sqrt(w), dim=0) @ v[: t + 1]
+                scores = keys @ query / math.sqrt(w)
+                if hidden is not None:
+                    scores = scores.masked_fill(hidden[t, : t + 1], -math.inf)
+                y[b, t, h * w : (h + 1) * w] = torch.softmax(scores, dim=0) @ v[: t + 1]
     return y @ mixer.out.weight.T
 
 
@@ -85,6 +109,71 @@ def test_convolution_of_attention_acts_on_queries_keys_and_values():
     mixer, x = Attention(D, H, conv=3), torch.randn(2, 7, D)
     qkv, _ = mixer.conv(x @ mixer.qkv.weight.T)
     torch.testing.assert_close(mixer(x)[0], attention_by_hand(mixer, x, qkv), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("window", [1, 3, 7, 50])
+def test_attention_in_a_window_sees_only_the_last_tokens(window):
+    mixer, x = Attention(D, H, window=window), torch.randn(2, 17, D)
+    y, state = mixer(x)
+    hidden = torch.ones(17, 17, dtype=torch.bool).tril(-window) | torch.ones(17, 17, dtype=torch.bool).triu(1)
+    expected = attention_by_hand(mixer, x, x @ mixer.qkv.weight.T, hidden)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+    assert state["k"].shape == state["v"].shape == (2, H, min(17, window - 1), D // H)
+
+
+def core_by_hand(core, x, t, seen, extra=()):
+    """What the attention core of MAC, MAG, MAL reads at token t of x [T, d]: softmax over the persistent tokens, which have no
+    position, the tokens `seen` and, for MAC, the pairs (what memory said, position) of `extra`."""
+    w, y = D // H, torch.zeros(D)
+    Wq, Wk, Wv = core.qkv.weight.chunk(3)
+    for h in range(H):
+        head = slice(h * w, (h + 1) * w)
+        q = (Wq @ x[t])[head]
+        turned = rope_by_hand(q, t, 10000.0)
+        scores = [q @ (Wk @ p)[head] for p in core.persistent]
+        values = [(Wv @ p)[head] for p in core.persistent]
+        for z, s in [*extra, *((x[s], s) for s in seen)]:
+            scores.append(turned @ rope_by_hand((Wk @ z)[head], s, 10000.0))
+            values.append((Wv @ z)[head])
+        y[head] = torch.softmax(torch.stack(scores) / math.sqrt(w), dim=0) @ torch.stack(values)
+    return core.out.weight @ y
+
+
+def gated(norm, seen, learned):
+    return seen / torch.sqrt(seen.square().mean() + 1e-6) * norm.weight * F.silu(learned)
+
+
+@torch.no_grad()
+def test_mag_and_mal_put_window_attention_beside_and_above_the_memory():
+    x, window = torch.randn(1, 12, D), 5
+    mag, mal = TitansMAG(D, H, chunk=4, window=window), TitansMAL(D, H, chunk=4, window=window)
+    near = lambda t: range(max(0, t - window + 1), t + 1)  # noqa: E731
+    learned = mag.memory(x)[0][0]
+    expected = [gated(mag.norm, core_by_hand(mag.attention, x[0], t, near(t)), learned[t]) for t in range(12)]
+    torch.testing.assert_close(mag(x)[0][0], torch.stack(expected) @ mag.out.weight.T, rtol=0, atol=1e-10)
+    z = x[0] + mal.memory(x)[0][0]
+    expected = [core_by_hand(mal.attention, z, t, near(t)) for t in range(12)]
+    torch.testing.assert_close(mal(x)[0][0], torch.stack(expected), rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk, segment", [(4, 8), (5, 5), (3, 4)])
+def test_mac_retrieves_then_attends_then_writes(chunk, segment):
+    """Token by token: h from the memory of the last chunk boundary, attention within the segment, then the memory learns y."""
+    mac, x = TitansMAC(D, H, chunk=chunk, segment=segment), torch.randn(1, 14, D)
+    memory, told, expected = mac.memory.start_state(1), [], []
+    Wq = mac.memory.in_proj.weight[:D]
+    for t in range(14):
+        if t % chunk == 0:
+            boundary = memory["running"]
+        q = F.silu(Wq @ x[0, t]).view(1, H, 1, D // H)
+        h = read(boundary, l2norm(q))[0, :, 0]
+        told.append(((h / torch.sqrt(h.square().mean(-1, keepdim=True) + 1e-6) * mac.memory.norm.weight).flatten(), t))
+        start = t - t % segment
+        seen = core_by_hand(mac.attention, x[0], t, range(start, t + 1), told[start:])
+        learned, memory = mac.memory(seen.view(1, 1, D), memory)
+        expected.append(gated(mac.norm, seen, learned[0, 0]))
+    torch.testing.assert_close(mac(x)[0][0], torch.stack(expected) @ mac.out.weight.T, rtol=0, atol=1e-10)
 
 
 def test_rope_scores_depend_on_relative_distance_only():
@@ -110,39 +199,185 @@ def test_rotations_first_used_in_inference_mode_serve_training():
     assert mixer.qkv.weight.grad.abs().max() > 0
 
 
-def gated_deltanet_by_hand(mixer, x):
-    """Token by token as in the Gated DeltaNet paper: S_t = S_{t-1} alpha (I - beta k k^T) + beta v k^T."""
-    B, T, d = x.shape
-    w, y = d // H, torch.zeros(B, T, d)
-    qkv, gate, b_in, a_in = (x @ mixer.proj.weight.T).split((3 * d, d, H, H), dim=-1)
-    qkv, _ = mixer.conv(qkv)
-    finals = torch.zeros(B, H, w, w)
+def unit(z):
+    return z / torch.sqrt(z @ z + 1e-6)
+
+
+def by_hand(mixer, x, step, normalize):
+    """The output and the final memories of a recurrent baseline, one head and one token at a time.
+
+    step(h, t, S, q, k, v, rates) -> S, and the read S q; q and k come as projected, rates are the token's, one per kind.
+    """
+    B, T, _ = x.shape
+    dk, dv = D // H, mixer.out.in_features // H
+    split = [D, D, H * dv, H * dv if mixer.gate else 0]
+    z = x @ mixer.proj.weight.T
+    qkv, gate, rates = z.split([2 * D + H * dv, split[3], z.shape[-1] - sum(split)], dim=-1)
+    if mixer.conv is not None:
+        qkv, _ = mixer.conv(qkv)
+    q, k, v = qkv.split(split[:3], dim=-1)
+    y, finals = torch.zeros(B, T, H * dv), torch.zeros(B, H, dv, dk)
     for b in range(B):
         for h in range(H):
-            S = torch.zeros(w, w)
+            S, keys, values = torch.zeros(dv, dk), slice(h * dk, (h + 1) * dk), slice(h * dv, (h + 1) * dv)
             for t in range(T):
-                q, k, v = (qkv[b, t, i * d + h * w : i * d + (h + 1) * w] for i in range(3))
-                q, k = q / torch.sqrt(q @ q + 1e-6), k / torch.sqrt(k @ k + 1e-6)
-                beta = 1 / (1 + torch.exp(-b_in[b, t, h]))
-                dt = torch.log1p(torch.exp(a_in[b, t, h] + mixer.dt_bias[h]))
-                alpha = torch.exp(-torch.exp(mixer.log_A[h]) * dt)
-                S = S @ (alpha * (torch.eye(w) - beta * torch.outer(k, k))) + beta * torch.outer(v, k)
-                read = S @ q
-                read = read / torch.sqrt((read**2).mean() + 1e-6) * mixer.norm.weight
-                y[b, t, h * w : (h + 1) * w] = read * F.silu(gate[b, t, h * w : (h + 1) * w])
+                S, read = step(h, t, S, q[b, t, keys], k[b, t, keys], v[b, t, values], rates[b, t, h::H])
+                y[b, t, values] = normalize(read) * (F.silu(gate[b, t, values]) if mixer.gate else 1)
             finals[b, h] = S
     return y @ mixer.out.weight.T, finals
 
 
-@pytest.mark.parametrize("T, chunk", [(1, 8), (13, 8), (13, 4), (16, 64)])
-def test_gated_deltanet_is_its_textbook_recurrence(T, chunk):
-    mixer, x = GatedDeltaNet(D, H, chunk=chunk), torch.randn(2, T, D)
+def retnet_by_hand(mixer, x):
+    """As in the RetNet paper: S_n = gamma S_{n-1} + v_n (R_n k_n)^T / sqrt(d), group norm, swish gate."""
+
+    def step(h, t, S, q, k, v, rates):
+        S = (1 - 2 ** -(5 + h)) * S + torch.outer(v, rope_by_hand(k, t, 10000.0)) / math.sqrt(len(k))
+        return S, S @ rope_by_hand(q, t, 10000.0)
+
+    return by_hand(mixer, x, step, lambda read: (read - read.mean()) / torch.sqrt(read.var(correction=0) + 1e-6))
+
+
+def rms(mixer):
+    return lambda read: read / torch.sqrt((read**2).mean() + 1e-6) * mixer.norm.weight
+
+
+def deltanet_by_hand(mixer, x):
+    """As in the DeltaNet paper: S_t = S_{t-1} - beta (S_{t-1} k - v) k^T."""
+
+    def step(h, t, S, q, k, v, rates):
+        S = S - torch.sigmoid(rates[0]) * torch.outer(S @ unit(k) - v, unit(k))
+        return S, S @ unit(q)
+
+    return by_hand(mixer, x, step, rms(mixer))
+
+
+def gated_deltanet_by_hand(mixer, x):
+    """As in the Gated DeltaNet paper: S_t = S_{t-1} alpha (I - beta k k^T) + beta v k^T."""
+
+    def step(h, t, S, q, k, v, rates):
+        k, beta = unit(k), 1 / (1 + torch.exp(-rates[0]))
+        alpha = torch.exp(-torch.exp(mixer.log_A[h]) * torch.log1p(torch.exp(rates[1] + mixer.dt_bias[h])))
+        S = S @ (alpha * (torch.eye(len(k)) - beta * torch.outer(k, k))) + beta * torch.outer(v, k)
+        return S, S @ unit(q)
+
+    return by_hand(mixer, x, step, rms(mixer))
+
+
+BY_HAND = [(RetNet, retnet_by_hand), (DeltaNet, deltanet_by_hand), (GatedDeltaNet, gated_deltanet_by_hand)]
+
+
+@pytest.mark.parametrize("kind, recurrence", BY_HAND)
+@pytest.mark.parametrize("T, conv, expand", [(1, 4, 1), (13, 4, 1), (13, 0, 2), (70, 3, 2)])
+def test_recurrent_baselines_are_their_textbook_recurrences(kind, recurrence, T, conv, expand):
+    mixer, x = kind(D, H, conv=conv, expand=expand), torch.randn(2, T, D)
     with torch.no_grad():
-        mixer.norm.weight.uniform_(0.5, 1.5)
+        if kind is not RetNet:
+            mixer.norm.weight.uniform_(0.5, 1.5)
         y, state = mixer(x)
-        expected, S = gated_deltanet_by_hand(mixer, x)
+        expected, S = recurrence(mixer, x)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(state["W"], S, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [DeltaNet, GatedDeltaNet])
+def test_delta_rules_equal_the_naive_references_of_flash_linear_attention(kind):
+    naive = pytest.importorskip("fla.ops.delta_rule.naive", reason="flash-linear-attention is not installed")
+    gated = pytest.importorskip("fla.ops.gated_delta_rule.naive", reason="flash-linear-attention is not installed")
+    B, T, d = 2, 13, 8
+    q, k, v = torch.randn(B, H, T, d), l2norm(torch.randn(B, H, T, d)), torch.randn(B, H, T, d)
+    beta, alpha = torch.rand(B, H, T), torch.rand(B, H, T)
+    if kind is DeltaNet:
+        ours = delta_net(q * d**-0.5, k, v, beta)[0]
+        theirs = naive.delta_rule_recurrence(q, k, v, beta)[0]
+    else:
+        ours = gated_delta_net(q * d**-0.5, k, v, beta, alpha)[0].transpose(1, 2)
+        swapped = [z.transpose(1, 2) for z in (q, k, v, beta, alpha.log())]
+        theirs = gated.naive_recurrent_gated_delta_rule(*swapped)[0]
+    torch.testing.assert_close(ours, theirs.double(), rtol=0, atol=1e-5)  # theirs computes in float32
+
+
+def test_every_head_of_retnet_forgets_half_as_fast_as_the_one_before():
+    mixer, x = RetNet(64, 4), torch.zeros(1, 2, 64)
+    x[:, 0] = torch.randn(64)
+    first, second = mixer(x[:, :1])[1]["W"], mixer(x)[1]["W"]
+    forgotten = 1 - second.flatten(2).norm(dim=2) / first.flatten(2).norm(dim=2)
+    torch.testing.assert_close(forgotten, torch.tensor([[2**-5, 2**-6, 2**-7, 2**-8]]), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("T, chunk, depth", [(1, 4, 1), (13, 4, 1), (13, 16, 1), (13, 1, 2), (11, 4, 2)])
+def test_ttt_descends_the_gradient_of_its_paper(T, chunk, depth):
+    """W_t = W_{t-1} - eta_t grad |f(k_t; W_boundary) - v_t|^2 / 2 by autograd, and y_t = f(q_t; W_t), token by token."""
+    mixer, x, w = TTT(D, H, chunk=chunk, depth=depth), torch.randn(2, T, D), D // H
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+        y, state = mixer(x)
+    qkv, gate, rates = (x @ mixer.proj.weight.T).split([3 * D, D, H], dim=-1)
+    qkv, _ = mixer.conv(qkv)
+    expected = torch.zeros(2, T, D)
+    for b in range(2):
+        for h in range(H):
+
+            def f(z, layers):
+                out = z
+                for i, (W, bias) in enumerate(layers):
+                    out = W @ (F.gelu(out) if i else out) + bias
+                out = (out - out.mean()) / torch.sqrt(out.var(correction=0) + 1e-6)
+                return z + out * mixer.scale[h, 0] + mixer.shift[h, 0]  # noqa: B023
+
+            layers = [(W[h, :, :-1].detach(), W[h, :, -1].detach()) for W in mixer.start]
+            for t in range(T):
+                if t % chunk == 0:
+                    boundary = [tuple(p.clone().requires_grad_() for p in layer) for layer in layers]
+                q, k, v = (qkv[b, t, i * D + h * w : i * D + (h + 1) * w].detach() for i in range(3))
+                flat = [p for layer in boundary for p in layer]
+                gradient = iter(torch.autograd.grad((f(k, boundary) - v).square().sum() / 2, flat))
+                inputs = [k, F.gelu(boundary[0][0] @ k + boundary[0][1])]
+                eta = (1.0 if depth == 1 else 0.1) * torch.sigmoid(rates[b, t, h] + mixer.b_eta[h, 0]) / chunk
+                steps = [eta / (z @ z + 1) for z in inputs[:depth]]
+                layers = [tuple(p - s * next(gradient) for p in layer) for layer, s in zip(layers, steps, strict=True)]
+                out = f(q, layers)
+                out = out / torch.sqrt(out.square().mean() + 1e-6) * mixer.norm.weight
+                expected[b, t, h * w : (h + 1) * w] = out * F.silu(gate[b, t, h * w : (h + 1) * w])
+            for W, (matrix, bias) in zip(state["running"], layers, strict=True):
+                torch.testing.assert_close(W[b, h], torch.cat([matrix, bias[:, None]], 1), rtol=0, atol=1e-10)
+    torch.testing.assert_close(y, (expected @ mixer.out.weight.T).detach(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_memory_of_ttt_stays_bounded_on_a_repeated_token(depth):
+    mixer = TTT(64, 1, depth=depth).float()
+    x = torch.randn(1, 1, 64, dtype=torch.float32).repeat(1, 2000, 1) * 10
+    with torch.no_grad():
+        mixer.b_eta.fill_(10.0)  # the longest step
+        y, state = mixer(x)
+    assert y.isfinite().all() and y[:, 1000:].std(1).max() < 0.1 * y.std()  # it settles
+    for W, start in zip(state["running"], mixer.start, strict=True):
+        assert (W - start).norm() < 10 * start.norm()
+
+
+@pytest.mark.parametrize("T, tile", [(1, 64), (13, 4), (20, 64)])
+def test_mamba_is_its_textbook_recurrence(T, tile):
+    """Channel by channel and state by state: h_t = exp(dt A) h_{t-1} + dt B x, y_t = C h_t + D x."""
+    mixer, x = Mamba(D, n=3, tile=tile), torch.randn(2, T, D)
+    with torch.no_grad():
+        y, state = mixer(x)
+        z, gate = (x @ mixer.proj.weight.T).chunk(2, dim=-1)
+        z, _ = mixer.conv(z)
+        low, b, c = (z @ mixer.rates.weight.T).split([1, 3, 3], dim=-1)
+        dt = torch.log1p(torch.exp(low @ mixer.dt_proj.weight.T + mixer.dt_bias))
+        expected, h = torch.zeros(2, T, 2 * D), torch.zeros(2, 2 * D, 3)
+        for row in range(2):
+            for channel in range(2 * D):
+                for t in range(T):
+                    now, step = z[row, t, channel], dt[row, t, channel]
+                    for i in range(3):
+                        decay = torch.exp(-step * torch.exp(mixer.log_A[channel, i]))
+                        h[row, channel, i] = decay * h[row, channel, i] + step * b[row, t, i] * now
+                    expected[row, t, channel] = c[row, t] @ h[row, channel] + mixer.D[channel] * now
+        expected = (expected * F.silu(gate)) @ mixer.out.weight.T
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(state["h"], h, rtol=0, atol=1e-10)
 
 
 def test_gated_deltanet_starts_with_retention_close_to_one():
@@ -179,7 +414,8 @@ def test_future_tokens_never_change_past_outputs(mixer):
 def test_outputs_have_no_gradient_from_the_future(mixer):
     x = torch.randn(1, 12, D, requires_grad=True)
     (grad,) = torch.autograd.grad(mixer(x)[0][:, 6].sum(), x)
-    assert (grad[:, 7:] == 0).all() and (grad[:, :7].abs().amax(-1) > 0).all()
+    first = 7 - (getattr(mixer, "window", None) or 7)
+    assert (grad[:, 7:] == 0).all() and (grad[:, :first] == 0).all() and (grad[:, first:7].abs().amax(-1) > 0).all()
 
 
 @each_mixer
@@ -209,11 +445,10 @@ def test_a_state_is_a_value(mixer):
     """Continuing twice from one state gives the same answer twice: a call writes into nothing it was given."""
     x = torch.randn(2, 11, D)
     _, state = mixer(x[:, :5])
-    before = {name: z.clone() if torch.is_tensor(z) else z for name, z in state.items()}
+    before = [z.clone() for z in tensors(state)]
     first, second = mixer(x[:, 5:], state)[0], mixer(x[:, 5:], state)[0]
     assert torch.equal(first, second)
-    for name in before:
-        torch.testing.assert_close(state[name], before[name], rtol=0, atol=0)
+    assert all(map(torch.equal, tensors(state), before))
 
 
 @each_mixer
@@ -226,6 +461,8 @@ def test_gradient_flows_through_the_state_into_the_first_piece(mixer):
 
 @each_mixer
 def test_every_parameter_is_trained(mixer):
+    if getattr(mixer, "window", None) == 1:
+        pytest.skip("a softmax over one token trains no queries and keys")
     mixer(torch.randn(2, 9, D))[0].square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in mixer.parameters())
 
@@ -254,7 +491,11 @@ def test_out_scale_scales_only_the_output_projection(kind):
         (lambda: Attention(16, 3), r"d_model is 16, n_heads is 3"),
         (lambda: GatedDeltaNet(16, 0), r"n_heads is 0"),
         (lambda: Attention(15, 3), r"head width is 5 .*even"),
-        (lambda: GatedDeltaNet(16, 2, chunk=0), r"chunk is 0.*at least 1"),
+        (lambda: RetNet(16, 2, expand=0), r"expand is 0.*at least 1"),
+        (lambda: Attention(16, 2, window=0), r"window is 0.*at least 1"),
+        (lambda: TTT(16, 2, chunk=0), r"chunk is 0.*at least 1"),
+        (lambda: TTT(16, 2, depth=3), r"depth is 3.*1 \(TTT-Linear\) or 2"),
+        (lambda: TitansMAC(16, 2, segment=0), r"segment is 0.*at least 1"),
     ],
 )
 def test_bad_input_is_named_with_its_value_and_the_legal_range(make_it, message):
