@@ -262,7 +262,8 @@ class Hope(nn.Module):
         c, count = self.config, lambda modules: sum(p.numel() for m in modules for p in m.parameters())
         mixers = [b.mixer for b in self.blocks]
         rows = []  # (tokens between updates, component, updates, context, parameters)
-        starts = sum(p.numel() for m in mixers for name, p in m.named_parameters() if "start" in name.split("."))
+        named = [(name, p) for m in mixers for name, p in m.named_parameters()]
+        starts = sum(p.numel() for name, p in named if any(part.startswith("start") for part in name.split(".")))
         if starts and c.inner_step:  # else frozen: as static as any projection
             made = ", ".join(["content", *c.adaptive, "eta", "alpha"]) if c.model == "hope" else "content"
             targets = "own targets, in context" if c.model == "hope" else "keys and values, in context"
