@@ -13,10 +13,11 @@ training). Three ways to put the levels together:
     nested     (NL 72)       the same chain; a level returns to its learned start whenever the next slower level updates
     independent (NL 74)      y = x + sum_l mix_l * MLP_l(x)            a learned weighted sum of parallel levels
 
-This file holds the forward pass and the calendar: which level is due at which tick. The parameters are the learned
-starts w_0; the weights of the moment ("fast weights", one copy per batch row) live in the state, so that the gradient
-of what is read later flows back into the starts. One level that never updates is the usual SwiGLU block of a
-Transformer.
+On the token clock (Hope.learn in hope.py) the parameters are the learned starts w_0; the weights of the moment ("fast
+weights", one copy per batch row) live in the state, so that the gradient of what is read later flows back into the
+starts. On the step clock (`LevelOptimizer`, at the end of this file) the parameters themselves are the weights of the
+moment, and each level's optimizer accumulates and steps at its own rate. One level that never updates is the usual
+SwiGLU block of a Transformer.
 
     python cms.py        the calendar of each variant, and what an update costs
 """
@@ -80,12 +81,16 @@ class CMS(nn.Module):
     end of a fast chunk, and only the last level may have chunk=None. variant: one of VARIANTS. out_scale: factor on
     the initial w_out (1 / sqrt(2 n_layers) keeps a deep residual stream at unit scale).
 
+    step: None, or the initial inner step size of every updating level (a number, or one per level), which then is
+    learned, as its logarithm.
+
     state is None when nothing updates in context. Otherwise it is a plain tree, {"position": ticks seen, "fast": [one
-    entry per level]}, an entry being the level's fast weights (see MLP.forward), or None for a level that stays at its
-    start. Raises ValueError for an empty or ill-ordered list of levels, an unknown variant, shapes that do not fit.
+    entry per level], "sums": [one per level]}: the level's fast weights (see MLP.forward), or None for a level that stays
+    at its start; the gradients it has collected since its last update, or None where there are none yet.
+    Raises ValueError for an empty or ill-ordered list of levels, an unknown variant, shapes that do not fit, a step <= 0.
     """
 
-    def __init__(self, d_model, levels, variant="sequential", out_scale=1.0):
+    def __init__(self, d_model, levels, variant="sequential", out_scale=1.0, step=None):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"unknown CMS variant {variant!r}; choose one of {', '.join(VARIANTS)}")
@@ -103,6 +108,24 @@ class CMS(nn.Module):
         self.mlps = nn.ModuleList(MLP(d_model, level.hidden, out_scale) for level in levels)
         if variant == "independent":
             self.mix = nn.Parameter(torch.full((len(levels),), 1 / len(levels)))
+        self.log_step = None
+        if step is not None:
+            steps = self.steps(step)
+            if min(steps, default=1) <= 0:
+                raise ValueError(f"step is {step}; a learned inner step size must start above 0")
+            self.log_step = nn.Parameter(torch.tensor(steps, dtype=torch.get_default_dtype()).log())
+
+    def steps(self, step=None):
+        """Step size of each updating level, from `step` (a number, or one for each) or, None, the learned ones."""
+        count = sum(level.chunk is not None for level in self.levels)
+        if step is None:
+            if self.log_step is None:
+                raise ValueError("this CMS has no learned inner step size: build it with one (cms_step), or give step")
+            return self.log_step.exp()
+        steps = [float(step)] * count if isinstance(step, (int, float)) else [float(s) for s in step]
+        if len(steps) != count or not all(0 <= s < float("inf") for s in steps):
+            raise ValueError(f"step is {step}; legal is one number >= 0, or one for each of the {count} levels that update")
+        return steps
 
     def forward(self, x, state=None):
         """x [B, T, d_model] -> (y [B, T, d_model], state with its position T ticks on; None stays None)."""
@@ -112,7 +135,7 @@ class CMS(nn.Module):
         if state is not None:
             self._check(state, x)
             fast = state["fast"]
-            state = {"position": state["position"] + x.shape[1], "fast": list(fast)}
+            state = state | {"position": state["position"] + x.shape[1]}
         if self.variant == "independent":
             return sum((mix * mlp(x, w) for mix, mlp, w in zip(self.mix, self.mlps, fast, strict=True)), start=x), state
         for mlp, w in zip(self.mlps, fast, strict=True):
@@ -133,7 +156,28 @@ class CMS(nn.Module):
             raise ValueError(f"batch is {batch}; it must be at least 1 row")
         updates = [level.chunk is not None for level in self.levels]
         fast = [mlp.start(batch) if moves else None for mlp, moves in zip(self.mlps, updates, strict=True)]
-        return {"position": 0, "fast": fast}
+        return {"position": 0, "fast": fast, "sums": [None] * len(fast)}
+
+    def update(self, state, grads, step=None):
+        """NL 71 at tick state["position"]: every level adds `grads` to its sum; those that are due take their step.
+
+        grads: one entry per level, like state["fast"]: the gradient of the summed loss of the ticks since the last call,
+        of which every tick at which a level is due must be the end. step: see `steps`. Returns the new state; nothing is
+        written in place, and the result can be differentiated in everything that can.
+        """
+        due, resets = self.due(state["position"]), self.resets(state["position"])
+        steps, fast, sums = iter(self.steps(step)), [], []
+        for number, (w, total, g) in enumerate(zip(state["fast"], state["sums"], grads, strict=True)):
+            if w is not None:
+                eta, batch = next(steps), w["w_in"].shape[0]
+                total = g if total is None else {name: total[name] + g[name] for name in g}
+                if number in resets:
+                    w, total = self.mlps[number].start(batch), None
+                elif number in due:
+                    w, total = {name: w[name] - eta * total[name] for name in w}, None
+            fast.append(w)
+            sums.append(total)
+        return state | {"fast": fast, "sums": sums}
 
     def due(self, tick):
         """Numbers of the levels that update at the end of tick (the first is 1): chunk C at C, 2C, ... (NL 71)."""
