@@ -192,6 +192,73 @@ class CMS(nn.Module):
         return [number for number in due if number + 1 in due] if self.variant == "nested" else []
 
 
+class LevelOptimizer:
+    """The step clock (NL 71 with ticks = training steps): each level accumulates gradients and steps every `chunk` steps.
+
+    optimizer: any torch optimizer built from *named* parameters (`SGD(model.named_parameters(), ...)`, or groups of them).
+    levels: {part of a parameter's name: chunk in steps, None = never steps}; the first part found in a name decides, and
+    "" is found in every name. Mixers and embeddings deserve levels of their own, slower than most: they forget first.
+
+        optimizer = LevelOptimizer(AdamW(model.named_parameters()), {"mlps.0": 1, "mlps.1": 8, "": 16})
+
+    A level that is due hands the *sum* of its gradients (of one training step each) to the optimizer; the parameters of
+    the others have no gradient in that step, and so neither they nor their moments move. `due(step)` names the calendar.
+    `state_dict` holds the sums, so a run resumes in the middle of a period. Raises ValueError for parameters without a
+    name or a level, a chunk < 1, a part that is in no name, the state of other levels.
+    """
+
+    def __init__(self, optimizer, levels):
+        for part, chunk in levels.items():
+            if chunk is not None and (type(chunk) is not int or chunk < 1):
+                raise ValueError(f"level {part!r} has chunk {chunk!r}; it must be at least 1 step, or None (never steps)")
+        groups = optimizer.param_groups
+        if any("param_names" not in group for group in groups):
+            raise ValueError("the optimizer does not know the parameters' names: build it from model.named_parameters()")
+        self.optimizer, self.levels, self.ticks = optimizer, dict(levels), 0
+        self.parameters, self.level, self.sums = {}, {}, {}
+        for name, p in ((name, p) for group in groups for name, p in zip(group["param_names"], group["params"], strict=True)):
+            found = [part for part in levels if part in name]
+            if not found:
+                raise ValueError(f"parameter {name!r} has no level: the levels are {list(levels)}; '' takes all the others")
+            self.parameters[name], self.level[name] = p, found[0]
+        if unused := [part for part in levels if part and part not in self.level.values()]:
+            raise ValueError(f"level {unused[0]!r} has no parameter, among {', '.join(list(self.parameters)[:4])}, ...")
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def due(self, tick):
+        """The levels that step at the end of training step `tick` (the first is 1)."""
+        return [part for part, chunk in self.levels.items() if chunk and tick % chunk == 0]
+
+    @torch.no_grad()
+    def step(self):
+        """Take p.grad of every parameter, which is None afterwards, and let the levels that are due step."""
+        self.ticks += 1
+        due = self.due(self.ticks)
+        for name, p in self.parameters.items():
+            if p.grad is not None and self.levels[self.level[name]]:
+                self.sums[name] = self.sums[name].add_(p.grad) if name in self.sums else p.grad
+            p.grad = self.sums.pop(name, None) if self.level[name] in due else None
+        self.optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self):
+        return {"optimizer": self.optimizer.state_dict(), "ticks": self.ticks, "levels": self.levels,
+                "sums": {name: g.clone() for name, g in self.sums.items()}}  # fmt: skip
+
+    def load_state_dict(self, state):
+        if state["levels"] != self.levels:
+            raise ValueError(f"the state is of levels {state['levels']}; these are {self.levels}")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ticks = state["ticks"]
+        self.sums = {name: g.to(self.parameters[name]).clone() for name, g in state["sums"].items()}
+
+
 def main():
     levels = [Level(2, 64), Level(4, 128), Level(12, 256), Level(None, 512)]
     print("Updates (u) and updates followed by a return to the learned start (R), tick by tick\n")
