@@ -132,9 +132,9 @@ class HopeConfig:
         if self.hidden is not None and (type(self.hidden) is not int or self.hidden < 1):
             raise ValueError(f"hidden must be an integer of at least 1 or None, got {self.hidden!r}")
         if self.cms_step is not None:
-            steps = self.cms_step if isinstance(self.cms_step, (list, tuple)) else [self.cms_step]
             n = sum(chunk is not None for chunk in self.levels)
-            if len(steps) not in {n, 1} or not all(type(s) in (int, float) and 0 < s < math.inf for s in steps):
+            steps = self.cms_step if isinstance(self.cms_step, (list, tuple)) else [self.cms_step] * n
+            if len(steps) != n or not all(type(s) in (int, float) and 0 < s < math.inf for s in steps):
                 raise ValueError(f"cms_step must be a number above 0, or one for each of {n} levels, got {self.cms_step!r}")
         self.levels, self.adaptive = list(self.levels), list(self.adaptive)
         if self.hidden is None:

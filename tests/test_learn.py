@@ -254,7 +254,7 @@ def check_by_finite_differences(f, model, grads, h=1e-5):
             for p, start in zip(model.parameters(), origin, strict=True):
                 p.copy_(start)
         found = sum((g * v).sum().item() for g, v in zip(grads, direction, strict=True))
-        assert found == pytest.approx(expected, rel=1e-6), part
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-7), part
 
 
 @each_variant
