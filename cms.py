@@ -56,9 +56,9 @@ class MLP(nn.Module):
     fast: the norm, like everything outside the levels, moves on the training clock alone.
     """
 
-    def __init__(self, d_model, hidden, out_scale=1.0):
+    def __init__(self, d_model, hidden, out_scale=1.0, eps=1e-6):
         super().__init__()
-        self.norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.norm = nn.RMSNorm(d_model, eps=eps)
         self.w_in = nn.Parameter(torch.randn(2 * hidden, d_model) * d_model**-0.5)
         self.w_out = nn.Parameter(torch.randn(d_model, hidden) * (out_scale * hidden**-0.5))
 
@@ -90,7 +90,7 @@ class CMS(nn.Module):
     Raises ValueError for an empty or ill-ordered list of levels, an unknown variant, shapes that do not fit, a step <= 0.
     """
 
-    def __init__(self, d_model, levels, variant="sequential", out_scale=1.0, step=None):
+    def __init__(self, d_model, levels, variant="sequential", out_scale=1.0, step=None, eps=1e-6):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"unknown CMS variant {variant!r}; choose one of {', '.join(VARIANTS)}")
@@ -105,7 +105,7 @@ class CMS(nn.Module):
                     "each a multiple of the one before, None (never updates) only as the last"
                 )
         self.d_model, self.levels, self.variant = d_model, tuple(levels), variant
-        self.mlps = nn.ModuleList(MLP(d_model, level.hidden, out_scale) for level in levels)
+        self.mlps = nn.ModuleList(MLP(d_model, level.hidden, out_scale, eps) for level in levels)
         if variant == "independent":
             self.mix = nn.Parameter(torch.full((len(levels),), 1 / len(levels)))
         self.log_step = None

@@ -61,7 +61,7 @@ MIXERS = {
     "hope": lambda c: SelfModifyingTitans(
         c.d_model, c.n_heads, c.chunk, c.memory, tuple(c.adaptive), c.momentum, c.inner_step, c.width, out_scale=c.out_scale
     ),
-    "hope_attention": lambda c: Attention(c.d_model, c.n_heads, c.width, out_scale=c.out_scale),
+    "hope_attention": lambda c: Attention(c.d_model, c.n_heads, c.width, c.rope_base, c.out_scale),
     "titans": lambda c: NeuralMemory(c.d_model, c.n_heads, c.chunk, c.depth, c.width, c.out_scale),
     "transformer": lambda c: Attention(c.d_model, c.n_heads, c.width, out_scale=c.out_scale),
     "gated_deltanet": lambda c: GatedDeltaNet(c.d_model, c.n_heads, c.width, out_scale=c.out_scale),
@@ -84,7 +84,8 @@ class HopeConfig:
     levels: chunk lengths of the CMS from fast to slow, in tokens, None = never updates. hidden: width of the feed-forward
     block, all levels together; None = solved for equal parameters. conv: width of the short convolution in tokens, 0 =
     none; None = 4, but none for attention. cms_step: initial inner step size of the CMS levels on the token clock, a number
-    or one for each level that updates, learned from there on; None = not learned: `learn` is then given one. The remaining
+    or one for each level that updates, learned from there on; None = not learned: `learn` is then given one. norm_eps, tied
+    (one table for tokens in and out) and rope_base (of hope_attention) are what pre-trained models differ in. The remaining
     fields belong to the mixers in titans.py.
     """
 
@@ -104,6 +105,9 @@ class HopeConfig:
     momentum: bool = False
     inner_step: float = 1.0
     depth: int = 2
+    norm_eps: float = 1e-6
+    tied: bool = True
+    rope_base: float = 10000.0
 
     def __post_init__(self):
         one_of("model", self.model, MIXERS)
@@ -127,8 +131,12 @@ class HopeConfig:
             raise ValueError(f"levels must hold integers of at least 1 token, None only last, got {self.levels!r}")
         if not isinstance(self.adaptive, (list, tuple)) or not set(self.adaptive) <= {"k", "v", "q"}:
             raise ValueError(f"adaptive must be a list out of 'k', 'v', 'q', got {self.adaptive!r}")
-        if not isinstance(self.momentum, bool):
-            raise ValueError(f"momentum must be true or false, got {self.momentum!r}")
+        for name in ("momentum", "tied"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name in ("norm_eps", "rope_base"):
+            if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
         if self.hidden is not None and (type(self.hidden) is not int or self.hidden < 1):
             raise ValueError(f"hidden must be an integer of at least 1 or None, got {self.hidden!r}")
         if self.cms_step is not None:
@@ -178,12 +186,12 @@ class HopeConfig:
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.norm = nn.RMSNorm(c.d_model, eps=1e-6)
+        self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
         self.mixer = MIXERS[c.model](c)
         if c.hidden % len(c.levels):
             raise ValueError(f"hidden must be a multiple of the number of levels, got {c.hidden} for {len(c.levels)} levels")
         levels = [Level(chunk, c.hidden // len(c.levels)) for chunk in c.levels]
-        self.cms = CMS(c.d_model, levels, c.variant, c.out_scale, c.cms_step)
+        self.cms = CMS(c.d_model, levels, c.variant, c.out_scale, c.cms_step, c.norm_eps)
 
     def forward(self, x, state):
         y, mixer = self.mixer(self.norm(x), state and state["mixer"])
@@ -214,10 +222,11 @@ class Hope(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.05)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     def forward(self, tokens, state=None, updates="off", step=None):
-        """Embeddings are tied: the table that reads tokens in also scores them. Raises ValueError for ids out of range.
+        """Raises ValueError for ids out of range.
 
         updates: one of UPDATES, whether the CMS levels take steps in context, and step: how long, see `learn`. A state that
         was read on with updates "off" has lost its place in the chunk: from there on it can only be read.
@@ -238,7 +247,8 @@ class Hope(nn.Module):
         for i, block in enumerate(self.blocks):
             x, s = block(x, state and state["blocks"][i])
             states.append(s)
-        return F.linear(self.norm(x), self.embedding.weight), {"blocks": states}
+        table = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(self.norm(x), table), {"blocks": states}
 
     def learn(self, tokens, state=None, updates="first_order", step=None):
         """Read a stream and learn from it in context (NL 70-74). tokens [B, T] -> (loss, state).
@@ -411,6 +421,82 @@ class Hope(nn.Module):
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{path} does not hold the model of {config}: {str(error).splitlines()[0]}") from None
         return model.to(device).eval(), tokenizer
+
+    @classmethod
+    def from_pretrained(cls, folder, levels=(512, None), **changes):
+        """A Llama-family checkpoint (config.json, *.safetensors) as Hope-Attention whose MLPs are CMS levels (NL 7.3).
+
+        levels: chunk lengths from fast to slow. Each pre-trained MLP is shared out among them, hidden unit by hidden unit,
+        as the independent variant with every mixing weight 1: a sum of narrower MLPs, so that at the start, and with step
+        size 0 for ever, this *is* the pre-trained model. changes: further fields of HopeConfig, as cms_step. Weights are
+        read to float32. Grouped keys and values are repeated for each of their heads.
+        Deviation: NL gives every level pre-trained MLPs of its own; here every block has all levels.
+        Raises ValueError for what is no such checkpoint, and for parts that have no place here.
+        """
+        try:
+            from safetensors.torch import load_file as load_safetensors
+        except ImportError:
+            raise ValueError("reading a pre-trained checkpoint needs safetensors: pip install safetensors") from None
+        folder = Path(folder)
+        try:
+            llama = json.loads((folder / "config.json").read_text())
+            weights = {}
+            for file in sorted(folder.glob("*.safetensors")):
+                weights |= load_safetensors(file)
+        except Exception as error:  # safetensors has errors of its own
+            raise ValueError(f"{folder} is no readable checkpoint: {first_line(error)}") from None
+        rope = llama.get("rope_parameters") or llama.get("rope_scaling") or {}
+        foreign = {
+            "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+            "hidden_act": (llama.get("hidden_act", "silu"), "silu"),
+            "attention_bias": (bool(llama.get("attention_bias")), False),
+            "mlp_bias": (bool(llama.get("mlp_bias")), False),
+        }
+        for name, (value, legal) in foreign.items():
+            if value != legal:
+                raise ValueError(f"{folder} has {name} {value!r}; legal is {legal!r}")
+        try:
+            n, d, H = llama["num_hidden_layers"], llama["hidden_size"], llama["num_attention_heads"]
+            groups, eps, tied = llama.get("num_key_value_heads") or H, llama["rms_norm_eps"], llama["tie_word_embeddings"]
+            sizes = dict(vocab_size=llama["vocab_size"], d_model=d, n_layers=n, n_heads=H, hidden=llama["intermediate_size"])
+            if (llama.get("head_dim") or d // H) * H != d:
+                raise ValueError(f"{folder} has head_dim {llama['head_dim']}; legal is hidden_size / heads, {d // H}")
+            base = float(rope.get("rope_theta") or llama.get("rope_theta", 10000.0))
+            own = dict(model="hope_attention", levels=list(levels), variant="independent")
+            model = cls(HopeConfig(**(sizes | own | dict(norm_eps=eps, tied=tied, rope_base=base) | changes)))
+
+            def heads(name, count):  # [count, head width, d], keys and values repeated for every head of their group
+                return weights.pop(name).float().view(count, -1, d).repeat_interleave(H // count, 0)
+
+            def paired(w):  # RoPE there turns channels i and i + width / 2 together, here neighbours
+                return w.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+            new = {"embedding.weight": weights.pop("model.embed_tokens.weight")}
+            new["norm.weight"] = weights.pop("model.norm.weight")
+            if not tied:
+                new["head.weight"] = weights["lm_head.weight"]
+            weights.pop("lm_head.weight", None)
+            for i in range(n):
+                old, at = f"model.layers.{i}.", f"blocks.{i}."
+                q, k, v = (heads(f"{old}self_attn.{x}_proj.weight", c) for x, c in (("q", H), ("k", groups), ("v", groups)))
+                new[at + "norm.weight"] = weights.pop(old + "input_layernorm.weight")
+                new[at + "mixer.qkv.weight"] = torch.cat([paired(q), paired(k), v]).flatten(0, 1)
+                new[at + "mixer.out.weight"] = weights.pop(old + "self_attn.o_proj.weight")
+                norm = weights.pop(old + "post_attention_layernorm.weight")
+                gate, up, down = (weights.pop(f"{old}mlp.{x}_proj.weight") for x in ("gate", "up", "down"))
+                parts = (gate.chunk(len(levels)), up.chunk(len(levels)), down.chunk(len(levels), 1))
+                for level, (gate, up, down) in enumerate(zip(*parts, strict=True)):
+                    mlp = f"{at}cms.mlps.{level}."
+                    new |= {mlp + "norm.weight": norm, mlp + "w_in": torch.cat([gate, up]), mlp + "w_out": down}
+                new[at + "cms.mix"] = torch.ones(len(levels))
+                if model.config.cms_step is not None:
+                    new[at + "cms.log_step"] = model.blocks[i].cms.log_step.detach()
+            model.load_state_dict(new)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{folder} is no checkpoint of the Llama family: {first_line(error)}") from None
+        if left := [name for name in weights if not name.endswith("rotary_emb.inv_freq")]:
+            raise ValueError(f"{folder} has {left[0]}, which has no place here; legal are plain Llama weights")
+        return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
