@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 from cms import LevelOptimizer
 from data import batch, documents, join, n_bytes, tokenizer
-from hope import Hope, HopeConfig, first_line, map_state, one_of, write_beside
+from hope import Hope, HopeConfig, first_line, one_of, write_beside
 from train import loss_fn, validate
 
 SIZE = dict(d_model=64, n_layers=2, n_heads=1)  # about 0.11M parameters, equal for all learners
@@ -156,7 +156,7 @@ def metrics(matrix, higher_is_better):
 class Domain:
     """Text of one kind, bits per byte on its held-out part."""
 
-    def __init__(self, name, train, val, tokens=150_000):
+    def __init__(self, name, train, val, tokens=100_000):
         self.name, self.train, self.val, self.tokens = name, train, val, tokens
 
     def steps(self, quick):
@@ -212,7 +212,7 @@ class Classes:
     own classes only, for every learner: then what is forgotten is forgotten by the features and not by the last softmax.
     """
 
-    def __init__(self, name, train, test, classes, epochs=3):
+    def __init__(self, name, train, test, classes, epochs=2):
         self.name, self.classes, self.epochs = name, classes, epochs
         (self.x, self.last, self.y), (self.tx, self.tlast, self.ty) = train, test
 
@@ -331,16 +331,17 @@ def pretrained(levels, train, seed, tokens, folder):
 
 
 def stream(args, done, report):
-    """A held-out novel, then as much of something else, then the novel's continuation: what is gained, what is kept."""
+    """Held-out novels, then as much of something else, then the novels' continuation: what is gained, what is kept."""
     encoding, rows = tokenizer(), 4
-    length, again, tokens = (1024, 512, 10_000) if args.quick else (32_768, 8_192, 400_000)
+    length, again, tokens = (1024, 512, 10_000) if args.quick else (16_384, 4_096, 400_000)
     novels = [text for _, text in documents(str(read(args.data, "novels")))]
-    streams = [np.frombuffer(text, np.uint8).astype(np.int64) for text in novels[: rows + 2]]
+    streams = [np.frombuffer(text, np.uint8).astype(np.int64) for text in novels[: 2 * rows + 2]]
     streams = torch.from_numpy(np.stack([text[20_000 : 20_000 + length + again] for text in streams]))  # past the front matter
-    chosen_on, novel = streams[rows:, :again], streams[:rows]
+    novel, chosen_on = streams[:rows], streams[rows : rows + 2, :again]
     train = join(novels[rows + 2 :], encoding)
     code = join([text for _, text in documents("stdlib")], encoding).astype(np.int64)
     code = torch.from_numpy(code[code < 256][: rows * length].reshape(rows, length))
+    others = {"another novel": streams[rows + 2 :, :length], "code": code}  # that novel is of the training text
     began, folder = time.process_time(), Path(args.out).parent / "pretrained"
     for seed in range(args.seeds):
         for name, levels in STREAM.items():
@@ -355,14 +356,16 @@ def stream(args, done, report):
                 fresh = read_frozen(model, novel[:, length:])
                 after_novel = read_frozen(model, novel[:, length:], state)
                 curve = [(bits(still[:, i : i + 2048]), bits(loss[:, i : i + 2048])) for i in range(0, length, 2048)]
-                kept = []
-                for part in code.split(length // 4, 1):
-                    state = map_state(torch.clone, model.learn(part, state, step=step)[1])
-                    kept.append(read_frozen(model, novel[:, length:], state))
+                kept = {}
+                for what, text in others.items():
+                    since, kept[what] = state, []
+                    for part in text.split(length // 4, 1):
+                        since = model.learn(part, since, step=step)[1]
+                        kept[what].append(read_frozen(model, novel[:, length:], since))
             report({"learner": name, "seed": seed, "levels": levels, "step": step, "grid": grid,
                     "parameters": sum(p.numel() for p in model.parameters()),
                     "second half": {"without": bits(still[:, length // 2 :]), "with": bits(loss[:, length // 2 :])},
-                    "continuation": {"start weights": fresh, "after the novel": after_novel, "after code": kept},
+                    "continuation": {"start weights": fresh, "after the novel": after_novel, "then": kept},
                     "curve": curve, "seconds": round(time.process_time() - began, 1)})  # fmt: skip
 
 
@@ -390,13 +393,13 @@ def staged(args, done, report):
 def table(records, command):
     """The records, seeds averaged, as lines of a Markdown table."""
     if command == "stream":
-        lines = ["| learner | seed | step | second half without | with updates | gain after the novel | after code | kept |",
-                 "|" + "---|" * 8]  # fmt: skip
+        lines = ["| learner | seed | step | second half: without | with updates | continuation: gain after the novel "
+                 "| kept after another novel | kept after code |", "|" + "---|" * 8]  # fmt: skip
         for r in records:
             half, rest = r["second half"], r["continuation"]
-            gain, left = rest["start weights"] - rest["after the novel"], rest["start weights"] - rest["after code"][-1]
-            cells = [r["learner"], r["seed"], r["step"], *(f"{x:.3f}" for x in (half["without"], half["with"], gain, left))]
-            lines.append("| " + " | ".join(map(str, [*cells, f"{left / gain:.0%}"])) + " |")
+            gains = [rest["start weights"] - x for x in (rest["after the novel"], *(k[-1] for k in rest["then"].values()))]
+            cells = [r["learner"], r["seed"], r["step"], *(f"{x:.3f}" for x in (half["without"], half["with"], *gains))]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
         return lines
     keys = ("average", "last", "forgetting", "first forgotten", "backward", "forward")
     lines = ["| learner | seeds | " + " | ".join(keys) + " | M parameter updates | TFLOP | s |", "|" + "---|" * 11]
@@ -413,20 +416,22 @@ def plot(records, command, path):
     from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
 
     if command == "stream":
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
+        figure = Figure(figsize=(12, 3.6), layout="constrained")
+        first, *others = figure.subplots(1, 3)
         for learner, color in zip(STREAM, ("tab:orange", "tab:blue"), strict=True):
             own = [r for r in records if r["learner"] == learner]
             if not own:
                 continue
             curve = np.mean([r["curve"] for r in own], 0)
-            left.plot(np.arange(1, len(curve) + 1) * 2.048, curve[:, 0] - curve[:, 1], color=color, label=learner)
-            rest = [r["continuation"] for r in own]
-            gains = [[r["start weights"] - x for x in (r["after the novel"], *r["after code"])] for r in rest]
-            right.plot(np.arange(5) * len(curve) * 2.048 / 4, np.mean(gains, 0), "o-", color=color, label=learner)
-        left.set(xlabel="thousand bytes of the novel read", ylabel="gain of learning (bits per byte)", title="reading a novel")
-        right.set(xlabel="thousand bytes of code read since", ylabel="gain kept (bits per byte)", title="then something else")
-        for axes in (left, right):
+            x = np.arange(1, len(curve) + 1) * 2.048
+            first.plot(x, curve[:, 0] - curve[:, 1], color=color, label=learner)
+            for axes, what in zip(others, own[0]["continuation"]["then"], strict=True):
+                rest = [r["continuation"] for r in own]
+                gains = [[r["start weights"] - bits for bits in (r["after the novel"], *r["then"][what])] for r in rest]
+                axes.plot(np.arange(5) * x[-1] / 4, np.mean(gains, 0), "o-", color=color, label=learner)
+                axes.set(xlabel=f"thousand bytes of {what} read", title=f"then {what}", ylabel="gain kept (bits per byte)")
+        first.set(xlabel="thousand bytes of the novel read", ylabel="gain of learning (bits per byte)", title="reading a novel")
+        for axes in (first, *others):
             axes.axhline(0, color="gray", linewidth=0.8)
             axes.legend(frameon=False)
     else:
