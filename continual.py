@@ -3,6 +3,7 @@
     python continual.py stream  --data FOLDER     # token clock: a held-out novel read once, learned in context, then forgotten?
     python continual.py domains --data FOLDER     # step clock: code -> Shakespeare -> novels -> WikiText, bits per byte
     python continual.py classes --data FOLDER     # step clock: CLINC150 by its 10 domains (or --set banking77), accuracy
+    python continual.py cost                      # token clock: time and memory
     python continual.py domains --quick           # a minute, to see that it runs
 
 FOLDER holds novels/, tinyshakespeare/, wikitext2/, clinc150/, banking77/ in their released form (default: the environment
@@ -39,11 +40,11 @@ import torch.nn.functional as F
 
 from cms import LevelOptimizer
 from data import batch, documents, join, n_bytes, tokenizer
-from hope import Hope, HopeConfig, first_line, one_of, write_beside
+from hope import Hope, HopeConfig, first_line, one_of, tensors, write_beside
 from train import loss_fn, validate
 
 SIZE = dict(d_model=64, n_layers=2, n_heads=1)  # about 0.11M parameters, equal for all learners
-PERIODS = (1, 4, 16, 64)  # training steps between updates of level 1, 2, 3, 4
+PERIODS = (1, 3, 9, 27)  # training steps between updates of level 1, 2, 3, 4
 LEARNERS = {  # name: (model, levels on the step clock, method)
     "transformer none": ("transformer", 1, "none"),
     "transformer finetune": ("transformer", 1, "finetune"),
@@ -109,9 +110,8 @@ def run(learner, stages, seed, lr, ewc_strength, quick, **changes):
     began = time.process_time()
     scoring = 0.0
     for number, stage in enumerate(stages):
-        optimizer = optimizer_for(model, levels if number else 1, lr) if levels > 1 else optimizer_for(model, 1, lr)
-        if levels > 1 and not number:  # the ordinary way: every level at every step
-            optimizer = LevelOptimizer(optimizer.optimizer, {"": 1})
+        if number < 2:  # stage 1 the ordinary way; from then on one optimizer, whose periods do not end with a stage
+            optimizer = optimizer_for(model, levels if number else 1, lr)
         steps = 0 if number and method == "none" else stage.steps(quick)
         for step in range(steps):
             for group in optimizer.param_groups:
@@ -123,7 +123,7 @@ def run(learner, stages, seed, lr, ewc_strength, quick, **changes):
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            due = optimizer.due(step + 1)
+            due = optimizer.due(optimizer.ticks)
             updates += sum(p.numel() for name, p in optimizer.parameters.items() if optimizer.level[name] in due)
         if ewc and number + 1 < len(stages):
             ewc.finish(stage.examples(model))
@@ -369,6 +369,32 @@ def stream(args, done, report):
                     "curve": curve, "seconds": round(time.process_time() - began, 1)})  # fmt: skip
 
 
+def cost(quick):
+    """What learning in context costs: training step and state of each model, levels of 256 and 1,024 tokens, float32."""
+    d, T, repeats = (64, 512, 1) if quick else (256, 1024, 3)
+    tokens, targets = torch.randint(257, (2, 4, T))
+    print(f"d {d}, 4 layers, 4 x {T} tokens, levels [256, 1024]: seconds of the processor for a training step (median)\n")
+    print("| model | off | first_order | ratio | fast weights + sums + state of an unfinished chunk, MB a row |")
+    print("|---" * 5 + "|")
+    for kind in ("hope", "hope_attention"):
+        torch.manual_seed(0)
+        model = Hope(HopeConfig(model=kind, d_model=d, n_layers=4, n_heads=d // 64, levels=[256, 1024], cms_step=1e-3))
+        times = {"off": [], "first_order": []}
+        for _ in range(repeats + 1):  # interleaved; the first is for warming up
+            for updates, seconds in times.items():
+                model.zero_grad()
+                began = time.process_time()
+                loss_fn(model(tokens, updates=updates)[0], targets).backward()
+                seconds.append(time.process_time() - began)
+        off, on = (float(np.median(seconds[1:])) for seconds in times.values())
+        with torch.no_grad():
+            _, state = model.learn(tokens[:1, : 256 + 100])
+        cms = sum(t.nbytes for block in state["blocks"] for t in tensors(block["cms"])) / 1e6
+        sums = sum(t.nbytes for block in state["blocks"] for t in tensors(block["cms"]["sums"])) / 1e6
+        start = sum(t.nbytes for t in tensors(state["stream"])) / 1e6
+        print(f"| `{kind}` | {off:.2f} | {on:.2f} | {on / off:.2f} | {cms - sums:.2f} + {sums:.2f} + {start:.2f} |", flush=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
@@ -454,7 +480,7 @@ def plot(records, command, path):
 def main(argv=None):
     """The command; returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", help="stream, domains or classes")
+    parser.add_argument("command", help="stream, domains, classes or cost")
     parser.add_argument("--data", default=os.environ.get("NESTED_DATA"), help="folder of the data sets (default: $NESTED_DATA)")
     parser.add_argument("--set", default="clinc150", help="of classes: clinc150 or banking77")
     parser.add_argument("--learners", help=f"comma-separated, of {', '.join(LEARNERS)} (default: all)")
@@ -466,8 +492,11 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="a minute, to see that it runs")
     args = parser.parse_args(argv)
     try:
-        one_of("command", args.command, ("stream", "domains", "classes"))
+        one_of("command", args.command, ("stream", "domains", "classes", "cost"))
         one_of("set", args.set, ("clinc150", "banking77"))
+        if args.command == "cost":
+            cost(args.quick)
+            return 0
         if not args.data:
             raise ValueError("no data: name the folder of the data sets with --data or the environment variable NESTED_DATA")
         if args.seeds < 1 or args.first_seed < 0:
