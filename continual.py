@@ -292,8 +292,12 @@ def class_stages(groups, train, test):
 # ---------------------------------------------------------------------------------------------------------------------
 # The token clock: a novel read once
 
-STREAM = {"1 level": [128], "3 levels": [128, 512, 2048]}  # chunks of the levels in tokens; all of them update
-STEPS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # inner step sizes to choose from, on other novels than are reported
+STREAM = {  # chunks of the levels in tokens, all of which update; the last two read with the same weights
+    "1 level": ([128], "sequential"),
+    "3 levels": ([128, 512, 2048], "sequential"),
+    "3 levels nested": ([128, 512, 2048], "nested"),
+}
+STEPS = (3e-4, 1e-3, 3e-3)  # inner step sizes to choose from, on other novels than are reported
 
 
 def bits(loss):
@@ -308,11 +312,11 @@ def read_frozen(model, tokens, state=None):
     return bits(F.cross_entropy(model(tokens, state)[0][:, :-1].mT, tokens[:, 1:]))
 
 
-def pretrained(levels, train, seed, tokens, folder):
+def pretrained(levels, variant, train, seed, tokens, folder):
     """A model trained the ordinary way (no steps in context) on `train`; kept in `folder`."""
     path = folder / f"{'-'.join(map(str, levels))}-{seed}-{tokens}.pt"
     torch.manual_seed(seed)
-    model = Hope(HopeConfig(model="hope", levels=list(levels), **SIZE))
+    model = Hope(HopeConfig(model="hope", levels=list(levels), variant=variant, **SIZE))
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
@@ -333,23 +337,23 @@ def pretrained(levels, train, seed, tokens, folder):
 def stream(args, done, report):
     """Held-out novels, then as much of something else, then the novels' continuation: what is gained, what is kept."""
     encoding, rows = tokenizer(), 4
-    length, again, tokens = (1024, 512, 10_000) if args.quick else (16_384, 4_096, 400_000)
+    length, again, tokens = (1024, 512, 10_000) if args.quick else (8_192, 4_096, 400_000)
     novels = [text for _, text in documents(str(read(args.data, "novels")))]
     streams = [np.frombuffer(text, np.uint8).astype(np.int64) for text in novels[: 2 * rows + 2]]
     streams = torch.from_numpy(np.stack([text[20_000 : 20_000 + length + again] for text in streams]))  # past the front matter
-    novel, chosen_on = streams[:rows], streams[rows : rows + 2, :again]
+    novel, chosen_on = streams[:rows], streams[rows : rows + 2, :length]
     train = join(novels[rows + 2 :], encoding)
     code = join([text for _, text in documents("stdlib")], encoding).astype(np.int64)
     code = torch.from_numpy(code[code < 256][: rows * length].reshape(rows, length))
     others = {"another novel": streams[rows + 2 :, :length], "code": code}  # that novel is of the training text
     began, folder = time.process_time(), Path(args.out).parent / "pretrained"
     for seed in range(args.seeds):
-        for name, levels in STREAM.items():
+        for name, (levels, variant) in STREAM.items():
             if (name, seed) in done:
                 continue
-            model = pretrained(levels, train, seed, tokens, folder)
+            model = pretrained(levels, variant, train, seed, tokens, folder)
             with torch.no_grad():
-                grid = {step: bits(model.learn(chosen_on, step=step)[0][:, again // 2 :]) for step in STEPS}
+                grid = {step: bits(model.learn(chosen_on, step=step)[0][:, length // 2 :]) for step in STEPS}
                 step = min(grid, key=lambda s: grid[s] if math.isfinite(grid[s]) else math.inf)
                 still = F.cross_entropy(model(novel[:, :length])[0][:, :-1].mT, novel[:, 1:length], reduction="none")
                 loss, state = model.learn(novel[:, :length], step=step)
@@ -362,7 +366,7 @@ def stream(args, done, report):
                     for part in text.split(length // 4, 1):
                         since = model.learn(part, since, step=step)[1]
                         kept[what].append(read_frozen(model, novel[:, length:], since))
-            report({"learner": name, "seed": seed, "levels": levels, "step": step, "grid": grid,
+            report({"learner": name, "seed": seed, "levels": levels, "variant": variant, "step": step, "grid": grid,
                     "parameters": sum(p.numel() for p in model.parameters()),
                     "second half": {"without": bits(still[:, length // 2 :]), "with": bits(loss[:, length // 2 :])},
                     "continuation": {"start weights": fresh, "after the novel": after_novel, "then": kept},
@@ -444,7 +448,7 @@ def plot(records, command, path):
     if command == "stream":
         figure = Figure(figsize=(12, 3.6), layout="constrained")
         first, *others = figure.subplots(1, 3)
-        for learner, color in zip(STREAM, ("tab:orange", "tab:blue"), strict=True):
+        for learner, color in zip(STREAM, ("tab:orange", "tab:blue", "tab:green"), strict=True):
             own = [r for r in records if r["learner"] == learner]
             if not own:
                 continue
@@ -507,10 +511,10 @@ def main(argv=None):
         args.out = args.out or ("runs/quick/" if args.quick else "results/") + name + ".jsonl"
         out = Path(args.out)
         records = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-        out.parent.mkdir(parents=True, exist_ok=True)
 
         def report(record):
             records.append(record)
+            out.parent.mkdir(parents=True, exist_ok=True)
             with open(out, "a") as file:
                 file.write(json.dumps(record) + "\n")
             print(table([record], args.command)[-1], flush=True)

@@ -2,6 +2,7 @@
 
     python eval.py runs/hope-nano                   # on the held-out part of the run's own corpus
     python eval.py runs/hope-nano --data book.txt   # on the whole of another text, or of a folder of texts
+    python eval.py continual domains --quick        # the same as python continual.py
 
 Every token is scored exactly once, in windows as long as the training rows, memories starting afresh in each. Bits per
 byte divides by the true number of bytes of the text, so models with different tokenizers compare. The result is printed
@@ -61,6 +62,11 @@ def evaluate(run: str, data: str | None = None, device: str = "auto") -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0 done, 2 bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["continual"]:
+        import continual
+
+        return continual.main(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("--data", help="a text file or a folder, scored whole (default: the run's held-out text)")
