@@ -267,7 +267,8 @@ class Hope(nn.Module):
         if updates == "off":
             raise ValueError("updates is 'off'; learn takes 'first_order' or 'full'")
         logits, after = self(tokens, state, updates, step)
-        before = logits[:, :-1] if state is None else torch.cat([state["stream"]["logits"][:, None], logits[:, :-1]], 1)
+        last = None if state is None else state["stream"]["logits"]
+        before = logits[:, :-1] if last is None else torch.cat([last[:, None], logits[:, :-1]], 1)
         targets = tokens[:, tokens.shape[1] - before.shape[1] :]
         return F.cross_entropy(full_precision(before).mT, targets, reduction="none"), after
 
