@@ -13,10 +13,11 @@ training). Three ways to put the levels together:
     nested     (NL 72)       the same chain; a level returns to its learned start whenever the next slower level updates
     independent (NL 74)      y = x + sum_l mix_l * MLP_l(x)            a learned weighted sum of parallel levels
 
-This file holds the forward pass and the calendar: which level is due at which tick. The parameters are the learned
-starts w_0; the weights of the moment ("fast weights", one copy per batch row) live in the state, so that the gradient
-of what is read later flows back into the starts. One level that never updates is the usual SwiGLU block of a
-Transformer.
+On the token clock (Hope.learn in hope.py) the parameters are the learned starts w_0; the weights of the moment ("fast
+weights", one copy per batch row) live in the state, so that the gradient of what is read later flows back into the
+starts. On the step clock (`LevelOptimizer`, at the end of this file) the parameters themselves are the weights of the
+moment, and each level's optimizer accumulates and steps at its own rate. One level that never updates is the usual
+SwiGLU block of a Transformer.
 
     python cms.py        the calendar of each variant, and what an update costs
 """
@@ -55,9 +56,9 @@ class MLP(nn.Module):
     fast: the norm, like everything outside the levels, moves on the training clock alone.
     """
 
-    def __init__(self, d_model, hidden, out_scale=1.0):
+    def __init__(self, d_model, hidden, out_scale=1.0, eps=1e-6):
         super().__init__()
-        self.norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.norm = nn.RMSNorm(d_model, eps=eps)
         self.w_in = nn.Parameter(torch.randn(2 * hidden, d_model) * d_model**-0.5)
         self.w_out = nn.Parameter(torch.randn(d_model, hidden) * (out_scale * hidden**-0.5))
 
@@ -80,12 +81,16 @@ class CMS(nn.Module):
     end of a fast chunk, and only the last level may have chunk=None. variant: one of VARIANTS. out_scale: factor on
     the initial w_out (1 / sqrt(2 n_layers) keeps a deep residual stream at unit scale).
 
+    step: None, or the initial inner step size of every updating level (a number, or one per level), which then is
+    learned, as its logarithm.
+
     state is None when nothing updates in context. Otherwise it is a plain tree, {"position": ticks seen, "fast": [one
-    entry per level]}, an entry being the level's fast weights (see MLP.forward), or None for a level that stays at its
-    start. Raises ValueError for an empty or ill-ordered list of levels, an unknown variant, shapes that do not fit.
+    entry per level], "sums": [one per level]}: the level's fast weights (see MLP.forward), or None for a level that stays
+    at its start; the gradients it has collected since its last update, or None where there are none yet.
+    Raises ValueError for an empty or ill-ordered list of levels, an unknown variant, shapes that do not fit, a step <= 0.
     """
 
-    def __init__(self, d_model, levels, variant="sequential", out_scale=1.0):
+    def __init__(self, d_model, levels, variant="sequential", out_scale=1.0, step=None, eps=1e-6):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"unknown CMS variant {variant!r}; choose one of {', '.join(VARIANTS)}")
@@ -100,9 +105,27 @@ class CMS(nn.Module):
                     "each a multiple of the one before, None (never updates) only as the last"
                 )
         self.d_model, self.levels, self.variant = d_model, tuple(levels), variant
-        self.mlps = nn.ModuleList(MLP(d_model, level.hidden, out_scale) for level in levels)
+        self.mlps = nn.ModuleList(MLP(d_model, level.hidden, out_scale, eps) for level in levels)
         if variant == "independent":
             self.mix = nn.Parameter(torch.full((len(levels),), 1 / len(levels)))
+        self.log_step = None
+        if step is not None:
+            steps = self.steps(step)
+            if min(steps, default=1) <= 0:
+                raise ValueError(f"step is {step}; a learned inner step size must start above 0")
+            self.log_step = nn.Parameter(torch.tensor(steps, dtype=torch.get_default_dtype()).log())
+
+    def steps(self, step=None):
+        """Step size of each updating level, from `step` (a number, or one for each) or, None, the learned ones."""
+        count = sum(level.chunk is not None for level in self.levels)
+        if step is None:
+            if self.log_step is None:
+                raise ValueError("this CMS has no learned inner step size: build it with one (cms_step), or give step")
+            return self.log_step.exp()
+        steps = [float(step)] * count if isinstance(step, (int, float)) else [float(s) for s in step]
+        if len(steps) != count or not all(0 <= s < float("inf") for s in steps):
+            raise ValueError(f"step is {step}; legal is one number >= 0, or one for each of the {count} levels that update")
+        return steps
 
     def forward(self, x, state=None):
         """x [B, T, d_model] -> (y [B, T, d_model], state with its position T ticks on; None stays None)."""
@@ -112,7 +135,7 @@ class CMS(nn.Module):
         if state is not None:
             self._check(state, x)
             fast = state["fast"]
-            state = {"position": state["position"] + x.shape[1], "fast": list(fast)}
+            state = state | {"position": state["position"] + x.shape[1]}
         if self.variant == "independent":
             return sum((mix * mlp(x, w) for mix, mlp, w in zip(self.mix, self.mlps, fast, strict=True)), start=x), state
         for mlp, w in zip(self.mlps, fast, strict=True):
@@ -133,7 +156,28 @@ class CMS(nn.Module):
             raise ValueError(f"batch is {batch}; it must be at least 1 row")
         updates = [level.chunk is not None for level in self.levels]
         fast = [mlp.start(batch) if moves else None for mlp, moves in zip(self.mlps, updates, strict=True)]
-        return {"position": 0, "fast": fast}
+        return {"position": 0, "fast": fast, "sums": [None] * len(fast)}
+
+    def update(self, state, grads, step=None):
+        """NL 71 at tick state["position"]: every level adds `grads` to its sum; those that are due take their step.
+
+        grads: one entry per level, like state["fast"]: the gradient of the summed loss of the ticks since the last call,
+        of which every tick at which a level is due must be the end. step: see `steps`. Returns the new state; nothing is
+        written in place, and the result can be differentiated in everything that can.
+        """
+        due, resets = self.due(state["position"]), self.resets(state["position"])
+        steps, fast, sums = iter(self.steps(step)), [], []
+        for number, (w, total, g) in enumerate(zip(state["fast"], state["sums"], grads, strict=True)):
+            if w is not None:
+                eta, batch = next(steps), w["w_in"].shape[0]
+                total = g if total is None else {name: total[name] + g[name] for name in g}
+                if number in resets:
+                    w, total = self.mlps[number].start(batch), None
+                elif number in due:
+                    w, total = {name: w[name] - eta * total[name] for name in w}, None
+            fast.append(w)
+            sums.append(total)
+        return state | {"fast": fast, "sums": sums}
 
     def due(self, tick):
         """Numbers of the levels that update at the end of tick (the first is 1): chunk C at C, 2C, ... (NL 71)."""
@@ -146,6 +190,73 @@ class CMS(nn.Module):
         those whose next slower level is due, so each takes C_slow / C_fast steps from one start (NL 72); else none."""
         due = self.due(tick)
         return [number for number in due if number + 1 in due] if self.variant == "nested" else []
+
+
+class LevelOptimizer:
+    """The step clock (NL 71 with ticks = training steps): each level accumulates gradients and steps every `chunk` steps.
+
+    optimizer: any torch optimizer built from *named* parameters (`SGD(model.named_parameters(), ...)`, or groups of them).
+    levels: {part of a parameter's name: chunk in steps, None = never steps}; the first part found in a name decides, and
+    "" is found in every name. Mixers and embeddings deserve levels of their own, slower than most: they forget first.
+
+        optimizer = LevelOptimizer(AdamW(model.named_parameters()), {"mlps.0": 1, "mlps.1": 8, "": 16})
+
+    A level that is due hands the *sum* of its gradients (of one training step each) to the optimizer; the parameters of
+    the others have no gradient in that step, and so neither they nor their moments move. `due(step)` names the calendar.
+    `state_dict` holds the sums, so a run resumes in the middle of a period. Raises ValueError for parameters without a
+    name or a level, a chunk < 1, a part that is in no name, the state of other levels.
+    """
+
+    def __init__(self, optimizer, levels):
+        for part, chunk in levels.items():
+            if chunk is not None and (type(chunk) is not int or chunk < 1):
+                raise ValueError(f"level {part!r} has chunk {chunk!r}; it must be at least 1 step, or None (never steps)")
+        groups = optimizer.param_groups
+        if any("param_names" not in group for group in groups):
+            raise ValueError("the optimizer does not know the parameters' names: build it from model.named_parameters()")
+        self.optimizer, self.levels, self.ticks = optimizer, dict(levels), 0
+        self.parameters, self.level, self.sums = {}, {}, {}
+        for name, p in ((name, p) for group in groups for name, p in zip(group["param_names"], group["params"], strict=True)):
+            found = [part for part in levels if part in name]
+            if not found:
+                raise ValueError(f"parameter {name!r} has no level: the levels are {list(levels)}; '' takes all the others")
+            self.parameters[name], self.level[name] = p, found[0]
+        if unused := [part for part in levels if part and part not in self.level.values()]:
+            raise ValueError(f"level {unused[0]!r} has no parameter, among {', '.join(list(self.parameters)[:4])}, ...")
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def due(self, tick):
+        """The levels that step at the end of training step `tick` (the first is 1)."""
+        return [part for part, chunk in self.levels.items() if chunk and tick % chunk == 0]
+
+    @torch.no_grad()
+    def step(self):
+        """Take p.grad of every parameter, which is None afterwards, and let the levels that are due step."""
+        self.ticks += 1
+        due = self.due(self.ticks)
+        for name, p in self.parameters.items():
+            if p.grad is not None and self.levels[self.level[name]]:
+                self.sums[name] = self.sums[name].add_(p.grad) if name in self.sums else p.grad
+            p.grad = self.sums.pop(name, None) if self.level[name] in due else None
+        self.optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self):
+        return {"optimizer": self.optimizer.state_dict(), "ticks": self.ticks, "levels": self.levels,
+                "sums": {name: g.clone() for name, g in self.sums.items()}}  # fmt: skip
+
+    def load_state_dict(self, state):
+        if state["levels"] != self.levels:
+            raise ValueError(f"the state is of levels {state['levels']}; these are {self.levels}")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ticks = state["ticks"]
+        self.sums = {name: g.to(self.parameters[name]).clone() for name, g in state["sums"].items()}
 
 
 def main():

@@ -8,6 +8,7 @@
     python eval.py runs/x --tasks babilong --data-dir DIR --lengths 4096,1000000      # bAbI inside long text (NL fig. 9)
     python eval.py runs/x --tasks position --data book.txt --context 1e6              # does it use its memory? (NL fig. 10)
     python eval.py runs/x --tasks piqa,boolq --limit 100          # any task of lm-eval, by its name there
+    python eval.py continual domains --quick                      # the same as python continual.py
 
 Tables 2 and 3 go through lm-eval (harness.py; pip install -r requirements-eval.txt), because the published rows did; with
 --data-dir DIR they read released files in DIR and need no network. Needles, bAbI and position need no lm-eval.
@@ -443,6 +444,11 @@ def wholes(text: str) -> list[int]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0 done, 2 bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["continual"]:
+        import continual
+
+        return continual.main(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("--tasks", help=f"{', '.join(TABLES)}, or names of lm-eval's tasks, with commas")

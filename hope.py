@@ -10,6 +10,15 @@ Transformer++ (within 2%).
 State is the product: a plain tree of tensors and ints, apart from the weights, that can be saved, loaded, moved and
 continued. Any way of cutting a sequence into calls gives the same logits as one call.
 
+The token clock (NL 71): with `updates` on, the CMS levels learn in context, every row for itself, from the task's own loss.
+
+    tokens      | chunk 1: read, score, differentiate | chunk 2: read with what chunk 1 taught | ...
+    level C     |                           w <- w - eta * sum of the gradients of the last C tokens
+
+Gradients are taken once per chunk of the fastest level, over that whole chunk, with the mixers' state at its start held
+fixed; a loss term belongs to the chunk of its target, and the first one of a chunk, whose prediction was made in the chunk
+before, is dropped. So the result does not depend on how a stream is cut into calls.
+
     python hope.py                                       the model as a nested system: who learns when, from what
     python hope.py generate runs/x --prompt "def "       text from a trained model, streamed, at constant memory
 """
@@ -29,9 +38,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from baselines import TTT, Attention, DeltaNet, GatedDeltaNet, Mamba, RetNet, TitansMAC, TitansMAG, TitansMAL
 from cms import CMS, VARIANTS, Level
+from memory import full_precision
 from titans import NeuralMemory, SelfModifyingTitans
 
 # d_model, n_layers, n_heads, vocab_size: the sizes of the Transformer++ that all models of a preset equal in parameters
@@ -44,11 +55,13 @@ PRESETS = {
     "1.3b": (2048, 24, 32, 32768),
 }
 
+UPDATES = ("off", "first_order", "full")  # of the CMS levels on the token clock
+
 MIXERS = {
     "hope": lambda c: SelfModifyingTitans(
         c.d_model, c.n_heads, c.chunk, c.memory, tuple(c.adaptive), c.momentum, c.inner_step, c.width, out_scale=c.out_scale
     ),
-    "hope_attention": lambda c: Attention(c.d_model, c.n_heads, c.width, out_scale=c.out_scale),
+    "hope_attention": lambda c: Attention(c.d_model, c.n_heads, c.width, c.rope_base, c.out_scale),
     "titans": lambda c: NeuralMemory(c.d_model, c.n_heads, c.chunk, c.depth, c.width, c.out_scale),
     "titans_mac": lambda c: TitansMAC(c.d_model, c.n_heads, c.chunk, c.window, c.depth, c.width, out_scale=c.out_scale),
     "titans_mag": lambda c: TitansMAG(c.d_model, c.n_heads, c.chunk, c.window, c.depth, c.width, out_scale=c.out_scale),
@@ -89,7 +102,10 @@ class HopeConfig:
     block, all levels together; None = solved for equal parameters. conv: width of the short convolution in tokens, 0 =
     none; None = 4, but none for attention and RetNet. expand: width of values over that of keys in RetNet, DeltaNet and Gated
     DeltaNet; None = 2 for RetNet, else 1. window: tokens that the attention of Samba, MAG and MAL sees, and a segment of MAC.
-    The remaining fields belong to the mixers in titans.py; TTT's chunk is 16, as in its paper, unless `chunk` is shorter.
+    cms_step: initial inner step size of the CMS levels on the token clock, a number or one for each level that updates,
+    learned from there on; None = not learned: `learn` is then given one. norm_eps, tied (one table for tokens in and out) and
+    rope_base (of hope_attention) are what pre-trained models differ in. The remaining fields belong to the mixers in
+    titans.py; TTT's chunk is 16, as in its paper, unless `chunk` is shorter.
     """
 
     model: str = "hope"
@@ -100,6 +116,7 @@ class HopeConfig:
     hidden: int | None = None
     levels: list | None = None
     variant: str = "sequential"
+    cms_step: float | list | None = None
     conv: int | None = None
     chunk: int = 64
     memory: str = "matrix"
@@ -109,6 +126,9 @@ class HopeConfig:
     depth: int = 2
     expand: int | None = None
     window: int = 128
+    norm_eps: float = 1e-6
+    tied: bool = True
+    rope_base: float = 10000.0
 
     def __post_init__(self):
         one_of("model", self.model, MIXERS)
@@ -132,12 +152,21 @@ class HopeConfig:
             raise ValueError(f"levels must hold integers of at least 1 token, None only last, got {self.levels!r}")
         if not isinstance(self.adaptive, (list, tuple)) or not set(self.adaptive) <= {"k", "v", "q"}:
             raise ValueError(f"adaptive must be a list out of 'k', 'v', 'q', got {self.adaptive!r}")
-        if not isinstance(self.momentum, bool):
-            raise ValueError(f"momentum must be true or false, got {self.momentum!r}")
+        for name in ("momentum", "tied"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name in ("norm_eps", "rope_base"):
+            if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
         for name in ("hidden", "expand"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1 or None, got {value!r}")
+        if self.cms_step is not None:
+            n = sum(chunk is not None for chunk in self.levels)
+            steps = self.cms_step if isinstance(self.cms_step, (list, tuple)) else [self.cms_step] * n
+            if len(steps) != n or not all(type(s) in (int, float) and 0 < s < math.inf for s in steps):
+                raise ValueError(f"cms_step must be a number above 0, or one for each of {n} levels, got {self.cms_step!r}")
         self.levels, self.adaptive = list(self.levels), list(self.adaptive)
         if self.hidden is None:
             self.hidden = self._equal_hidden()
@@ -183,17 +212,31 @@ class HopeConfig:
 class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.norm = nn.RMSNorm(c.d_model, eps=1e-6)
+        self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
         self.mixer = mixer(c, layer)
         if c.hidden % len(c.levels):
             raise ValueError(f"hidden must be a multiple of the number of levels, got {c.hidden} for {len(c.levels)} levels")
         levels = [Level(chunk, c.hidden // len(c.levels)) for chunk in c.levels]
-        self.cms = CMS(c.d_model, levels, c.variant, c.out_scale)
+        self.cms = CMS(c.d_model, levels, c.variant, c.out_scale, c.cms_step, c.norm_eps)
 
     def forward(self, x, state):
         y, mixer = self.mixer(self.norm(x), state and state["mixer"])
         x, cms = self.cms(x + y, state and state["cms"])
         return x, {"mixer": mixer, "cms": cms}
+
+
+@contextlib.contextmanager
+def twice_differentiable(model):
+    """Fused backward passes have no second derivative: within, every mixer takes its plain path."""
+    fused = [module for module in model.modules() if getattr(module, "fused", False)]
+    for module in fused:
+        module.fused = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for module in fused:
+            module.fused = True
 
 
 class Hope(nn.Module):
@@ -205,10 +248,15 @@ class Hope(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.05)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(self, tokens, state=None):
-        """Embeddings are tied: the table that reads tokens in also scores them. Raises ValueError for ids out of range."""
+    def forward(self, tokens, state=None, updates="off", step=None):
+        """Raises ValueError for ids out of range.
+
+        updates: one of UPDATES, whether the CMS levels take steps in context, and step: how long, see `learn`. A state that
+        was read on with updates "off" has lost its place in the chunk: from there on it can only be read.
+        """
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
             raise ValueError(f"tokens must be [B, T] int64 with B, T >= 1, got shape {tuple(tokens.shape)} of {tokens.dtype}")
         # On a GPU the check would stall the stream; the embedding asserts there.
@@ -216,11 +264,108 @@ class Hope(nn.Module):
             low, high = tokens.min().item(), tokens.max().item()
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), got {low if low < 0 else high}")
+        if one_of("updates", updates, UPDATES) == "off":
+            return self._read(tokens, state)
+        return self._read_and_update(tokens, state, updates == "full", step)
+
+    def _read(self, tokens, state=None):
         x, states = self.embedding(tokens), []
         for i, block in enumerate(self.blocks):
             x, s = block(x, state and state["blocks"][i])
             states.append(s)
-        return F.linear(self.norm(x), self.embedding.weight), {"blocks": states}
+        table = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(self.norm(x), table), {"blocks": states}
+
+    def learn(self, tokens, state=None, updates="first_order", step=None):
+        """Read a stream and learn from it in context (NL 70-74). tokens [B, T] -> (loss, state).
+
+        loss [B, T], in nats: of every token, given all before it; [B, T - 1] where there is no state, because nothing
+        predicts the first token of a stream. step: inner step size of the CMS levels, a number or one for each level that
+        updates; None: the learned ones. It multiplies the *sum* over tokens (NL 71).
+
+        Under torch.no_grad() this is learning at test time. Otherwise loss can be differentiated: the start weights are
+        trained *through* the updates ("full": exact, second order, by the plain path of every mixer) or at the updated
+        weights ("first_order": the inner gradients count as constants). The state is a plain tree like any other. Beside
+        the rows' own weights it holds the sums of the slower levels and, of the unfinished chunk, the mixers' state at its
+        start and its tokens. Raises ValueError for a model without a level that updates, a chunk below 2 tokens, a step
+        that is missing or negative, a state that no call with updates on has returned.
+        """
+        if updates == "off":
+            raise ValueError("updates is 'off'; learn takes 'first_order' or 'full'")
+        logits, after = self(tokens, state, updates, step)
+        last = None if state is None else state["stream"]["logits"]
+        before = logits[:, :-1] if last is None else torch.cat([last[:, None], logits[:, :-1]], 1)
+        targets = tokens[:, tokens.shape[1] - before.shape[1] :]
+        return F.cross_entropy(full_precision(before).mT, targets, reduction="none"), after
+
+    def start_stream(self, batch):
+        """State before the first token of `batch` rows whose CMS levels learn."""
+        if (chunk := self.config.levels[0]) is None or chunk < 2:
+            why = "no level updates" if chunk is None else "a chunk of 1 token has no loss term of its own"
+            raise ValueError(f"levels is {self.config.levels}: {why}; learning in context needs a first chunk of at least 2")
+        blocks = [{"mixer": None, "cms": block.cms.start_state(batch)} for block in self.blocks]
+        if not torch.is_grad_enabled():  # a state is apart from the weights; training alone needs the views
+            blocks = map_state(torch.clone, blocks)
+        empty = torch.empty(batch, 0, dtype=torch.int64, device=self.embedding.weight.device)
+        return {"blocks": blocks, "stream": {"mixers": [None] * len(blocks), "tokens": empty, "logits": None}}
+
+    def _read_and_update(self, tokens, state, full, step):
+        """`forward` with updates on, piece by piece; no piece reaches beyond its chunk."""
+        batch, T = tokens.shape
+        outer = torch.is_grad_enabled()
+        state = self.start_stream(batch) if state is None else state
+        if state.get("stream") is None:
+            raise ValueError("this state was read on with updates off; learning goes on from a state that `learn` returned")
+        if (rows := state["stream"]["tokens"].shape[0]) != batch:
+            raise ValueError(f"the state is of {rows} rows; tokens has {batch}")
+        for block in self.blocks:
+            block.cms.steps(step)  # raises for a bad one
+        out, i = [], 0
+        while i < T:
+            blocks, (mixers, since) = state["blocks"], (state["stream"][name] for name in ("mixers", "tokens"))
+            piece = tokens[:, i : i + self.config.levels[0] - since.shape[1]]
+            since, whole = torch.cat([since, piece], 1), not since.shape[1]
+            complete = since.shape[1] == self.config.levels[0]
+            with twice_differentiable(self) if full else contextlib.nullcontext():
+                if not (whole and complete):
+                    logits, after = self._read(piece, {"blocks": blocks})
+                if complete:
+                    starts = [{"mixer": m, "cms": block["cms"]} for m, block in zip(mixers, blocks, strict=True)]
+                    read, end, grads = self._errors(since, starts, retain=outer, create=outer and full)
+                    if whole:
+                        logits, after = read, end
+            blocks = after["blocks"]
+            if complete:
+                for block, s, g in zip(self.blocks, blocks, grads, strict=True):
+                    s["cms"] = block.cms.update(s["cms"], g, step)
+                mixers, since = [s["mixer"] for s in blocks], since[:, :0]
+            state = {"blocks": blocks, "stream": {"mixers": mixers, "tokens": since, "logits": logits[:, -1]}}
+            out.append(logits)
+            i += piece.shape[1]
+        return torch.cat(out, 1), state
+
+    @torch.enable_grad()
+    def _errors(self, tokens, blocks, retain, create):
+        """One chunk, read from `blocks`, and the gradient of its summed loss at the fast weights it was read with.
+
+        Returns (logits, state, per block and level {name: gradient} or None). retain: keep the graph, for an outer
+        gradient; create: of the gradients, too.
+        """
+
+        def alias(w):  # a node of its own: the gradient is this chunk's alone, although the mixers' state depends on w
+            return w.view_as(w) if w.requires_grad else w.detach().requires_grad_()
+
+        fast = [[w and {name: alias(t) for name, t in w.items()} for w in block["cms"]["fast"]] for block in blocks]
+        read_from = [b | {"cms": b["cms"] | {"fast": f}} for b, f in zip(blocks, fast, strict=True)]
+        logits, state = self._read(tokens, {"blocks": read_from})
+        loss = F.cross_entropy(full_precision(logits[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+        grads = iter(torch.autograd.grad(loss, tensors(fast), retain_graph=retain, create_graph=create))
+        grads = map_state(lambda _: next(grads), fast)
+        for s, block in zip(state["blocks"], blocks, strict=True):
+            s["cms"] = s["cms"] | {"fast": block["cms"]["fast"]}
+        if not retain:
+            logits, state = logits.detach(), map_state(torch.Tensor.detach, state)
+        return logits, state, grads
 
     def generate(self, tokens, n, state=None, temperature=1.0, top_k=None):
         """Sample n tokens after the prompt tokens [B, T], T >= 1; yields each as [B] int64 the moment it is known.
@@ -278,7 +423,7 @@ class Hope(nn.Module):
             size = count(b.cms.mlps[i] for b in self.blocks)
             if level.chunk is not None:
                 what, when = f"CMS level {i + 1}", f"every {level.chunk} tokens"
-                rows.append((level.chunk, what, when, "next-token loss (no steps in context yet)", size))
+                rows.append((level.chunk, what, when, "next-token loss, with `updates` on", size))
         static = count([self]) - sum(row[-1] for row in rows)
         what = "projections, embedding, static MLP"
         rows.append((math.inf, what, "every training step", "next-token loss, training set", static))
@@ -306,6 +451,82 @@ class Hope(nn.Module):
             raise ValueError(f"{path} does not hold the model of {config}: {str(error).splitlines()[0]}") from None
         return model.to(device).eval(), tokenizer
 
+    @classmethod
+    def from_pretrained(cls, folder, levels=(512, None), **changes):
+        """A Llama-family checkpoint (config.json, *.safetensors) as Hope-Attention whose MLPs are CMS levels (NL 7.3).
+
+        levels: chunk lengths from fast to slow. Each pre-trained MLP is shared out among them, hidden unit by hidden unit,
+        as the independent variant with every mixing weight 1: a sum of narrower MLPs, so that at the start, and with step
+        size 0 for ever, this *is* the pre-trained model. changes: further fields of HopeConfig, as cms_step. Weights are
+        read to float32. Grouped keys and values are repeated for each of their heads.
+        Deviation: NL gives every level pre-trained MLPs of its own; here every block has all levels.
+        Raises ValueError for what is no such checkpoint, and for parts that have no place here.
+        """
+        try:
+            from safetensors.torch import load_file as load_safetensors
+        except ImportError:
+            raise ValueError("reading a pre-trained checkpoint needs safetensors: pip install safetensors") from None
+        folder = Path(folder)
+        try:
+            llama = json.loads((folder / "config.json").read_text())
+            weights = {}
+            for file in sorted(folder.glob("*.safetensors")):
+                weights |= load_safetensors(file)
+        except Exception as error:  # safetensors has errors of its own
+            raise ValueError(f"{folder} is no readable checkpoint: {first_line(error)}") from None
+        rope = llama.get("rope_parameters") or llama.get("rope_scaling") or {}
+        foreign = {
+            "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+            "hidden_act": (llama.get("hidden_act", "silu"), "silu"),
+            "attention_bias": (bool(llama.get("attention_bias")), False),
+            "mlp_bias": (bool(llama.get("mlp_bias")), False),
+        }
+        for name, (value, legal) in foreign.items():
+            if value != legal:
+                raise ValueError(f"{folder} has {name} {value!r}; legal is {legal!r}")
+        try:
+            n, d, H = llama["num_hidden_layers"], llama["hidden_size"], llama["num_attention_heads"]
+            groups, eps, tied = llama.get("num_key_value_heads") or H, llama["rms_norm_eps"], llama["tie_word_embeddings"]
+            sizes = dict(vocab_size=llama["vocab_size"], d_model=d, n_layers=n, n_heads=H, hidden=llama["intermediate_size"])
+            if (llama.get("head_dim") or d // H) * H != d:
+                raise ValueError(f"{folder} has head_dim {llama['head_dim']}; legal is hidden_size / heads, {d // H}")
+            base = float(rope.get("rope_theta") or llama.get("rope_theta", 10000.0))
+            own = dict(model="hope_attention", levels=list(levels), variant="independent")
+            model = cls(HopeConfig(**(sizes | own | dict(norm_eps=eps, tied=tied, rope_base=base) | changes)))
+
+            def heads(name, count):  # [count, head width, d], keys and values repeated for every head of their group
+                return weights.pop(name).float().view(count, -1, d).repeat_interleave(H // count, 0)
+
+            def paired(w):  # RoPE there turns channels i and i + width / 2 together, here neighbours
+                return w.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+            new = {"embedding.weight": weights.pop("model.embed_tokens.weight")}
+            new["norm.weight"] = weights.pop("model.norm.weight")
+            if not tied:
+                new["head.weight"] = weights["lm_head.weight"]
+            weights.pop("lm_head.weight", None)
+            for i in range(n):
+                old, at = f"model.layers.{i}.", f"blocks.{i}."
+                q, k, v = (heads(f"{old}self_attn.{x}_proj.weight", c) for x, c in (("q", H), ("k", groups), ("v", groups)))
+                new[at + "norm.weight"] = weights.pop(old + "input_layernorm.weight")
+                new[at + "mixer.qkv.weight"] = torch.cat([paired(q), paired(k), v]).flatten(0, 1)
+                new[at + "mixer.out.weight"] = weights.pop(old + "self_attn.o_proj.weight")
+                norm = weights.pop(old + "post_attention_layernorm.weight")
+                gate, up, down = (weights.pop(f"{old}mlp.{x}_proj.weight") for x in ("gate", "up", "down"))
+                parts = (gate.chunk(len(levels)), up.chunk(len(levels)), down.chunk(len(levels), 1))
+                for level, (gate, up, down) in enumerate(zip(*parts, strict=True)):
+                    mlp = f"{at}cms.mlps.{level}."
+                    new |= {mlp + "norm.weight": norm, mlp + "w_in": torch.cat([gate, up]), mlp + "w_out": down}
+                new[at + "cms.mix"] = torch.ones(len(levels))
+                if model.config.cms_step is not None:
+                    new[at + "cms.log_step"] = model.blocks[i].cms.log_step.detach()
+            model.load_state_dict(new)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{folder} is no checkpoint of the Llama family: {first_line(error)}") from None
+        if left := [name for name in weights if not name.endswith("rotary_emb.inv_freq")]:
+            raise ValueError(f"{folder} has {left[0]}, which has no place here; legal are plain Llama weights")
+        return model.eval()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # State as a value
@@ -320,6 +541,13 @@ def map_state(f, state):
     if isinstance(state, (list, tuple)):
         return [map_state(f, value) for value in state]
     return state
+
+
+def tensors(state):
+    """All tensors of a state, in order."""
+    found = []
+    map_state(found.append, state)
+    return found
 
 
 def save_state(state, path):

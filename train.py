@@ -3,6 +3,7 @@
     python train.py                                         # Hope (nano) on the standard library's source
     python train.py --model transformer --tokens 1e6        # another model, the same data
     python train.py --data notes.txt --set n_layers=2 --set chunk=32
+    python train.py --cms-updates first_order --set levels=[128,256]   # CMS levels learn in context while being trained
     python train.py --resume runs/hope-nano                 # go on after Ctrl-C, a kill, a power cut
     python train.py --resume runs/hope-nano --tokens 4e6    # train longer
     python train.py --help                                  # every field of TrainConfig, with its default
@@ -11,7 +12,7 @@ A run is a folder; everything needed to continue is in it:
 
     config.json     {"model": HopeConfig, "train": TrainConfig, "tokenizer": name, "corpus": its sizes and checksum}
     metrics.jsonl   a line per step {"step", "tokens", "bits_per_byte", "lr", "grad_norm", "tokens_per_s"}, and lines of
-                    validation {"step", "tokens", "val_bits_per_byte", "val_tokens"}
+                    validation {"step", "tokens", "val_bits_per_byte", "val_tokens", "cms_updates"}
     loss.png        the same as a picture
     checkpoint.pt   {"model", "optimizer", "step"}: written beside and renamed, so it is always whole
     sample.txt      text generated at the end
@@ -47,7 +48,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import batch, load_corpus, n_bytes, tokenizer, windows
-from hope import Hope, HopeConfig, device_for, first_line, load_file, write_beside
+from hope import UPDATES, Hope, HopeConfig, device_for, first_line, load_file, write_beside
 from optimizers import OPTIMIZERS, optimizer_by_name
 
 
@@ -65,6 +66,7 @@ POSITIVE = ("above 0", lambda value: 0 < value < math.inf)
 FRACTION = ("0 to 1", lambda value: 0 <= value <= 1)
 BELOW_1 = ("0 to below 1", lambda value: 0 <= value < 1)
 AN_OPTIMIZER = (", ".join(OPTIMIZERS), OPTIMIZERS.__contains__)
+CMS_STEP = 1e-3  # initial inner step size of the CMS levels where they learn in context
 NOT_SET = ("all but model, a flag, and vocab_size, the tokenizer's", {"model", "vocab_size"}.isdisjoint)
 
 
@@ -96,6 +98,8 @@ class TrainConfig:
     save_every: int = flag(200, "steps between checkpoints", *AT_LEAST_1, on_resume=True)
     device: str = flag("auto", "auto, cpu, cuda or cuda:N", on_resume=True)
     threads: int = flag(0, "CPU threads; 0: torch's own choice", *AT_LEAST_0, on_resume=True)
+    cms_updates: str = flag("off", "steps of the CMS levels in context: off, first_order or full; also in validation",
+                            ", ".join(UPDATES), lambda value: value in UPDATES)  # fmt: skip
     compile: bool = flag(False, "torch.compile the model", on_resume=True)
 
     def __post_init__(self):
@@ -104,6 +108,8 @@ class TrainConfig:
             if not f.metadata["check"](value):
                 raise ValueError(f"{f.name} is {value}: legal is {f.metadata['legal']}")
             setattr(self, f.name, value)
+        if self.compile and self.cms_updates != "off":
+            raise ValueError(f"compile is on and cms_updates {self.cms_updates!r}: legal is one of them")
         if self.data != "stdlib":
             self.data = os.path.abspath(self.data)  # a run can be resumed from another folder
 
@@ -184,14 +190,17 @@ def precision(device: torch.device):
 
 
 @torch.no_grad()
-def validate(model: nn.Module, tokens: np.ndarray, batch_size: int, seq_len: int, device) -> tuple[float, int]:
-    """(nats, count) of a token stream [N]: every token scored once, memories starting afresh every seq_len tokens."""
+def validate(model: nn.Module, tokens: np.ndarray, batch_size: int, seq_len: int, device, updates="off") -> tuple[float, int]:
+    """(nats, count) of a token stream [N]: every token scored once, memories starting afresh every seq_len tokens.
+
+    updates: whether the CMS levels take steps in context, see Hope.forward.
+    """
     device, training = torch.device(device), model.training
     model.eval()
     nats, count = 0.0, 0
     for inputs, targets in windows(tokens, batch_size, seq_len):
         with precision(device):
-            logits, _ = model(inputs.to(device))
+            logits, _ = model(inputs.to(device)) if updates == "off" else model(inputs.to(device), updates=updates)
         nats += loss_fn(logits, targets.to(device), reduction="sum").item()
         count += targets.numel()
     model.train(training)
@@ -339,10 +348,14 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
         if saved:
             model_config = HopeConfig(**saved["model"])
         else:
-            fields_set = {"vocab_size": encoding.n_vocab, **config.set}
+            step = {} if config.cms_updates == "off" else {"cms_step": CMS_STEP}
+            fields_set = {"vocab_size": encoding.n_vocab, **step, **config.set}
             model_config = HopeConfig.preset(config.preset, model=config.model, **fields_set)
     except TypeError as error:  # a value of another kind than its field
         raise ValueError(f"set is {config.set}: {first_line(error)}") from None
+    if config.cms_updates != "off" and not 2 <= (model_config.levels[0] or 0) < config.seq_len:
+        why = f"no token of a row sees an update with seq_len {config.seq_len}"
+        raise ValueError(f"levels is {model_config.levels}: {why}; legal is a first chunk from 2 to {config.seq_len - 1}")
     corpus = load_corpus(config.data, encoding)
     fingerprint = corpus.fingerprint()
     if saved and fingerprint != saved["corpus"]:
@@ -401,9 +414,10 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
             on_step(record)
 
     def validation(step: int, tokens: np.ndarray) -> float:
-        nats, count = validate(model, tokens, config.batch_size, config.seq_len, device)
+        nats, count = validate(model, tokens, config.batch_size, config.seq_len, device, config.cms_updates)
         bits = nats / math.log(2) / n_bytes(tokens, encoding)
-        report({"step": step, "tokens": step * config.tokens_per_step, "val_bits_per_byte": bits, "val_tokens": count})
+        report({"step": step, "tokens": step * config.tokens_per_step, "val_bits_per_byte": bits, "val_tokens": count,
+                "cms_updates": config.cms_updates})  # fmt: skip
         return bits
 
     bits_per_nat = len(corpus.train) / corpus.train_bytes / math.log(2)  # nats per token -> bits per byte
@@ -426,7 +440,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
                 loss = 0.0
                 for inputs, targets in zip(*(part.to(device).split(config.batch_size) for part in rows), strict=True):
                     with precision(device):
-                        logits, _ = forward(inputs)
+                        logits, _ = forward(inputs, updates=config.cms_updates)
                     part = loss_fn(logits, targets) / config.accumulate
                     part.backward()
                     loss += part.item()
@@ -495,12 +509,13 @@ def parse(argv: list[str] | None) -> TrainConfig:
     for f in fields(TrainConfig):
         default = "none" if f.type is dict or f.default is None else f.default
         text = f"{f.metadata['help']} (default: {default})"
+        names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
         if f.type is bool:
-            parser.add_argument(f"--{f.name}", help=text, action=argparse.BooleanOptionalAction)
+            parser.add_argument(*names, help=text, action=argparse.BooleanOptionalAction)
         elif f.type is dict:
-            parser.add_argument(f"--{f.name}", help=text, action="append", metavar="FIELD=VALUE")
+            parser.add_argument(*names, help=text, action="append", metavar="FIELD=VALUE")
         else:
-            parser.add_argument(f"--{f.name}", help=text, metavar={int: "N", float: "X"}.get(f.type, "NAME"))
+            parser.add_argument(*names, help=text, metavar={int: "N", float: "X"}.get(f.type, "NAME"))
 
     def error(message):
         raise ValueError(f"{message} (--help lists the flags)")

@@ -355,6 +355,9 @@ BAD = {
     "--set=levels=5": "levels must be a list",
     "--set=hidden=2.5": "hidden must be an integer",
     "--set=momentum=1": "momentum must be true or false",
+    "--set=cms_step=0": "cms_step must be",
+    "--cms-updates=second": "cms_updates is second: legal is off, first_order, full",
+    "--cms-updates=full": "levels is [512, None]: no token of a row sees an update with seq_len 16",
     "--out=text.py": "exists: name a new folder",
     "--resume=runs/none": "not the folder of a run",
     "--resume=half": "no checkpoint|is damaged",
@@ -409,6 +412,27 @@ def test_damaged_checkpoint_gives_one_line(here, capsys, damage):
         assert command(words) == 2
         err = capsys.readouterr().err
         assert len(err.splitlines()) == 1 and "checkpoint" in err, err
+
+
+# CMS levels that learn in context
+
+
+IN_CONTEXT = {**SMALL, "levels": [4, 8]}
+
+
+@pytest.mark.parametrize("updates", ["first_order", "full"])
+def test_levels_that_learn_in_context_are_trained_and_resumed_to_the_same_losses(here, updates):
+    config = small(cms_updates=updates, set=IN_CONTEXT, out="whole")
+    train(config)
+    train(small(cms_updates="off", set=IN_CONTEXT, out="off"))
+    assert losses("whole") != losses("off")
+    assert {r["cms_updates"] for r in log("whole") if "val_tokens" in r} == {updates}
+    with pytest.raises(Stopped):
+        train(small(cms_updates=updates, set=IN_CONTEXT, out="killed"), on_step=killed_after(5))
+    train(resumed("killed"))
+    assert losses("killed") == losses("whole")
+    model, _ = Hope.load("whole")
+    assert (model.blocks[0].cms.log_step != math.log(training.CMS_STEP)).all()  # the step sizes are trained
 
 
 # The command line
