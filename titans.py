@@ -82,7 +82,11 @@ class _CausalConv(torch.autograd.Function):
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
         T = grad.shape[1]
-        grad = torch.ops.aten.silu_backward(grad, _CausalConv.convolve(x, w))
+        y = _CausalConv.convolve(x, w)
+        if torch.is_grad_enabled():  # a second derivative is wanted, which the fused form has not
+            grad = grad * silu_derivative(y)
+        else:
+            grad = torch.ops.aten.silu_backward(grad, y)
         dx, dw = torch.zeros_like(x, dtype=grad.dtype), []
         for j in range(len(w)):
             dx[:, j : j + T].addcmul_(grad, w[j])

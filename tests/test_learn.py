@@ -326,7 +326,7 @@ def test_a_step_that_is_given_takes_the_place_of_the_learned_one():
     bare.load_state_dict({name: p for name, p in model.state_dict().items() if "log_step" not in name})
     with torch.no_grad():
         for block in model.blocks:
-            block.cms.log_step.copy_(torch.tensor([0.02, 0.3]).log())
+            block.cms.log_step.copy_(torch.tensor([0.02, 0.3], dtype=torch.float64).log())
         close(model.learn(x)[0], bare.learn(x, step=[0.02, 0.3])[0])
 
 
@@ -342,12 +342,14 @@ def test_what_was_learned_can_be_read_and_generated_from_without_learning_more()
             model.learn(on, after)
 
 
-def test_a_stream_that_repeats_is_learned():
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_stream_that_repeats_is_learned(seed):
+    """Only the CMS levels of a random model with 8 channels can learn, yet a fifth of the loss and more goes."""
+    torch.manual_seed(seed)
     model, phrase = build("hope"), stream(1, 16)
     with torch.no_grad():
-        loss, _ = model.learn(phrase.repeat(1, 40), step=0.05)
-        still = F.cross_entropy(model(phrase.repeat(1, 40))[0][:, :-1].mT, phrase.repeat(1, 40)[:, 1:])
-    assert loss[:, -16:].mean() < 0.2 * still
+        (learned, _), (still, _) = (model.learn(phrase.repeat(1, 40), step=step) for step in (0.05, 0.0))
+    assert learned[:, -16:].mean() < 0.8 * still[:, -16:].mean()
 
 
 @pytest.mark.parametrize(

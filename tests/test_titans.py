@@ -132,7 +132,8 @@ def test_short_convolution_has_the_gradients_of_finite_differences():
     def f(x, tail, weight):
         return torch.func.functional_call(conv, {"weight": weight}, (x, tail))
 
-    assert torch.autograd.gradcheck(f, [z.requires_grad_() for z in inputs])
+    inputs = [z.requires_grad_() for z in inputs]
+    assert torch.autograd.gradcheck(f, inputs) and torch.autograd.gradgradcheck(f, inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
