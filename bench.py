@@ -296,12 +296,17 @@ def cell_key(config: TrainConfig, corpus: dict) -> str:
 
 
 def read_cells(path: Path) -> dict[str, dict]:
-    """{key: result} of the finished cells; a line torn by a kill does not count."""
+    """{key: result} of the finished cells; a line torn by a kill does not count.
+
+    Settings that came later than a cell have their defaults in its key: a new field's default changes no model.
+    """
     cells = {}
     for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(json.JSONDecodeError, KeyError, TypeError):
+        with suppress(ValueError, KeyError, TypeError):
             cell = json.loads(line)
-            cells[cell["key"]] = cell
+            old = json.loads(cell["key"])
+            new = {"train": asdict(TrainConfig(**old["train"])), "model": HopeConfig(**old["model"]).to_dict()}
+            cells[json.dumps(old | new, sort_keys=True)] = cell
     return cells
 
 
@@ -532,14 +537,14 @@ class DigitsViT(torch.nn.Module):
 
 def digits(args) -> dict:
     """NL figure 11 at toy scale: training loss, test loss and accuracy of a ViT under each optimizer; prints the table."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ValueError("digits needs scikit-learn: pip install scikit-learn") from None
     names, seeds, lrs = split_specs(args.optimizers), numbers(args.seeds, int), numbers(args.lrs, float)
     if SEARCH_SEED in seeds:
         raise ValueError(f"seeds has {SEARCH_SEED}, which chooses the learning rates: legal are others")
     configs = {(name, lr): TrainConfig(optimizer=name, lr=lr, weight_decay=0.05) for name in names for lr in lrs}
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError("digits needs scikit-learn: pip install scikit-learn") from None
     if args.threads:
         torch.set_num_threads(args.threads)
     x, y = (torch.from_numpy(part) for part in load_digits(return_X_y=True))

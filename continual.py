@@ -475,7 +475,10 @@ def plot(records, command, path):
             for i, row in enumerate(R):
                 for j, value in enumerate(row):
                     axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white", fontsize=6)
+            ticks, names = range(len(R)), records[0]["stages"]
             axes.set(title=learner, xlabel="scored on stage", ylabel="after stage")
+            axes.set_xticks(ticks, names, fontsize=6, rotation=20)
+            axes.set_yticks(ticks, names, fontsize=6)
         for axes in grid[len(learners) :]:
             axes.remove()
     write_beside(path, lambda beside: figure.savefig(beside, dpi=120, format="png"))
