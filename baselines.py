@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memory import delta_net, full_precision, gated_delta_net, l2norm, retention, scan
-from titans import NeuralMemory, ShortConvolution, head_width, heads, linear, retention_of
+from titans import NeuralMemory, ShortConvolution, by_chunk, head_width, heads, linear, retention_of
 
 
 @lru_cache(maxsize=8)
@@ -242,15 +242,12 @@ class TTT(Recurrent):
         T, position = q.shape[2], state["position"] if state else 0
         eta = self.base * torch.sigmoid(rates[0] + self.b_eta) / self.chunk
         state = state or self.start_state(q.shape[0])
-        boundary, running, y, i = state["boundary"], state["running"], [], 0
-        while i < T:
-            left = self.chunk - (position + i) % self.chunk  # tokens of this chunk still to come
-            if left == self.chunk:
-                boundary = running
-            now = [z[:, :, i : i + left] for z in (q, k, v, eta)]  # computed again in the backward pass, as in the paper
+        boundary, running, y = state["boundary"], state["running"], []
+        for piece, begins in by_chunk(position, T, self.chunk):
+            boundary = running if begins else boundary
+            now = [z[:, :, piece] for z in (q, k, v, eta)]  # computed again in the backward pass, as in the paper
             y_now, running = checkpoint(self.write, *now, boundary, running, use_reentrant=False, preserve_rng_state=False)
             y.append(y_now)
-            i += left
         if (position + T) % self.chunk == 0:
             boundary = running
         return torch.cat(y, 2), {"boundary": boundary, "running": running}

@@ -67,13 +67,16 @@ from hope import Hope, HopeConfig, device_for, first_line
 from optimizers import OPTIMIZERS, optimizer_by_name
 from train import (
     NonFinite,
+    Parser,
     TrainConfig,
     gradient_norm,
     learning_rate,
     loss_fn,
     optimizer_for,
+    peak_memory,
     precision,
     validate,
+    whole,
     write_json,
 )
 
@@ -163,21 +166,12 @@ def step_memory(config: HopeConfig, batch_size: int, seq_len: int, device: str, 
     model.zero_grad(set_to_none=True)
     if inputs.is_cuda:
         torch.cuda.reset_peak_memory_stats(inputs.device)
-        before = torch.cuda.memory_allocated(inputs.device)
-        training_step(model, inputs, targets)
-        return (torch.cuda.max_memory_allocated(inputs.device) - before) / 2**20
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-
-    def high_water():
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
-
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the resident size
-    before = high_water()
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the resident size
+    before = peak_memory(device)
     training_step(model, inputs, targets)
-    return high_water() - before
+    return None if before is None else peak_memory(device) - before
 
 
 def profile(spec: str, config: HopeConfig, args) -> None:
@@ -805,24 +799,11 @@ def numbers(text: str, kind) -> list:
     return values
 
 
-def count(text: str, least: int = 1) -> int:
-    """A whole number of at least 1; 1e6 is one."""
-    with suppress(ValueError, OverflowError):
-        if float(text).is_integer() and float(text) >= least:
-            return int(float(text))
-    raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
-
-
 def minutes(text: str) -> float:
     with suppress(ValueError):
         if 0 <= float(text) < math.inf:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message} (--help lists the flags)")
 
 
 def parser() -> Parser:
@@ -835,43 +816,43 @@ def parser() -> Parser:
     o = commands.add_parser("optimizers", formatter_class=defaults, help="the same, of models under several optimizers")
     d = commands.add_parser("digits", formatter_class=defaults, help="optimizers on a small vision transformer")
     s.add_argument("--models", default="hope,hope:inner_step=0", help="comma-separated; transformer is always measured")
-    s.add_argument("--seq-len", type=count, default=1024, help="tokens in a row")
-    s.add_argument("--d-model", type=count, default=256, help="width")
-    s.add_argument("--n-layers", type=count, default=4, help="blocks")
-    s.add_argument("--n-heads", type=count, default=4, help="heads")
-    s.add_argument("--repeats", type=count, default=5, help="rounds after the warm-up")
+    s.add_argument("--seq-len", type=whole, default=1024, help="tokens in a row")
+    s.add_argument("--d-model", type=whole, default=256, help="width")
+    s.add_argument("--n-layers", type=whole, default=4, help="blocks")
+    s.add_argument("--n-heads", type=whole, default=4, help="heads")
+    s.add_argument("--repeats", type=whole, default=5, help="rounds after the warm-up")
     s.add_argument("--profile", metavar="MODEL", help="only print where the time of this model's training step goes")
     q.add_argument("--models", default="hope,hope:inner_step=0,transformer,transformer:conv=4,gated_deltanet,titans")
     o.add_argument("--models", default="hope,transformer", help="comma-separated")
     for command, tokens, seeds in ((q, 1_000_000, "0,1,2"), (o, 500_000, "0")):
-        command.add_argument("--tokens", type=count, default=tokens, help="of each run, rounded up to whole steps")
+        command.add_argument("--tokens", type=whole, default=tokens, help="of each run, rounded up to whole steps")
         command.add_argument("--seeds", default=seeds, help="of weights and batches")
         command.add_argument("--lrs", default="1.5e-3,3e-3,6e-3", help="grid of learning rates")
-        command.add_argument("--lr-tokens", type=count, default=tokens // 4, help="tokens of a learning-rate run")
-        command.add_argument("--seq-len", type=count, default=512, help="tokens in a row")
-        command.add_argument("--eval-tokens", type=count, default=262_144, help="held-out tokens, from the first on")
+        command.add_argument("--lr-tokens", type=whole, default=tokens // 4, help="tokens of a learning-rate run")
+        command.add_argument("--seq-len", type=whole, default=512, help="tokens in a row")
+        command.add_argument("--eval-tokens", type=whole, default=262_144, help="held-out tokens, from the first on")
         command.add_argument("--preset", default="nano", help="size of the models")
         command.add_argument("--data", default="stdlib", help="'stdlib', a text file or a folder")
-        command.add_argument("--jobs", type=count, default=2, help="cells trained at once; they share the cores")
+        command.add_argument("--jobs", type=whole, default=2, help="cells trained at once; they share the cores")
         command.add_argument("--minutes", type=minutes, default=0.0, help="also train each model for this long; 0: do not")
-    o.add_argument("--rounds", type=count, default=20, help="rounds of ten optimizer steps that are timed")
+    o.add_argument("--rounds", type=whole, default=20, help="rounds of ten optimizer steps that are timed")
     o.add_argument("--optimizers", default="adamw,muon,m3,delta_momentum,dmgd", help=f"out of {', '.join(OPTIMIZERS)}")
     d.add_argument("--optimizers", default="adamw,muon,m3", help=f"out of {', '.join(OPTIMIZERS)}")
-    d.add_argument("--steps", type=count, default=300, help="of every run")
+    d.add_argument("--steps", type=whole, default=300, help="of every run")
     d.add_argument("--seeds", default="0,1,2", help="of weights and batches")
     d.add_argument("--lrs", default="1e-3,3e-3,1e-2", help="grid of learning rates")
-    d.add_argument("--batch", type=count, default=64, help="images in a batch")
+    d.add_argument("--batch", type=whole, default=64, help="images in a batch")
     d.add_argument("--out", default="results/digits.json", help="the result as JSON")
     k = commands.add_parser("kernels", formatter_class=defaults, help="the fused kernels, on a GPU")
     k.add_argument("--heads", default="128,256", help="batch x heads, multiples of 16")
     k.add_argument("--lengths", default="2048,4096,8192,16384,32768", help="tokens in a row")
-    k.add_argument("--chunk", type=count, default=64, help="tokens that self-modifying memories generate at once")
+    k.add_argument("--chunk", type=whole, default=64, help="tokens that self-modifying memories generate at once")
     k.add_argument("--preset", default="340m", help="size of the models whose training steps are timed; none: leave them out")
     k.add_argument("--models", default="hope", help="comma-separated; transformer is always measured")
     for command in (s, q, o, d):
-        command.add_argument("--threads", type=lambda text: count(text, 0), default=0, help="CPU threads of a process; 0: all")
+        command.add_argument("--threads", type=lambda text: whole(text, 0), default=0, help="CPU threads of a process; 0: all")
     for command in (s, q, o):
-        command.add_argument("--batch", type=count, default=4, help="rows in a batch")
+        command.add_argument("--batch", type=whole, default=4, help="rows in a batch")
     for command in (s, q, o, k):
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         command.add_argument("--out", default=f"results/{command.prog.split()[-1]}.json", help="the result as JSON")

@@ -19,11 +19,9 @@ with the published ones, and must not look it.
 """
 
 import argparse
-import contextlib
 import difflib
 import json
 import math
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +34,17 @@ from data import documents, join, load_corpus, n_bytes, tokenizer
 from harness import Scorer, harness, token_losses
 from hope import Hope, device_for, write_beside
 from tasks import NEEDLES, babi, babilong, needle
-from train import NonFinite, TrainConfig, read_config, read_metrics, validate, write_json
+from train import (
+    NonFinite,
+    Parser,
+    TrainConfig,
+    peak_memory,
+    read_config,
+    read_metrics,
+    validate,
+    whole,
+    write_json,
+)
 
 # Column of the paper: task and metric of lm-eval, and what guessing scores.
 TABLE2 = {
@@ -116,7 +124,7 @@ class Run:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "training_tokens": max((r["tokens"] for r in read_metrics(self.folder)), default=0),
             "trained_on": self.config["corpus"]["name"],
-            "cms_steps_in_context": "off",  # the CMS takes no steps on the token clock yet
+            "cms_steps_in_context": "off",  # whatever the training did: `validate` and `Scorer` read with updates off
         }
 
     def record(self, result: dict) -> None:
@@ -313,14 +321,6 @@ def position(scorer: Scorer, tokens: np.ndarray, seq_len: int, context: int, row
     return means | {"to": to, "rows": rows, "peak_mib": [peak[0], peak[-1]], "curve": kept.numpy()}
 
 
-def peak_memory(device) -> float | None:
-    """Most memory held so far, in MiB: the GPU's, or this process's where Linux says (ru_maxrss may be the parent's)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10 if status.exists() else None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Beside the paper
 
@@ -429,14 +429,6 @@ def run_tasks(args) -> None:
             tqdm.write(f"\n{text}")
 
 
-def whole(text: str) -> int:
-    """A flag: a whole number of at least 1, as 1000000 or 1e6."""
-    with contextlib.suppress(ValueError, OverflowError):
-        if (value := int(float(text))) >= 1 and value == float(text):
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r}: legal is a whole number of at least 1, as 4096 or 1e6")
-
-
 def wholes(text: str) -> list[int]:
     """A flag: several, with commas."""
     return [whole(part) for part in text.split(",")]
@@ -449,7 +441,7 @@ def main(argv: list[str] | None = None) -> int:
         import continual
 
         return continual.main(argv[1:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("--tasks", help=f"{', '.join(TABLES)}, or names of lm-eval's tasks, with commas")
     parser.add_argument("--data", help="a text file or a folder, scored whole (default: the run's held-out text)")
@@ -463,10 +455,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of table1 and babilong")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
-    def error(message):
-        raise ValueError(f"{message} (--help lists the flags)")
-
-    parser.error = error  # one line, like every other message
     try:
         args = parser.parse_args(argv)
         if args.tasks is not None:

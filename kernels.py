@@ -126,6 +126,24 @@ def _at(n, tok, T, width, cols):
     return (n * T + tok)[None, :] * width + cols[:, None], (tok < T)[None, :] & (cols < width)[:, None]
 
 
+@triton.jit
+def _tile(n, i, T, dk, dv, h, v, C: tl.constexpr):
+    """Tile i of memory n: offsets in the series, which of its tokens there are, the last; then `_at` of keys and of values."""
+    tok = i * C + tl.arange(0, C)
+    kat, kok = _at(n, tok, T, dk, h)
+    vat, vok = _at(n, tok, T, dv, v)
+    return n * T + tok, tok < T, tl.minimum(T - i * C, C) - 1, kat, kok, vat, vok
+
+
+@triton.jit
+def _factor(delta, gate, ok, C: tl.constexpr, DELTA: tl.constexpr):
+    """delta [C]: 1 for the plain rule (DELTA 1), else its series (2)."""
+    d = tl.full([C], 1.0, tl.float32)
+    if DELTA == 2:
+        d = tl.load(delta + gate, mask=ok, other=0.0)
+    return d
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The learning rule
 
@@ -149,11 +167,8 @@ def _scan_forward(W, S, k, u, q, eta, alpha, theta, delta, y, W_T, S_T, W_kept, 
     if MOMENTUM:
         z = tl.load(S + start * size + at, mask=real, other=0.0)
     for i in range(lo, hi):
-        tok = i * C + t
-        ok, last = tok < T, tl.minimum(T - i * C, C) - 1
-        gate, kept = n * T + tok, n * tiles + i - first
-        kat, kok = _at(n, tok, T, dk, h)
-        vat, vok = _at(n, tok, T, dv, v)
+        kept = n * tiles + i - first
+        gate, ok, last, kat, kok, vat, vok = _tile(n, i, T, dk, dv, h, v, C)
         K = tl.load(k + kat, mask=kok, other=0.0)
         r = tl.load(u + vat, mask=vok, other=0.0).to(tl.float32)
         et = tl.load(eta + gate, mask=ok, other=0.0)
@@ -168,9 +183,7 @@ def _scan_forward(W, S, k, u, q, eta, alpha, theta, delta, y, W_T, S_T, W_kept, 
             if MOMENTUM:
                 tl.store(S_kept + checkpoint + at, z, mask=real)
         if DELTA:
-            d = tl.full([C], 1.0, tl.float32)
-            if DELTA == 2:
-                d = tl.load(delta + gate, mask=ok, other=0.0)
+            d = _factor(delta, gate, ok, C, DELTA)
             X = _inverse(d[:, None] * c0 * et[None, :] * _dot(tl.trans(K), K, TYPE), C)
             r -= (d * a0)[None, :] * _dot(w, K, TYPE)
             if MOMENTUM:
@@ -212,11 +225,8 @@ def _scan_chain(k, q, eta, alpha, theta, delta, dy, X_kept, dW, dS, dW_kept, dS_
         dz = tl.load(dS + n * size + at, mask=real, other=0.0)
     for back in range(0, tiles):
         i = first + tiles - 1 - back
-        tok = i * C + t
-        ok, last = tok < T, tl.minimum(T - i * C, C) - 1
-        gate, kept = n * T + tok, n * tiles + i - first
-        kat, kok = _at(n, tok, T, dk, h)
-        vat, vok = _at(n, tok, T, dv, v)
+        kept = n * tiles + i - first
+        gate, ok, last, kat, kok, vat, vok = _tile(n, i, T, dk, dv, h, v, C)
         K = tl.load(k + kat, mask=kok, other=0.0)
         et = tl.load(eta + gate, mask=ok, other=0.0)
         al, A0, a0, th, T0, t0, T1, c0, b0, c1 = _weights(alpha, theta, gate, ok, C, MOMENTUM)
@@ -236,9 +246,7 @@ def _scan_chain(k, q, eta, alpha, theta, delta, dy, X_kept, dW, dS, dW_kept, dS_
                 dz += _dot((al * b0 + th * t0)[None, :] * dY, tl.trans(Q), TYPE)
         dw = dw_next
         if DELTA:
-            d = tl.full([C], 1.0, tl.float32)
-            if DELTA == 2:
-                d = tl.load(delta + gate, mask=ok, other=0.0)
+            d = _factor(delta, gate, ok, C, DELTA)
             dr = _dot(dr, tl.load(X_kept + (kept * C + t[:, None]) * C + t[None, :]), tl.float32)
             dw -= _dot((d * a0)[None, :] * dr, tl.trans(K), TYPE)
             if MOMENTUM:
@@ -259,11 +267,8 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
     v, h, t = j * DV + tl.arange(0, DV), tl.arange(0, DK), tl.arange(0, C)
     at, real = v[:, None] * dk + h[None, :], (v < dv)[:, None] & (h < dk)[None, :]
     share, size = j * tl.num_programs(0) * T, dv * dk
-    tok = i * C + t
-    ok, last = tok < T, tl.minimum(T - i * C, C) - 1
-    gate, kept = n * T + tok, n * tiles + i - first
-    kat, kok = _at(n, tok, T, dk, h)
-    vat, vok = _at(n, tok, T, dv, v)
+    kept = n * tiles + i - first
+    gate, ok, last, kat, kok, vat, vok = _tile(n, i, T, dk, dv, h, v, C)
     K = tl.load(k + kat, mask=kok, other=0.0)
     et = tl.load(eta + gate, mask=ok, other=0.0)
     al, A0, a0, th, T0, t0, T1, c0, b0, c1 = _weights(alpha, theta, gate, ok, C, MOMENTUM)
@@ -310,9 +315,7 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
     # through the errors
     dc0, da0, db0 = al[:, None] * dc1, al * da, al * db
     if DELTA:
-        d = tl.full([C], 1.0, tl.float32)
-        if DELTA == 2:
-            d = tl.load(delta + gate, mask=ok, other=0.0)
+        d = _factor(delta, gate, ok, C, DELTA)
         dr = tl.load(du + vat, mask=vok, other=0.0)
         part = _dot(tl.trans(w), dr, TYPE)
         dK -= (d * a0)[None, :] * part
@@ -374,6 +377,18 @@ def _own(x, C: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def _piece(n, i, kept, T, chunk, PER, row, i0, C: tl.constexpr, D: tl.constexpr):
+    """Tile i of memory n, cut so that chunks begin tiles: its first token, the end of its chunk, its tokens, which there are,
+    the last; offsets in [N, T, D] and, as the kept-th tile, in [C, 4 D] and [C, D], transposed."""
+    begin = i // PER * chunk + i % PER * C
+    end = tl.minimum(T, (i // PER + 1) * chunk)
+    t = tl.arange(0, C)
+    tok, at = begin + t, kept * C + t
+    xat, rat = (n * T + tok)[None, :] * D + i0[:, None], at[None, :] * (4 * D) + row[:, None]
+    return begin, end, tok, tok < end, tl.minimum(end - begin, C) - 1, xat, rat, at[None, :] * D + i0[:, None]
+
+
+@triton.jit
 def _softplus(z):
     return tl.maximum(z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z)))
 
@@ -396,12 +411,8 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, dy, 
     be, ba, rate = tl.load(b_eta + n), tl.load(b_alpha + n), step * tl.load(A + n)
     B = w.to(TYPE)
     for i in range(lo, hi):
-        begin = i // PER * chunk + i % PER * C
-        end = tl.minimum(T, (i // PER + 1) * chunk)
-        tok, last = begin + t, tl.minimum(end - begin, C) - 1
-        ok, kept = tok < end, n * tiles + i - first
-        xat, rat = (n * T + tok)[None, :] * D + i0[:, None], (kept * C + t)[None, :] * (4 * D) + row[:, None]
-        kat = (kept * C + t)[None, :] * D + i0[:, None]
+        kept = n * tiles + i - first
+        begin, end, tok, ok, last, xat, rat, kat = _piece(n, i, kept, T, chunk, PER, row, i0, C, D)
         w0 = tl.load(W0 + h * size + at, mask=real, other=0.0)
         B = tl.where(i % PER == 0, (w0.to(tl.float32) + w).to(TYPE), B)
         if AGAIN:
@@ -472,12 +483,8 @@ def _modify_chain(x, q, W0, A, dy, K_kept, V_kept, W_kept, r_kept, X_kept, z_kep
     rate = step * tl.load(A + n)
     for back in range(0, tiles):
         i = first + tiles - 1 - back
-        begin = i // PER * chunk + i % PER * C
-        end = tl.minimum(T, (i // PER + 1) * chunk)
-        tok, last = begin + t, tl.minimum(end - begin, C) - 1
-        ok, kept = tok < end, n * tiles + i - first
-        xat, rat = (n * T + tok)[None, :] * D + i0[:, None], (kept * C + t)[None, :] * (4 * D) + row[:, None]
-        kat = (kept * C + t)[None, :] * D + i0[:, None]
+        kept = n * tiles + i - first
+        begin, end, tok, ok, last, xat, rat, kat = _piece(n, i, kept, T, chunk, PER, row, i0, C, D)
         z = z_kept + kept * 4 * C + t
         z_eta, z_alpha, nk, nv = tl.load(z), tl.load(z + C), tl.load(z + 2 * C), tl.load(z + 3 * C)
         al, sig = tl.where(ok, tl.exp(-rate * _softplus(z_alpha)), 1.0), tl.sigmoid(z_eta)
@@ -572,6 +579,7 @@ def _modify_starts(x, K_kept, V_kept, d_kept, dG_kept, dW0, T, chunk, PER, first
 
 EVERY = 8  # tiles from one kept state to the next: 1/8 of what keeping all would take, and 1/8 of the backward's parallel work
 SPAN = 64  # tiles whose states the backward holds at once, a multiple of EVERY
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 STAGES = 1  # no loads ahead: shared memory is full of operands
 WARPS = {"scan forward": 4, "scan again": 4, "scan chain": 4, "scan local": 4,
          "modify forward": 8, "modify again": 8, "modify chain": 8, "modify starts": 4}  # fmt: skip
@@ -579,7 +587,6 @@ WARPS = {"scan forward": 4, "scan again": 4, "scan chain": 4, "scan local": 4,
 
 def _launch(name):
     return dict(num_warps=WARPS[name], num_stages=STAGES)
-
 
 
 def _padded(width, least=16):
@@ -592,9 +599,6 @@ def _setting(W, k, u, q, theta, delta, delta_rule, tile):
     sizes = dict(C=min(_padded(tile), 32), DV=min(_padded(dv), 64), DK=_padded(dk), TYPE=TYPES[k.dtype])
     sizes |= dict(MOMENTUM=theta is not None, DELTA=2 if delta is not None else int(delta_rule), READ=q is not None)
     return N, k.shape[1], dv, dk, triton.cdiv(dv, sizes["DV"]), triton.cdiv(k.shape[1], sizes["C"]), sizes
-
-
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
 @torch.library.custom_op("nested_learning::scan", mutates_args=())

@@ -168,10 +168,7 @@ class GradientDescent(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One gradient into every memory, one step of every parameter. closure, if given, computes the loss, returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         self.check_gradients()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -192,6 +189,12 @@ class GradientDescent(torch.optim.Optimizer):
             for p in params:
                 if not p.grad.isfinite().all():
                     raise ValueError(f"the gradient of a parameter of shape {tuple(p.shape)} is not finite")
+
+
+def loss_of(closure):
+    """What the closure of a step computes, with gradients; None without one."""
+    with torch.enable_grad():
+        return closure and closure()
 
 
 def tensor(state, name, like):
@@ -456,11 +459,7 @@ class DGD(GradientDescent):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        tokens = {}
+        loss, tokens = loss_of(closure), {}
         for layer, records in self.seen.items():
             if records:
                 x, gradient = (torch.cat([part.flatten(0, -2) for part in parts]) for parts in zip(*records, strict=True))

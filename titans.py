@@ -134,6 +134,15 @@ def head_width(d_model, n_heads):
     return d_model // n_heads
 
 
+def by_chunk(position, T, chunk):
+    """Cuts T tokens that begin at an absolute position where chunks end -> (slice, whether it begins a chunk), in order."""
+    i = 0
+    while i < T:
+        left = chunk - (position + i) % chunk  # tokens of this chunk still to come
+        yield slice(i, i + left), left == chunk
+        i += left
+
+
 def retention_of(z, A):
     """exp(-A softplus(z)): comes as close to 1 as float32 can hold, where a sigmoid's gradient has long vanished."""
     return torch.exp(-A * F.softplus(z))
@@ -345,24 +354,22 @@ class SelfModifyingTitans(nn.Module):
             streams[name] = l2norm(streams[name], EPS)
 
         position, boundary, running, momentum = (state[name] for name in ("position", "boundary", "running", "momentum"))
-        y, i = [], 0
+        y = []
         # what the fused kernels multiply in; torch's path stays in float32
         operands = torch.bfloat16 if x.is_cuda and torch.is_autocast_enabled("cuda") else z.dtype
         with torch.autocast(x.device.type, enabled=False):
-            while i < T:
-                left = self.chunk - (position + i) % self.chunk  # tokens of this chunk still to come
-                if left == self.chunk:
-                    boundary = running
-                whole = self.fused and left == self.chunk and T - i >= self.chunk
-                n = T - i if whole else left
-                now = {name: s[:, :, i : i + n] for name, s in streams.items()}
+            for piece, begins in by_chunk(position, T, self.chunk):
+                boundary = running if begins else boundary
+                whole = self.fused and begins and T - piece.start >= self.chunk
+                now = {name: s[:, :, piece.start : T if whole else piece.stop] for name, s in streams.items()}
                 if whole:
                     y_now, boundary, running = self._chunks(now["x"], now["q"], running, operands)
                 else:  # computed again in the backward pass: an MLP's chunk otherwise keeps seven times the memory
                     args = (self._chunk, now, boundary, running, momentum)
                     y_now, running, momentum = checkpoint(*args, use_reentrant=False, preserve_rng_state=False)
                 y.append(y_now)
-                i += n
+                if whole:
+                    break
         if (position + T) % self.chunk == 0:
             boundary = running
         y = self.norm(torch.cat(y, 2) if len(y) > 1 else y[0]).to(x.dtype).transpose(1, 2).flatten(2)
@@ -501,19 +508,15 @@ class NeuralMemory(nn.Module):
         theta, alpha = torch.sigmoid(theta), retention_of(alpha, 1.0)
         eta = torch.sigmoid(eta) * (1 - theta) / self.chunk
         position, boundary, running, momentum = (state[name] for name in ("position", "boundary", "running", "momentum"))
-        y, i = [], 0
+        y = []
         with torch.autocast(x.device.type, enabled=False):
-            while i < T:
-                left = self.chunk - (position + i) % self.chunk
-                if left == self.chunk:
-                    boundary = running
-                now = slice(i, i + left)
+            for now, begins in by_chunk(position, T, self.chunk):
+                boundary = running if begins else boundary
                 y_now, running, momentum = write(
                     boundary, k[:, :, now], v[:, :, now], eta[..., now], alpha[..., now], q[:, :, now],
                     theta=theta[..., now], momentum=momentum, delta=0.0, running=running,
                 )  # fmt: skip
                 y.append(y_now)
-                i += left
         if (position + T) % self.chunk == 0:
             boundary = running
         y = self.norm(torch.cat(y, 2)).to(x.dtype).transpose(1, 2).flatten(2)

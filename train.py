@@ -26,6 +26,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -211,6 +212,14 @@ def validate(model: nn.Module, tokens: np.ndarray, batch_size: int, seq_len: int
 
 class NonFinite(RuntimeError):
     """A loss or gradient that is not a number or infinite."""
+
+
+def peak_memory(device) -> float | None:
+    """Most memory held so far, in MiB: the GPU's, or this process's where Linux says (ru_maxrss may be the parent's)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10 if status.exists() else None
 
 
 def gradient_norm(model: nn.Module, step: int, loss: float) -> torch.Tensor:
@@ -497,12 +506,27 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
             "parameters": size, "seconds": time.perf_counter() - began_run}  # fmt: skip
 
 
-# The command line
+# The command line; its pieces serve eval.py and bench.py too
+
+
+class Parser(argparse.ArgumentParser):
+    """A bad flag is a ValueError, one line like every other message."""
+
+    def error(self, message):
+        raise ValueError(f"{message} (--help lists the flags)")
+
+
+def whole(text: str, least: int = 1) -> int:
+    """A flag: a whole number, as 1000000 or 1e6."""
+    with contextlib.suppress(ValueError, OverflowError):
+        if float(text).is_integer() and float(text) >= least:
+            return int(float(text))
+    raise argparse.ArgumentTypeError(f"{text!r}: legal is a whole number of at least {least}, as 4096 or 1e6")
 
 
 def parse(argv: list[str] | None) -> TrainConfig:
     """TrainConfig from flags. ValueError for a bad one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python train.py [--flag value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
     )  # fmt: skip
@@ -517,10 +541,6 @@ def parse(argv: list[str] | None) -> TrainConfig:
         else:
             parser.add_argument(*names, help=text, metavar={int: "N", float: "X"}.get(f.type, "NAME"))
 
-    def error(message):
-        raise ValueError(f"{message} (--help lists the flags)")
-
-    parser.error = error  # one line, like every other message
     given = vars(parser.parse_args(argv))
     return resumed(given.pop("resume"), **given) if given.get("resume") else TrainConfig(**given)
 
