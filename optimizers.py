@@ -487,14 +487,14 @@ class DGD(GradientDescent):
 def split_parameters(model):
     """(matrices, decayed, plain): the matrices a matrix optimizer takes, and what goes to AdamW with and without decay.
 
-    plain: embeddings, vectors, biases, and the learned starts of memories, which retention pulls back to already. decayed:
-    what is no map between two spaces of features though it has two or more dimensions: heads (their rows are classes),
-    convolutions. All in the model's order; a tied head is an embedding.
+    plain: embeddings, persistent tokens, vectors, biases, the rates of Mamba's states, and the learned starts of memories,
+    which retention pulls back to already. decayed: what is no map between two spaces of features though it has two or more
+    dimensions: heads (their rows are classes), convolutions. All in the model's order; a tied head is an embedding.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices, decayed, plain = [], [], []
     for name, p in model.named_parameters():
-        if p.ndim < 2 or id(p) in embeddings or "start" in name or name.endswith("bias"):
+        if p.ndim < 2 or id(p) in embeddings or "start" in name or name.endswith(("bias", "log_A", "persistent")):
             plain.append(p)
         elif p.ndim > 2 or {"conv", "head", "lm_head"} & set(name.split(".")):
             decayed.append(p)

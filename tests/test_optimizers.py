@@ -533,7 +533,7 @@ def test_matrices_are_what_maps_features_to_features():
     assert plain == ["start", "start2", "embedding.weight", "linear.bias", "conv.bias", "norm.weight"]
 
 
-@pytest.mark.parametrize("name", ["hope", "titans", "transformer", "gated_deltanet"])
+@pytest.mark.parametrize("name", ["hope", "titans", "transformer", "gated_deltanet", "samba", "titans_mac"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_of_a_model_has_one_optimizer(name, kind):
     model = Hope(HopeConfig.preset("nano", model=name, d_model=32, n_layers=1, n_heads=2))
@@ -541,7 +541,7 @@ def test_every_parameter_of_a_model_has_one_optimizer(name, kind):
     assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in model.parameters())
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     for parameter, p in model.named_parameters():
-        undecayed = p.ndim < 2 or "start" in parameter or "embedding" in parameter or "bias" in parameter
+        undecayed = p.ndim < 2 or any(part in parameter for part in ("start", "embedding", "bias", "log_A", "persistent"))
         assert decay[id(p)] == (0 if undecayed else 0.1), parameter
 
 
