@@ -379,20 +379,25 @@ def draw(path: Path, paper: dict, values: list, facts: dict) -> None:
 
 
 def draw_position(run: Run, made: dict) -> None:
-    """position.png: the loss by position, its means up to 1, 2, 4 ... training rows, and those of a memory begun afresh."""
+    """position.png: the loss by position, its means up to 1, 2, 4 ... training rows; what a memory begun afresh loses."""
     from matplotlib.figure import Figure
 
-    curve, length, facts = made["curve"] / math.log(2), run.train.seq_len, run.facts()
+    curve, to, length, facts = made["curve"] / math.log(2), made["to"], run.train.seq_len, run.facts()
     edges = np.unique(np.geomspace(1, len(curve) + 1, 40).astype(int)) - 1
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.stairs([curve[a:b].mean() for a, b in zip(edges, edges[1:], strict=False)], edges + 1, color="tab:blue", alpha=0.5)
-    axes.plot(made["to"], made["kept"], "o", color="tab:blue", label="memory kept (mean since the point before)")
-    axes.plot(made["to"], made["fresh"], "x", color="tab:orange", label=f"the same tokens, memory afresh every {length}")
-    axes.axvline(length, color="0.7", linestyle=":", label="length of training rows")
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=[2, 1])
+    steps = [curve[a:b].mean() for a, b in zip(edges, edges[1:], strict=False)]
+    top.stairs(steps, edges + 1, baseline=None, color="tab:blue", alpha=0.5)
+    top.plot(to, made["kept"], "o", color="tab:blue", label="mean since the point before")
+    top.set_ylim(0.9 * min(made["kept"]), 1.2 * max(made["kept"]))  # the first few tokens would hide all others
+    bottom.plot(to, np.subtract(made["fresh"], made["kept"]), "o-", color="tab:orange")
+    bottom.axhline(0, color="0.7", linewidth=1)
+    for axes in (top, bottom):
+        axes.axvline(length, color="0.7", linestyle=":", label="length of training rows")
+    top.legend()
     title = f"{facts['model']}, {short(facts['parameters'])} parameters, {short(facts['training_tokens'])} training tokens"
-    axes.set(xscale="log", xlabel="position (tokens)", ylabel="bits per token", title=title)
-    axes.legend()
+    top.set(xscale="log", ylabel="bits per token", title=title)
+    bottom.set(xlabel="position (tokens)", ylabel=f"worse if begun\nafresh every {length}")
     write_beside(run.folder / "position.png", lambda beside: figure.savefig(beside, format="png", dpi=120))
 
 
