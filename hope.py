@@ -529,6 +529,78 @@ class Hope(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Counting
+
+
+def flops_per_token(config, seq_len):
+    """FLOPs of training on one token of rows of seq_len: forward and backward, CMS updates off, all layers.
+
+    Counted are products, 2 FLOPs per multiply-add: 6 per parameter of a matrix, once forward and twice backward, plus what the
+    mixers multiply besides. Not counted: elementwise work, and what a backward pass computes again to save memory. Attention
+    counts the keys that its queries see, half of a causal square, as fused attention computes; scans count whole tiles.
+    """
+    c = config
+    with torch.device("meta"):  # counts only
+        model = Hope(c)
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    mlps = sum(p.numel() for block in model.blocks for mlp in block.cms.mlps for p in (mlp.w_in, mlp.w_out))
+    matrices = linear + mlps + (c.vocab_size * c.d_model if c.tied else 0)
+    own = sum(_products(c, type(block.mixer), seq_len) for block in model.blocks)
+    return 6.0 * matrices + 2.0 * own
+
+
+def _products(c, kind, T):
+    """Multiply-adds per token, forward and backward, of one mixer beyond its projections."""
+    d, H = c.d_model, c.n_heads
+    w = d // H  # of a head; scans below are of one head
+
+    def scan(dk, dv, tile, delta, momentum=False, decays=0):
+        """memory.scan, by its lines: read and write of the state, of the tile; decays: rates with a gradient of their own."""
+        C = min(tile, 64, T)
+        forward = 2 * dk * dv + C * (dk + dv)
+        forward += (dk * dv + C * (dk + dv)) * delta + (2 * dk * dv + C * C) * momentum
+        return 3 * forward + C * C * (delta / 3 + decays)  # the solve's inverse has no backward, a decay no product forward
+
+    def attention(window, width=2):  # width: of a key and a value together, in heads' widths
+        n = min(window or T, T)
+        keys = n - n * (n - 1) / (2 * T)  # the mean over a row of min(t, n)
+        return 3 * width * d * keys
+
+    def neural_memory(L):  # surprise at the boundary, then a layer of read and write at a time
+        return H * (3 * (2 * L - 1) * w * w + L * scan(w, w, c.chunk, False, True, 2))
+
+    if c.model in ("transformer", "hope_attention"):
+        return attention(None)
+    if kind is Attention:
+        return attention(c.window)
+    if kind is Mamba:
+        return 3 * 2 * d * 16
+    if c.model in ("retnet", "deltanet", "gated_deltanet"):
+        dv = w * (c.expand or (2 if c.model == "retnet" else 1))
+        return H * scan(w, dv, T, c.model != "retnet", decays=c.model == "gated_deltanet")
+    if kind is TTT:  # outputs and errors at the boundary; a bias is one more input
+        sizes = [(w + 1, w)] if c.model == "ttt_linear" else [(w + 1, 4 * w), (4 * w + 1, w)]
+        boundary = sum(i * o for i, o in sizes) + (4 * w * w if len(sizes) > 1 else 0)
+        return H * (3 * boundary + sum(scan(i, o, min(16, c.chunk), False) for i, o in sizes))
+    if kind is NeuralMemory:
+        return neural_memory(c.depth)
+    if kind is TitansMAC:  # what is retrieved has keys and values of its own
+        n = min(c.window, T)
+        retrieved = 3 * (4 * d * d + c.depth * w * d)
+        return neural_memory(c.depth) + retrieved + 3 * 3 * d * (n + 1 + 4)
+    if kind in (TitansMAG, TitansMAL):
+        return neural_memory(c.depth) + attention(c.window, 3) + 3 * 3 * d * 4
+    n = 1 + len(c.adaptive)
+    rows, C = n * w + (3 if c.momentum else 2), min(c.chunk, T)
+    generate = (rows - w) * w + w * w  # and the read at the learned start
+    if c.memory == "matrix" and set(c.adaptive) == {"k", "v"} and not c.momentum:  # titans._SelfModify, by its lines
+        return H * (3 * (generate + 3 * rows * w + w * w + C * (3 * w + rows)) + C * C * (1 / 3 + 1))
+    one = 3 * (generate + 2 * rows * w) + scan(w, rows, c.chunk, True, c.momentum, 1 + c.momentum)
+    two = 3 * 5 * n * w * w + n * scan(w, w, c.chunk, True, c.momentum, 1 + c.momentum)
+    return H * (one + two * (c.memory == "mlp"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # State as a value
 
 

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import baselines
 import hope
-from hope import MIXERS, PRESETS, Hope, HopeConfig, load_state, map_state, save_state
+import titans
+from hope import MIXERS, PRESETS, Hope, HopeConfig, flops_per_token, load_state, map_state, save_state
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(vocab_size=11, d_model=16, n_layers=2, n_heads=2, hidden=24, chunk=4, window=8)
@@ -573,3 +576,44 @@ def test_bfloat16_autocast_stays_near_float32_and_keeps_fast_weights_in_float32(
         for block in state["blocks"]:
             weights = block["mixer"].get("running") or [block["mixer"]["W"]]
             assert all(W.dtype == torch.float32 for W in weights)
+
+
+# FLOPs
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [(model, {}) for model in MIXERS]
+    + [("hope", {"memory": "mlp"}), ("hope", {"momentum": True}), ("hope", {"adaptive": ["k", "v", "q"]})]
+    + [("hope", {"chunk": 32}), ("titans", {"depth": 3}), ("gated_deltanet", {"expand": 2}), ("titans_mac", {"chunk": 16})],
+    ids=str,
+)
+def test_counted_flops_are_those_of_torch_s_own_counter(model, changes, monkeypatch):
+    """But for attention, where torch's counter takes the whole square of a masked product: there the pairs are counted."""
+    pairs = 0
+
+    def look(q, k, v, attn_mask=None, is_causal=False, scale=None):
+        nonlocal pairs
+        T, S = q.shape[2], k.shape[2]
+        seen = T * (T + 1) // 2 if is_causal else T * S if attn_mask is None else attn_mask.sum().item()
+        pairs += seen * q.shape[0] * q.shape[1] * (q.shape[3] + v.shape[3])
+        return q.mean(-1, keepdim=True) + k.mean((2, 3), keepdim=True) + v.mean(2, keepdim=True)
+
+    def in_place(total, a, b, **_):
+        return 2 * a[0] * a[1] * a[2] * b[2]  # which torch's counter does not know
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+    for file in (baselines, titans):  # what a backward pass computes again is not counted
+        monkeypatch.setattr(file, "checkpoint", lambda f, *args, **_: f(*args))
+    c = HopeConfig.preset("nano", model, n_layers=2, **({"window": 64} | changes))
+    x = tokens(1, 256)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place}) as counter:
+        Hope(c)(x)[0].square().mean().backward()
+    counted = (counter.get_total_flops() + 6 * pairs) / x.numel()
+    assert flops_per_token(c, x.numel()) == pytest.approx(counted, rel=0.03)
+
+
+def test_flops_of_a_transformer_are_the_well_known_ones():
+    c = HopeConfig.preset("125m", "transformer")
+    matrices = 14 * (4 * 768 * 768 + 3 * 768 * c.hidden) + 768 * 32768
+    assert flops_per_token(c, 4096) == pytest.approx(6 * matrices + 6 * 14 * 768 * 4097)  # half of 12 L d T
