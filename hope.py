@@ -42,6 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from baselines import TTT, Attention, DeltaNet, GatedDeltaNet, Mamba, RetNet, TitansMAC, TitansMAG, TitansMAL
 from cms import CMS, VARIANTS, Level
+from data import tokenizer_of
 from memory import full_precision
 from titans import NeuralMemory, SelfModifyingTitans
 
@@ -433,7 +434,7 @@ class Hope(nn.Module):
 
     @classmethod
     def load(cls, run, device="cpu"):
-        """(model in eval mode, name of its tokenizer) from a run folder. Raises ValueError with what is wrong with it."""
+        """(model in eval mode, what `tokenizer` knows its tokenizer by) from a run folder. ValueError says what is wrong."""
         config, path = os.path.join(run, "config.json"), os.path.join(run, "checkpoint.pt")
         for needed in (config, path):
             if not os.path.isfile(needed):
@@ -441,7 +442,7 @@ class Hope(nn.Module):
         try:
             with open(config) as f:
                 saved = json.load(f)
-            model, tokenizer = cls(HopeConfig(**saved["model"])), saved["tokenizer"]
+            model, tokenizer = cls(HopeConfig(**saved["model"])), tokenizer_of(run, saved["tokenizer"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{config} is damaged: {error!r}") from None
         weights = load_file(path)

@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import batch, load_corpus, n_bytes, tokenizer, windows
+from data import batch, load_corpus, n_bytes, save_tokenizer, tokenizer, tokenizer_of, windows
 from hope import UPDATES, Hope, HopeConfig, device_for, first_line, load_file, write_beside
 from optimizers import OPTIMIZERS, optimizer_by_name
 
@@ -78,7 +78,8 @@ class TrainConfig:
     model: str = flag("hope", "hope, hope_attention, titans, transformer, gated_deltanet, ...")
     preset: str = flag("nano", "size of the model")
     set: dict = flag({}, "set a field of HopeConfig, as in --set n_layers=2 (repeatable)", *NOT_SET)
-    data: str = flag("stdlib", "'stdlib' (this Python's own source), a text file, or a folder", on_resume=True)
+    data: str = flag("stdlib", "'stdlib' (this Python's own source), a text file, a folder of text or of shards (data.py)",
+                     on_resume=True)  # fmt: skip
     out: str | None = flag(None, "folder of the run; without it runs/<model>-<preset>, numbered if taken")
     resume: str | None = flag(None, "folder of a run to continue", on_resume=True)
     tokens: int = flag(2_000_000, "tokens to train on, rounded up to whole steps", *AT_LEAST_1, on_resume=True)
@@ -191,15 +192,17 @@ def precision(device: torch.device):
 
 
 @torch.no_grad()
-def validate(model: nn.Module, tokens: np.ndarray, batch_size: int, seq_len: int, device, updates="off") -> tuple[float, int]:
+def validate(
+    model: nn.Module, tokens: np.ndarray, batch_size: int, seq_len: int, device, updates="off", start=256
+) -> tuple[float, int]:
     """(nats, count) of a token stream [N]: every token scored once, memories starting afresh every seq_len tokens.
 
-    updates: whether the CMS levels take steps in context, see Hope.forward.
+    updates: whether the CMS levels take steps in context, see Hope.forward. start: the tokenizer's <|endoftext|>.
     """
     device, training = torch.device(device), model.training
     model.eval()
     nats, count = 0.0, 0
-    for inputs, targets in windows(tokens, batch_size, seq_len):
+    for inputs, targets in windows(tokens, batch_size, seq_len, start):
         with precision(device):
             logits, _ = model(inputs.to(device)) if updates == "off" else model(inputs.to(device), updates=updates)
         nats += loss_fn(logits, targets.to(device), reduction="sum").item()
@@ -352,7 +355,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     else:
         folder = config.fresh_folder()
     device = device_for(config.device)
-    encoding = tokenizer()
+    corpus = load_corpus(config.data, tokenizer(tokenizer_of(folder, saved["tokenizer"])) if saved else None)
+    encoding = corpus.encoding
     try:
         if saved:
             model_config = HopeConfig(**saved["model"])
@@ -365,7 +369,6 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     if config.cms_updates != "off" and not 2 <= (model_config.levels[0] or 0) < config.seq_len:
         why = f"no token of a row sees an update with seq_len {config.seq_len}"
         raise ValueError(f"levels is {model_config.levels}: {why}; legal is a first chunk from 2 to {config.seq_len - 1}")
-    corpus = load_corpus(config.data, encoding)
     fingerprint = corpus.fingerprint()
     if saved and fingerprint != saved["corpus"]:
         raise ValueError(f"data {config.data!r} is {fingerprint}, but {folder} was trained on {saved['corpus']}")
@@ -395,6 +398,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     own = {**asdict(config), "resume": None}
     everything = {"model": model_config.to_dict(), "train": own, "tokenizer": encoding.name, "corpus": fingerprint}
     write_json(folder / "config.json", everything)
+    if encoding.name != "bytes":
+        save_tokenizer(encoding, folder)  # the run outlives its shards
     # What a killed run logged after its last checkpoint is computed again.
     lines = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= start]
     write_beside(folder / "metrics.jsonl", lambda beside: beside.write_text("".join(lines)))
@@ -423,7 +428,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
             on_step(record)
 
     def validation(step: int, tokens: np.ndarray) -> float:
-        nats, count = validate(model, tokens, config.batch_size, config.seq_len, device, config.cms_updates)
+        start = encoding.eot_token
+        nats, count = validate(model, tokens, config.batch_size, config.seq_len, device, config.cms_updates, start)
         bits = nats / math.log(2) / n_bytes(tokens, encoding)
         report({"step": step, "tokens": step * config.tokens_per_step, "val_bits_per_byte": bits, "val_tokens": count,
                 "cms_updates": config.cms_updates})  # fmt: skip

@@ -170,6 +170,6 @@ def test_folder_without_text_is_refused(tmp_path):
 
 
 def test_data_py_shows_what_the_corpus_is(folder, capsys):
-    main(str(folder))
+    main([str(folder)])
     printed = capsys.readouterr().out
     assert "38 files" in printed and "2 files" in printed and "257 symbols" in printed
