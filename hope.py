@@ -31,7 +31,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +38,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint as computed_again
 
+import checkpoint
 from baselines import TTT, Attention, DeltaNet, GatedDeltaNet, Mamba, RetNet, TitansMAC, TitansMAG, TitansMAL
+from checkpoint import first_line, load_file, write_beside
 from cms import CMS, VARIANTS, Level
 from data import tokenizer_of
 from memory import full_precision
@@ -211,6 +213,8 @@ class HopeConfig:
 
 
 class Block(nn.Module):
+    recompute = False  # keep nothing of a block for the backward pass but its input
+
     def __init__(self, c, layer):
         super().__init__()
         self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
@@ -221,23 +225,34 @@ class Block(nn.Module):
         self.cms = CMS(c.d_model, levels, c.variant, c.out_scale, c.cms_step, c.norm_eps)
 
     def forward(self, x, state):
+        if self.recompute and torch.is_grad_enabled():
+            return computed_again(self._forward, x, state, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, state)
+
+    def _forward(self, x, state):
         y, mixer = self.mixer(self.norm(x), state and state["mixer"])
         x, cms = self.cms(x + y, state and state["cms"])
         return x, {"mixer": mixer, "cms": cms}
 
 
 @contextlib.contextmanager
-def twice_differentiable(model):
-    """Fused backward passes have no second derivative: within, every mixer takes its plain path."""
+def plain(model):
+    """Within, every mixer takes its readable path, through memory.scan, instead of a fused one."""
     fused = [module for module in model.modules() if getattr(module, "fused", False)]
     for module in fused:
         module.fused = False
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
         for module in fused:
             module.fused = True
+
+
+@contextlib.contextmanager
+def twice_differentiable(model):
+    """Fused backward passes have no second derivative: within, there are none."""
+    with plain(model), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 class Hope(nn.Module):
@@ -435,21 +450,16 @@ class Hope(nn.Module):
     @classmethod
     def load(cls, run, device="cpu"):
         """(model in eval mode, what `tokenizer` knows its tokenizer by) from a run folder. ValueError says what is wrong."""
-        config, path = os.path.join(run, "config.json"), os.path.join(run, "checkpoint.pt")
-        for needed in (config, path):
-            if not os.path.isfile(needed):
-                raise ValueError(f"{run!r} is no run folder: {needed} does not exist")
+        config = os.path.join(run, "config.json")
+        if not os.path.isfile(config):
+            raise ValueError(f"{run!r} is no run folder: {config} does not exist")
         try:
             with open(config) as f:
                 saved = json.load(f)
             model, tokenizer = cls(HopeConfig(**saved["model"])), tokenizer_of(run, saved["tokenizer"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{config} is damaged: {error!r}") from None
-        weights = load_file(path)
-        try:
-            model.load_state_dict(weights["model"])
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{path} does not hold the model of {config}: {str(error).splitlines()[0]}") from None
+        checkpoint.load(run, model)
         return model.to(device).eval(), tokenizer
 
     @classmethod
@@ -632,36 +642,6 @@ def save_state(state, path):
 def load_state(path, device="cpu"):
     """The state `save_state` wrote. Raises ValueError where the file is torn or no such file."""
     return map_state(lambda t: t.to(device), load_file(path))
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; some say nothing but their kind."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def write_beside(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file whole or not at all: `write` to a name beside it, then rename. OSError says what stayed."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        write(beside)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch.save calls a full disk a RuntimeError
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        kept = f"the earlier {path.name} is intact" if path.exists() else "nothing is left behind"
-        raise OSError(f"could not write {path} ({first_line(error)}); {kept}") from error
-
-
-def load_file(path):
-    """What torch.save wrote, on the CPU; only plain data. ValueError in one line for a missing or damaged file."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except Exception as error:  # torch raises a different kind, some without a message, for every way a file can be damaged
-        raise ValueError(f"{path} is truncated or damaged ({first_line(error)})") from None
 
 
 def device_for(name: str) -> torch.device:
