@@ -55,6 +55,8 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
+from checkpoint import first_line, write_beside
+
 HELD_OUT = 0.05  # fraction of the files (of the bytes, for a single file)
 HELD_OUT_BYTES = 2**25  # and of shards not much more than this: validation must end
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -137,7 +139,7 @@ def tokenizer_text(encoding: tiktoken.Encoding) -> str:
 
 def save_tokenizer(encoding: tiktoken.Encoding, folder: Path) -> None:
     """Write tokenizer.json into a folder, for `tokenizer` to read."""
-    _write_beside(folder / TOKENIZER, lambda file: file.write(tokenizer_text(encoding).encode()))
+    write_beside(folder / TOKENIZER, lambda beside: beside.write_text(tokenizer_text(encoding), encoding="utf-8"))
 
 
 def tokenizer_of(folder: str | Path, name: str) -> str:
@@ -526,8 +528,7 @@ def _hub_errors(sample: str):
     try:
         yield
     except Exception as error:  # of a dozen kinds: network, hub, parquet
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OSError(f"{HUB['path']} ({sample}) could not be read ({why})") from error
+        raise OSError(f"{HUB['path']} ({sample}) could not be read ({first_line(error)})") from error
 
 
 def _hub_texts(part: Part) -> Iterator[bytes]:
@@ -554,16 +555,6 @@ def _texts(part: Part) -> Iterator[tuple[bytes, bool]]:
             yield file.read(end - begin), new
 
 
-def _write_beside(path: Path, write) -> None:
-    """A file whole or not at all, on the disk before it has its name."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(beside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
 def _sha256(path: Path) -> str:
     checksum = hashlib.sha256()
     with open(path, "rb") as file:
@@ -580,6 +571,10 @@ def _make(part: Part, out: Path, tick) -> dict:
         tick(part.size)
     except (OSError, ValueError):  # none, or one that a power cut has torn
         limit = part.size if part.hub and part.split == "train" else math.inf
+        def save(beside):
+            with open(beside, "wb") as file:  # by name, np.save would add a suffix
+                np.save(file, array)
+
         end = np.array([encoding.eot_token], dtype=_kind(encoding))
         pieces, count = [end[:0]], 0
         for text, new in _texts(part):
@@ -590,7 +585,7 @@ def _make(part: Part, out: Path, tick) -> dict:
             if count >= limit:
                 break
         array = np.concatenate(pieces)[: min(count, limit)]
-        _write_beside(path, lambda file: np.save(file, array))
+        write_beside(path, save)
     ends = sum(int((array[i : i + 2**22] == encoding.eot_token).sum()) for i in range(0, len(array), 2**22))
     counts = {"tokens": len(array), "bytes": n_bytes(array, encoding), "documents": ends + (part.number == 0)}
     return {"file": part.file, "split": part.split} | counts | {"sha256": _sha256(path)}
@@ -663,7 +658,7 @@ def make_shards(source: dict, parts: list[Part], vocab: int | str, out: str, job
         torn.unlink()
     if not (out / TOKENIZER).is_file():
         encoding = ready or train_tokenizer(_training_text(parts), vocab)
-        _write_beside(out / PLAN, lambda file: file.write(json.dumps(plan).encode()))
+        write_beside(out / PLAN, lambda beside: beside.write_text(json.dumps(plan)))
         save_tokenizer(encoding, out)
     encoding = tokenizer(str(out / TOKENIZER))
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -675,7 +670,7 @@ def make_shards(source: dict, parts: list[Part], vocab: int | str, out: str, job
     }
     what = {"name": encoding.name, "sha256": tokenizer_hash(encoding), "n_vocab": encoding.n_vocab}
     manifest = plan | {"tokenizer": what} | totals | {"shards": shards}
-    _write_beside(out / MANIFEST, lambda file: file.write((json.dumps(manifest, indent=1) + "\n").encode()))
+    write_beside(out / MANIFEST, lambda beside: beside.write_text(json.dumps(manifest, indent=1) + "\n"))
     (out / PLAN).unlink()
     return manifest
 
