@@ -382,11 +382,14 @@ class Shards:
             begin = int(self.ends[i]) - len(self.arrays[i])
             pieces.append(self.arrays[i][start - begin : stop - begin])
             start, i = start + len(pieces[-1]), i + 1
-        return np.concatenate(pieces) if len(pieces) != 1 else pieces[0]
+        return pieces[0] if len(pieces) == 1 else np.concatenate([self.arrays[0][:0], *pieces])
 
 
 def _open(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r").view(np.ndarray)  # slices of a plain array cost less than those of a memmap
+    try:
+        return np.load(path, mmap_mode="r").view(np.ndarray)  # slices of a plain array cost less than those of a memmap
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path.name} is missing, damaged or not whole ({first_line(error)})") from None
 
 
 def _load_shards(folder: Path, encoding: tiktoken.Encoding | None) -> Corpus:
@@ -416,7 +419,7 @@ def _load_shards(folder: Path, encoding: tiktoken.Encoding | None) -> Corpus:
             crc32=zlib.crc32("".join(shard["sha256"] for shard in manifest["shards"]).encode()),
         )
     except (OSError, KeyError, TypeError, IndexError, ValueError) as error:
-        why = str(error) if type(error) is ValueError else f"is damaged or not whole ({error!r})"
+        why = str(error) if type(error) is ValueError else f"{MANIFEST} is damaged ({error!r})"
         raise ValueError(f"data {str(folder)!r}: {why}") from None
 
 
@@ -425,7 +428,9 @@ def _load_shards(folder: Path, encoding: tiktoken.Encoding | None) -> Corpus:
 
 TOKENIZER_BYTES = 2**29  # of text that a vocabulary is trained on, at most
 PIECE = 2**20  # bytes that are encoded at once; longer documents are cut, at a line end where there is one
+LEAST, MOST = 2**22, 2**28  # bytes in a training shard: a 256th of the text within these limits
 # Samples of FineWeb-Edu (Lozhkov et al. 2024) and how many tokens of GPT-2 each has
+SHARE = 2**26  # tokens at least that a file gives
 FINEWEB = {"sample-10BT": 10e9, "sample-100BT": 100e9, "sample-350BT": 350e9, "default": math.inf}
 HUB = {"path": "HuggingFaceFW/fineweb-edu"}
 
@@ -464,7 +469,7 @@ def plan_text(sources: list[str]) -> tuple[dict, list[Part]]:
         for i, (_, path, size, _) in enumerate(files):
             ranges["val" if i < held_out else "train"].append((path, 0, size))
     total = sum(size for _, _, size, _ in files)
-    most = min(2**28, max(2**22, total // 256))  # bytes of a training shard: enough shards for the processes
+    most = min(MOST, max(LEAST, total // 256))
     parts = []
     for split, where in ranges.items():
         texts, size, number = [], 0, 0
@@ -504,7 +509,7 @@ def plan_fineweb(tokens: int) -> tuple[dict, list[Part]]:
     """
     sample = next(name for name, size in FINEWEB.items() if tokens <= 0.9 * size)
     n_files = _hub(sample).num_shards
-    n = min(n_files, -(-tokens // 2**26))
+    n = min(n_files, -(-tokens // SHARE))
     held_out = min(HELD_OUT_BYTES, max(1, int(HELD_OUT * 4 * tokens)))  # 4 bytes a token
     parts = [Part("val", 0, held_out // 4, hub=(sample, 0, n_files, held_out))]
     for i in range(n):
@@ -569,7 +574,7 @@ def _make(part: Part, out: Path, tick) -> dict:
     try:
         array = _open(path)
         tick(part.size)
-    except (OSError, ValueError):  # none, or one that a power cut has torn
+    except ValueError:  # none, or one that a power cut has torn
         limit = part.size if part.hub and part.split == "train" else math.inf
         def save(beside):
             with open(beside, "wb") as file:  # by name, np.save would add a suffix
@@ -796,6 +801,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{message} (--help lists the flags)")
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
     commands = parser.add_subparsers(dest="command", metavar="[SOURCE | text | fineweb-edu]")
     text = commands.add_parser("text", help="token shards of local text")
     text.add_argument("paths", nargs="+", help="text files, folders of text files, 'stdlib'")
