@@ -20,6 +20,9 @@ import pytest
 import torch
 
 import data
+import eval as eval_py
+import hope
+import train
 from data import Shards, batch, documents, encode, join, load_corpus, main, n_bytes, tokenizer, windows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -223,7 +226,7 @@ def shards(library, small_shards, tmp_path):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def test_each_merge_of_a_vocabulary_is_the_most_frequent_pair_of_its_time():
@@ -501,3 +504,58 @@ def test_shards_of_another_tokenizer_than_the_run_s_are_refused(shards):
         load_corpus(str(shards), tokenizer())
     with pytest.raises(ValueError, match="is a folder of token shards, not of text"):
         documents(str(shards))
+
+
+# Training on shards
+
+
+def tiny(run, data, *words):
+    """Twelve steps of a tiny model; the losses."""
+    sizes = "--batch-size 2 --seq-len 16 --set n_layers=1 --set d_model=32 --set n_heads=1 --tokens 384".split()
+    begin = ["--out", str(run), *sizes] if words == () else ["--resume", str(run), *words]
+    assert train.main([*begin, "--data", str(data)]) == 0
+    return [r["bits_per_byte"] for r in train.read_metrics(run) if "lr" in r]
+
+
+def test_run_on_shards_outlives_them(shards, library, tmp_path, capsys):
+    losses = tiny(tmp_path / "run", shards)
+    assert len(losses) == 12 and losses[0] == pytest.approx(math.log2(300) * 21_172 / 44_227, rel=0.05)
+    shutil.copytree(shards, tmp_path / "moved")
+    assert tiny(tmp_path / "run", tmp_path / "moved", "--tokens", "448")[:12] == losses  # wherever the shards are now
+    name = json.loads((tmp_path / "run" / "config.json").read_text())["tokenizer"]
+    shutil.rmtree(shards)
+    shutil.rmtree(tmp_path / "moved")
+    model, known = hope.Hope.load(tmp_path / "run")
+    encoding = tokenizer(known)
+    assert encoding.name == name and encoding.n_vocab == model.config.vocab_size == 300
+    assert eval_py.main([str(tmp_path / "run"), "--data", str(library / "7.txt")]) == 0
+    scored = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert 0 < scored["bits_per_byte"] < 8 and scored["bytes"] == (library / "7.txt").stat().st_size
+    capsys.readouterr()
+    assert eval_py.main([str(tmp_path / "run")]) == 2
+    assert "moved' does not exist" in capsys.readouterr().err
+
+
+def test_held_out_score_of_a_run_on_shards_is_that_of_its_held_out_shard(shards, tmp_path):
+    tiny(tmp_path / "run", shards)
+    own = [r for r in train.read_metrics(tmp_path / "run") if "val_tokens" in r][-1]
+    corpus = load_corpus(str(shards))
+    assert own["val_tokens"] == len(corpus.val)
+    model, _ = hope.Hope.load(tmp_path / "run")
+    with torch.no_grad():
+        nats = 0.0
+        for inputs, targets in windows(corpus.val, 1, 16, start=299):  # the first token after this tokenizer's own end
+            nats += torch.nn.functional.cross_entropy(model(inputs)[0][0], targets[0], reduction="sum").item()
+    assert own["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / corpus.val_bytes, rel=1e-5)
+
+
+def test_training_goes_on_only_with_the_tokenizer_it_began_with(shards, library, tmp_path, capsys):
+    tiny(tmp_path / "run", shards)
+    words = ["text", str(library), "--jobs", "1", "--out"]
+    main([*words, str(tmp_path / "other"), "--vocab", "310"])
+    before = contents(tmp_path / "run")
+    capsys.readouterr()
+    assert train.main(["--resume", str(tmp_path / "run"), "--tokens", "448", "--data", str(tmp_path / "other")]) == 2
+    error = capsys.readouterr().err
+    assert re.search("holds tokens of 'bpe-310-.*but the tokenizer of the run is 'bpe-300-", error) and error.count("\n") == 1
+    assert contents(tmp_path / "run") == before
