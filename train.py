@@ -7,7 +7,11 @@
     python train.py --resume runs/hope-nano                 # go on after Ctrl-C, a kill, a power cut
     python train.py --resume runs/hope-nano --tokens 4e6    # train longer
     python train.py --help                                  # every field of TrainConfig, with its default
+    python train.py --preset 340m --dry-run                 # what it would cost: parameters, FLOPs, memory, time (plan.py)
     torchrun --nproc_per_node=8 train.py --preset 340m ...  # the same run on 8 GPUs; --fsdp: weights in shares
+
+The presets from 30m up bring a training set-up with them (SETUPS), which flags override: tokens, 0.5M to a step in rows of
+4,096, AdamW at 4e-4 on a cosine, and shards in data/fineweb (python data.py fineweb-edu --out data/fineweb).
 
 A run is a folder; everything needed to continue is in it:
 
@@ -81,6 +85,17 @@ FRACTION = ("0 to 1", lambda value: 0 <= value <= 1)
 BELOW_1 = ("0 to below 1", lambda value: 0 <= value < 1)
 AN_OPTIMIZER = (", ".join(OPTIMIZERS), OPTIMIZERS.__contains__)
 CMS_STEP = 1e-3  # initial inner step size of the CMS levels where they learn in context
+# How the Titans and Gated DeltaNet papers train: 340M on 15B, 760M on 30B, 1.3B on 100B tokens of FineWeb-Edu. The two smaller
+# presets, which they do not have: 20 tokens a parameter. Warm-up: 1% of the steps, as in Gated DeltaNet's code.
+PAPER = dict(data="data/fineweb", batch_size=128, seq_len=4096, lr=4e-4, min_lr_ratio=0.1, warmup=0.01, weight_decay=0.1,
+             beta1=0.9, beta2=0.95, grad_clip=1.0, eval_every=1000, eval_tokens=2**20, save_every=1000)  # fmt: skip
+SETUPS = {
+    "30m": PAPER | dict(tokens=600_000_000, micro_batch=16),
+    "125m": PAPER | dict(tokens=2_500_000_000, micro_batch=16),
+    "340m": PAPER | dict(tokens=15_000_000_000, micro_batch=8),
+    "760m": PAPER | dict(tokens=30_000_000_000, micro_batch=4),
+    "1.3b": PAPER | dict(tokens=100_000_000_000, micro_batch=4),
+}
 NOT_SET = ("all but model, a flag, and vocab_size, the tokenizer's", {"model", "vocab_size"}.isdisjoint)
 
 
@@ -685,13 +700,20 @@ def parse(argv: list[str] | None) -> TrainConfig:
             parser.add_argument(*names, help=text, metavar={int: "N", float: "X"}.get(f.type, "NAME"))
 
     given = vars(parser.parse_args(argv))
-    return resumed(given.pop("resume"), **given) if given.get("resume") else TrainConfig(**given)
+    if given.get("resume"):
+        return resumed(given.pop("resume"), **given)
+    return TrainConfig(**SETUPS.get(given.get("preset"), {}) | given)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0 done, 2 bad input or a failed run, 130 stopped by Ctrl-C."""
     config = None
     try:
+        if "--dry-run" in (sys.argv if argv is None else argv):
+            import plan
+
+            plan.main(sys.argv[1:] if argv is None else argv)
+            return 0
         config = parse(argv)
         result = train(config)
         distributed.stop()
