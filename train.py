@@ -242,7 +242,7 @@ def parallel(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.
     if world() == 1:
         return step
     ids = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(step, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(step, ids, gradient_as_bucket_view=True)
 
 
 @torch.no_grad()
@@ -492,7 +492,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     forward = parallel(model, config, device)
     optimizer = optimizer_for(model, config)
     start, steps = 0, config.steps
-    if going_on:
+    begun = going_on and on_first(lambda: bool(checkpoint.steps(folder) or read_metrics(folder)))  # else killed at once
+    if begun:
         start = checkpoint.load(folder, model, optimizer)
         if steps < start:
             done = start * config.tokens_per_step
@@ -518,7 +519,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     def save(step: int) -> None:
         checkpoint.save(folder, model, optimizer, step, config.keep)
 
-    if not going_on:
+    if not begun:
         try:
             save(0)  # a full disk shows now, not after the first hour
         except OSError:
