@@ -234,36 +234,38 @@ def test_metadata_of_a_checkpoint_cannot_run_code(here):
         Hope.load("run")
 
 
-def limited_run(config, size):
+def limited_run(size, words):
     """A run whose files cannot grow beyond size bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    return main(["--resume", config.resume, "--tokens", str(config.tokens)])
+    return main(words)
 
 
 def test_disk_that_is_full_gives_one_line_and_leaves_the_earlier_checkpoint(here, server):
     train(small(out="run", tokens=5 * 64))
     size = (checkpoint.folder("run", 5) / "__0_0.distcp").stat().st_size
     before = {path: path.read_bytes() for path in checkpoint.folder("run", 5).iterdir()}
-    assert finish(spawn(server, 0, limited_run, replace(resumed("run"), tokens=10 * 64), size // 2)) == [2]
+    assert finish(spawn(server, 0, limited_run, size // 2, ["--resume", "run", "--tokens", str(10 * 64)])) == [2]
     error = Path("out0").read_text().splitlines()[-1]
     assert "could not write run/checkpoints/step-10" in error and "the earlier run/checkpoints/step-5 is intact" in error
-    assert "File too large" in error
+    assert "File too large; the disk has" in error
     assert {path: path.read_bytes() for path in before} == before and checkpoint.steps("run") == [0, 5]
     assert not list(Path("run/checkpoints").glob("*.tmp"))
     assert train(replace(resumed("run"), tokens=10 * 64))["step"] == 10
+    assert finish(spawn(server, 0, limited_run, size // 8, flags(small(out="new")))) == [2]
+    assert "could not write new/checkpoints/step-0" in Path("out0").read_text() and not Path("new").exists()
 
 
 def killed_and_resumed(server, kills, **settings):
-    """A run killed so often, each time 1 to 14 steps further, at a random moment -> how often that was amid a save."""
+    """A run killed so often, at random moments, up to 14 steps further each time -> how often that was amid a save."""
     chance, amid_saves, run_folder = random.Random(0), 0, Path("killed")
     for _ in range(kills):
         config = resumed("killed") if run_folder.exists() else small(out="killed", **settings)
         seen = last = len(training.read_metrics(run_folder))
         (process,) = spawn(server, 0, run, config)
-        until = seen + chance.randint(1, 14)
+        until = seen + chance.randint(0 if seen else 1, 14)
         while last < until and process.is_alive():
-            last = (run_folder / "metrics.jsonl").read_text().count("\n") if run_folder.exists() else 0
+            last = len(training.read_metrics(run_folder))
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.1))
         os.kill(process.pid, signal.SIGKILL)
