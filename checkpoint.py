@@ -32,6 +32,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def reason(error: BaseException, path: Path) -> str:
+    """Why writing to path failed, in one line; torch wraps what the disk said into errors of its own."""
+    while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__
+    return f"{first_line(error)}; the disk has {shutil.disk_usage(path.parent).free / 2**20:,.1f} MiB free"
+
+
 def write_beside(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file whole or not at all: `write` to a name beside it, then rename. OSError says what stayed."""
     beside = path.with_name(path.name + ".tmp")
@@ -43,7 +50,7 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
         kept = f"the earlier {path.name} is intact" if path.exists() else "nothing is left behind"
-        raise OSError(f"could not write {path} ({first_line(error)}); {kept}") from error
+        raise OSError(f"could not write {path} ({reason(error, path)}); {kept}") from error
 
 
 def flush(path: Path) -> None:
@@ -149,15 +156,16 @@ def save(run: Path, model: nn.Module, optimizer, step: int, keep: int = 1) -> No
             shutil.rmtree(gone.rename(gone.with_name(gone.name + ".tmp")))
 
     distributed.barrier(f"saving step {step}")
-    on_first(clear)
     try:
+        on_first(clear)
         on_all(lambda: _call(dcp.save, tensors, checkpoint_id=beside))
         on_first(finish)
     except (OSError, RuntimeError) as error:
+        why = reason(error, path.parent)  # before there is room again
         on_first(clear)
         earlier = steps(run)
         kept = f"the earlier {folder(run, earlier[-1])} is intact" if earlier else "nothing is left behind"
-        raise OSError(f"could not write {path} ({first_line(error)}); {kept}") from error
+        raise OSError(f"could not write {path} ({why}); {kept}") from error
 
 
 def load(run: Path, model: nn.Module, optimizer=None) -> int:

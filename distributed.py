@@ -8,6 +8,7 @@ process that fails makes all of them fail, with its message; one that hangs is n
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -135,6 +136,8 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
     half = torch.bfloat16 if device.type == "cuda" else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # blocks return their states, some as views; nothing ever writes into a state
+    warnings.filterwarnings("ignore", ".*returned a view tensor.*")
     for block in model.blocks:
         fully_shard([m for m in block.modules() if isinstance(m, (nn.Linear, MLP))], mp_policy=policy)
         fully_shard(block)

@@ -259,7 +259,7 @@ def parallel(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.
     if world() == 1:
         return step
     ids = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(step, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(step, ids, gradient_as_bucket_view=True)
 
 
 @torch.no_grad()
@@ -511,14 +511,14 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     forward = parallel(model, config, device)
     optimizer = optimizer_for(model, config)
     start, steps = 0, config.steps
-    if going_on:
+    begun = going_on and on_first(lambda: bool(checkpoint.steps(folder) or read_metrics(folder)))  # else killed at once
+    if begun:
         start = checkpoint.load(folder, model, optimizer)
         if steps < start:
             done = start * config.tokens_per_step
             raise ValueError(f"tokens is {config.tokens}, but {folder} has trained on {done} already: legal is more")
 
     def set_up() -> None:
-        folder.mkdir(parents=True, exist_ok=going_on)
         own = {**asdict(config), "resume": None}
         everything = {"model": model_config.to_dict(), "train": own, "tokenizer": encoding.name, "corpus": fingerprint}
         write_json(folder / "config.json", everything)
@@ -528,7 +528,20 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
         lines = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= start]
         write_beside(folder / "metrics.jsonl", lambda beside: beside.write_text("".join(lines)))
 
-    on_first(set_up)
+    def save(step: int) -> None:
+        checkpoint.save(folder, model, optimizer, step, config.keep)
+
+    if not going_on:
+        on_first(lambda: folder.mkdir(parents=True))
+    try:
+        on_first(set_up)
+        if not begun:
+            save(0)  # a full disk shows now, not after the first hour
+    except OSError:
+        if not begun:
+            on_first(lambda: shutil.rmtree(folder))
+        raise
+
     size = sum(p.numel() for p in model.parameters())
     title = f"{config.model}-{config.preset}, {size / 1e6:.2f}M parameters, on {corpus.name}"
     where = f"{device}" if world() == 1 else f"{world()} processes on {device.type}"
@@ -536,15 +549,6 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     if start == steps:
         say(f"nothing left to train: {steps * config.tokens_per_step:,} tokens are done; --tokens asks for more")
 
-    def save(step: int) -> None:
-        checkpoint.save(folder, model, optimizer, step, config.keep)
-
-    if not going_on:
-        try:
-            save(0)  # a full disk shows now, not after the first hour
-        except OSError:
-            on_first(lambda: shutil.rmtree(folder))
-            raise
     wandb = logger(folder, config) if config.wandb and first else None
 
     def report(record: dict) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -14,6 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import baselines
+import checkpoint
 import hope
 import titans
 from hope import MIXERS, PRESETS, Hope, HopeConfig, flops_per_token, load_state, map_state, save_state
@@ -408,8 +410,12 @@ def run_folder(path, name="hope", **changes):
     path.mkdir(exist_ok=True)
     everything = {"model": model.config.to_dict(), "train": {}, "tokenizer": "bytes", "corpus": {}}
     (path / "config.json").write_text(json.dumps(everything))
-    torch.save({"model": model.state_dict(), "optimizer": {}, "step": 1}, path / "checkpoint.pt")
+    save_weights(path, model)
     return model
+
+
+def save_weights(run, model, step=1):
+    checkpoint.save(run, model, torch.optim.SGD(model.parameters()), step)
 
 
 @each_variant
@@ -425,20 +431,15 @@ def test_load_names_what_is_wrong_with_a_run_folder(tmp_path):
         Hope.load(str(tmp_path / "nowhere"))
     run = tmp_path / "x"
     run_folder(run)
-    whole = (run / "checkpoint.pt").read_bytes()
-    (run / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="checkpoint.pt.*truncated"):
-        Hope.load(str(run))
     for changes in (dict(d_model=32), dict(n_layers=3), dict(memory="mlp"), dict(model="transformer")):
-        other = Hope(config("hope", vocab_size=257, **changes))
-        torch.save({"model": other.state_dict(), "step": 1}, run / "checkpoint.pt")
-        with pytest.raises(ValueError, match="checkpoint.pt does not hold the model of .*config.json"):
+        save_weights(run, Hope(config("hope", vocab_size=257, **changes)))
+        with pytest.raises(ValueError, match="checkpoints/step-1 is of another model than config.json's: .* is .*, not"):
             Hope.load(str(run))
-    torch.save({"step": 1}, run / "checkpoint.pt")
-    with pytest.raises(ValueError, match="checkpoint.pt does not hold the model of"):
+    (run / "checkpoints/step-1/rest.pt").unlink()
+    with pytest.raises(ValueError, match="checkpoints/step-1 is torn .*rest.pt does not exist"):
         Hope.load(str(run))
-    (run / "checkpoint.pt").unlink()
-    with pytest.raises(ValueError, match="checkpoint.pt does not exist"):
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ValueError, match="x/checkpoints has no checkpoint"):
         Hope.load(str(run))
 
 
@@ -534,8 +535,8 @@ def test_generate_command_prints_what_the_model_generates(tmp_path, monkeypatch,
         (["generate", "x", "--temperature", "-1"], "temperature must be at least 0, got -1"),
         (["generate", "x", "--n", "-3"], "n must be at least 0.*got -3"),
         (["generate", "x", "--top-k", "0"], "top_k must be at least 1, got 0"),
-        (["generate", "torn"], "checkpoint.pt.*truncated"),
-        (["generate", "other"], "does not hold the model"),
+        (["generate", "torn"], "step-1 is torn .*truncated"),
+        (["generate", "other"], "is of another model"),
         (["generate", "damaged"], "damaged.config.json"),
         (["generate", "x", "--device", "cuda:99"], "(?i)cuda"),
         (["generate", "x", "--device", "gpu"], "gpu"),
@@ -548,8 +549,8 @@ def test_commands_report_errors_in_one_line_with_exit_code_2(words, message, tmp
     monkeypatch.chdir(tmp_path)
     for folder in ("x", "torn", "other", "damaged"):
         run_folder(tmp_path / folder)
-    (tmp_path / "torn" / "checkpoint.pt").write_bytes(b"PK\x03\x04")
-    torch.save({"model": Hope(config("transformer")).state_dict()}, tmp_path / "other" / "checkpoint.pt")
+    (tmp_path / "torn/checkpoints/step-1/rest.pt").write_bytes(b"PK\x03\x04")
+    save_weights(tmp_path / "other", Hope(config("transformer")))
     (tmp_path / "damaged" / "config.json").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
     assert in_process(monkeypatch, *words) == 2
