@@ -420,7 +420,7 @@ class TitansMAC(nn.Module):
 
     def start_state(self, batch):
         memory = self.memory.start_state(batch)
-        nothing = self.out.weight.new_zeros(batch, self.attention.n_heads, 0, self.attention.width)
+        nothing = self.attention.persistent.new_zeros(batch, self.attention.n_heads, 0, self.attention.width)
         return {"memory": memory, "k": nothing, "v": nothing, "position": 0}
 
 

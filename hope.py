@@ -31,7 +31,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,9 +38,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint as computed_again
 
+import checkpoint
 from baselines import TTT, Attention, DeltaNet, GatedDeltaNet, Mamba, RetNet, TitansMAC, TitansMAG, TitansMAL
+from checkpoint import first_line, load_file, write_beside
 from cms import CMS, VARIANTS, Level
+from data import tokenizer_of
 from memory import full_precision
 from titans import NeuralMemory, SelfModifyingTitans
 
@@ -210,6 +213,8 @@ class HopeConfig:
 
 
 class Block(nn.Module):
+    recompute = False  # keep nothing of a block for the backward pass but its input
+
     def __init__(self, c, layer):
         super().__init__()
         self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
@@ -220,23 +225,34 @@ class Block(nn.Module):
         self.cms = CMS(c.d_model, levels, c.variant, c.out_scale, c.cms_step, c.norm_eps)
 
     def forward(self, x, state):
+        if self.recompute and torch.is_grad_enabled():
+            return computed_again(self._forward, x, state, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, state)
+
+    def _forward(self, x, state):
         y, mixer = self.mixer(self.norm(x), state and state["mixer"])
         x, cms = self.cms(x + y, state and state["cms"])
         return x, {"mixer": mixer, "cms": cms}
 
 
 @contextlib.contextmanager
-def twice_differentiable(model):
-    """Fused backward passes have no second derivative: within, every mixer takes its plain path."""
+def plain(model):
+    """Within, every mixer takes its readable path, through memory.scan, instead of a fused one."""
     fused = [module for module in model.modules() if getattr(module, "fused", False)]
     for module in fused:
         module.fused = False
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
         for module in fused:
             module.fused = True
+
+
+@contextlib.contextmanager
+def twice_differentiable(model):
+    """Fused backward passes have no second derivative: within, there are none."""
+    with plain(model), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 class Hope(nn.Module):
@@ -433,22 +449,17 @@ class Hope(nn.Module):
 
     @classmethod
     def load(cls, run, device="cpu"):
-        """(model in eval mode, name of its tokenizer) from a run folder. Raises ValueError with what is wrong with it."""
-        config, path = os.path.join(run, "config.json"), os.path.join(run, "checkpoint.pt")
-        for needed in (config, path):
-            if not os.path.isfile(needed):
-                raise ValueError(f"{run!r} is no run folder: {needed} does not exist")
+        """(model in eval mode, what `tokenizer` knows its tokenizer by) from a run folder. ValueError says what is wrong."""
+        config = os.path.join(run, "config.json")
+        if not os.path.isfile(config):
+            raise ValueError(f"{run!r} is no run folder: {config} does not exist")
         try:
             with open(config) as f:
                 saved = json.load(f)
-            model, tokenizer = cls(HopeConfig(**saved["model"])), saved["tokenizer"]
+            model, tokenizer = cls(HopeConfig(**saved["model"])), tokenizer_of(run, saved["tokenizer"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{config} is damaged: {error!r}") from None
-        weights = load_file(path)
-        try:
-            model.load_state_dict(weights["model"])
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{path} does not hold the model of {config}: {str(error).splitlines()[0]}") from None
+        checkpoint.load(run, model)
         return model.to(device).eval(), tokenizer
 
     @classmethod
@@ -529,6 +540,78 @@ class Hope(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Counting
+
+
+def flops_per_token(config, seq_len):
+    """FLOPs of training on one token of rows of seq_len: forward and backward, CMS updates off, all layers.
+
+    Counted are products, 2 FLOPs per multiply-add: 6 per parameter of a matrix, once forward and twice backward, plus what the
+    mixers multiply besides. Not counted: elementwise work, and what a backward pass computes again to save memory. Attention
+    counts the keys that its queries see, half of a causal square, as fused attention computes; scans count whole tiles.
+    """
+    c = config
+    with torch.device("meta"):  # counts only
+        model = Hope(c)
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    mlps = sum(p.numel() for block in model.blocks for mlp in block.cms.mlps for p in (mlp.w_in, mlp.w_out))
+    matrices = linear + mlps + (c.vocab_size * c.d_model if c.tied else 0)
+    own = sum(_products(c, type(block.mixer), seq_len) for block in model.blocks)
+    return 6.0 * matrices + 2.0 * own
+
+
+def _products(c, kind, T):
+    """Multiply-adds per token, forward and backward, of one mixer beyond its projections."""
+    d, H = c.d_model, c.n_heads
+    w = d // H  # of a head; scans below are of one head
+
+    def scan(dk, dv, tile, delta, momentum=False, decays=0):
+        """memory.scan, by its lines: read and write of the state, of the tile; decays: rates with a gradient of their own."""
+        C = min(tile, 64, T)
+        forward = 2 * dk * dv + C * (dk + dv)
+        forward += (dk * dv + C * (dk + dv)) * delta + (2 * dk * dv + C * C) * momentum
+        return 3 * forward + C * C * (delta / 3 + decays)  # the solve's inverse has no backward, a decay no product forward
+
+    def attention(window, width=2):  # width: of a key and a value together, in heads' widths
+        n = min(window or T, T)
+        keys = n - n * (n - 1) / (2 * T)  # the mean over a row of min(t, n)
+        return 3 * width * d * keys
+
+    def neural_memory(L):  # surprise at the boundary, then a layer of read and write at a time
+        return H * (3 * (2 * L - 1) * w * w + L * scan(w, w, c.chunk, False, True, 2))
+
+    if c.model in ("transformer", "hope_attention"):
+        return attention(None)
+    if kind is Attention:
+        return attention(c.window)
+    if kind is Mamba:
+        return 3 * 2 * d * 16
+    if c.model in ("retnet", "deltanet", "gated_deltanet"):
+        dv = w * (c.expand or (2 if c.model == "retnet" else 1))
+        return H * scan(w, dv, T, c.model != "retnet", decays=c.model == "gated_deltanet")
+    if kind is TTT:  # outputs and errors at the boundary; a bias is one more input
+        sizes = [(w + 1, w)] if c.model == "ttt_linear" else [(w + 1, 4 * w), (4 * w + 1, w)]
+        boundary = sum(i * o for i, o in sizes) + (4 * w * w if len(sizes) > 1 else 0)
+        return H * (3 * boundary + sum(scan(i, o, min(16, c.chunk), False) for i, o in sizes))
+    if kind is NeuralMemory:
+        return neural_memory(c.depth)
+    if kind is TitansMAC:  # what is retrieved has keys and values of its own
+        n = min(c.window, T)
+        retrieved = 3 * (4 * d * d + c.depth * w * d)
+        return neural_memory(c.depth) + retrieved + 3 * 3 * d * (n + 1 + 4)
+    if kind in (TitansMAG, TitansMAL):
+        return neural_memory(c.depth) + attention(c.window, 3) + 3 * 3 * d * 4
+    n = 1 + len(c.adaptive)
+    rows, C = n * w + (3 if c.momentum else 2), min(c.chunk, T)
+    generate = (rows - w) * w + w * w  # and the read at the learned start
+    if c.memory == "matrix" and set(c.adaptive) == {"k", "v"} and not c.momentum:  # titans._SelfModify, by its lines
+        return H * (3 * (generate + 3 * rows * w + w * w + C * (3 * w + rows)) + C * C * (1 / 3 + 1))
+    one = 3 * (generate + 2 * rows * w) + scan(w, rows, c.chunk, True, c.momentum, 1 + c.momentum)
+    two = 3 * 5 * n * w * w + n * scan(w, w, c.chunk, True, c.momentum, 1 + c.momentum)
+    return H * (one + two * (c.memory == "mlp"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # State as a value
 
 
@@ -559,36 +642,6 @@ def save_state(state, path):
 def load_state(path, device="cpu"):
     """The state `save_state` wrote. Raises ValueError where the file is torn or no such file."""
     return map_state(lambda t: t.to(device), load_file(path))
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; some say nothing but their kind."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def write_beside(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file whole or not at all: `write` to a name beside it, then rename. OSError says what stayed."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        write(beside)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch.save calls a full disk a RuntimeError
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        kept = f"the earlier {path.name} is intact" if path.exists() else "nothing is left behind"
-        raise OSError(f"could not write {path} ({first_line(error)}); {kept}") from error
-
-
-def load_file(path):
-    """What torch.save wrote, on the CPU; only plain data. ValueError in one line for a missing or damaged file."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except Exception as error:  # torch raises a different kind, some without a message, for every way a file can be damaged
-        raise ValueError(f"{path} is truncated or damaged ({first_line(error)})") from None
 
 
 def device_for(name: str) -> torch.device:

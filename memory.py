@@ -31,6 +31,7 @@ Solving for r and not for e = eta r keeps every gradient free of divisions, also
 `python memory.py` shows a memory at work, and which settings of the rule are which published model.
 """
 
+import contextlib
 import functools
 import logging
 
@@ -168,6 +169,20 @@ def fused(what, x, width, chunk=1, backend="auto"):
     _log_once(f"{what} runs in torch, many times slower than the fused kernels would: {reason}")
 
 
+_seen = None  # a list while `watch` looks on
+
+
+@contextlib.contextmanager
+def watch():
+    """A list to which every `scan` within adds its mean (eta, alpha): how fast memories learn and how much they retain."""
+    global _seen
+    _seen = []
+    try:
+        yield _seen
+    finally:
+        _seen = None
+
+
 def scan_stepwise(W, k, u, eta, alpha, q=None, *, theta=None, S=None, delta=1.0):
     """The definition of `scan`, token by token; the oracle of every faster form. Arguments and results of `scan`."""
     args = _aligned(W, k, u, eta, alpha, q, theta, S, delta)
@@ -203,6 +218,8 @@ def scan(W, k, u, eta, alpha, q=None, *, theta=None, S=None, delta=1.0, tile=64,
         raise ValueError(f"tile must be at least 1, got {tile}")
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    if _seen is not None:
+        _seen.append((eta.mean(), alpha.mean()))
     args = _aligned(W, k, u, eta, alpha, q, theta, S, delta)
     kernels = fused("scan", k, k.shape[-1], backend=backend)
     if kernels is not None:

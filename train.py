@@ -7,22 +7,34 @@
     python train.py --resume runs/hope-nano                 # go on after Ctrl-C, a kill, a power cut
     python train.py --resume runs/hope-nano --tokens 4e6    # train longer
     python train.py --help                                  # every field of TrainConfig, with its default
+    python train.py --preset 340m --dry-run                 # what it would cost: parameters, FLOPs, memory, time (plan.py)
+    torchrun --nproc_per_node=8 train.py --preset 340m ...  # the same run on 8 GPUs; --fsdp: weights in shares
+
+The presets from 30m up bring a training set-up with them (SETUPS), which flags override: tokens, 0.5M to a step in rows of
+4,096, AdamW at 4e-4 on a cosine, and shards in data/fineweb (python data.py fineweb-edu --out data/fineweb).
 
 A run is a folder; everything needed to continue is in it:
 
     config.json     {"model": HopeConfig, "train": TrainConfig, "tokenizer": name, "corpus": its sizes and checksum}
-    metrics.jsonl   a line per step {"step", "tokens", "bits_per_byte", "lr", "grad_norm", "tokens_per_s"}, and lines of
-                    validation {"step", "tokens", "val_bits_per_byte", "val_tokens", "cms_updates"}
+    metrics.jsonl   a line per step {"step", "tokens", "bits_per_byte", "lr", "grad_norm", "tokens_per_s", "data_s", "mfu"},
+                    every WATCH_EVERY steps with {"eta", "alpha"}, and lines of validation {"step", "tokens",
+                    "val_bits_per_byte", "val_tokens", "cms_updates"}; of a step left out {"step", "tokens", "skipped", "why"}
     loss.png        the same as a picture
-    checkpoint.pt   {"model", "optimizer", "step"}: written beside and renamed, so it is always whole
+    checkpoints/    step-N: weights and optimizer, whole or not there (checkpoint.py); the --keep newest
     sample.txt      text generated at the end
 
+    tokens_per_s, mfu   of all processes; mfu: counted FLOPs (hope.flops_per_token) over the GPUs' peak, on a known GPU
+    data_s              seconds of the step that went into making its batch
+    eta, alpha          per layer, the mean step size and retention of its memories: how fast they learn and forget
+
 Resuming gives the losses of a run that was never stopped, bit for bit on CPU: a batch depends on (seed, step) alone and
-the optimizer's state is saved. (More --tokens stretch the cosine: then the learning rate differs from there on.)
+the optimizer's state is saved. (More --tokens stretch the cosine: then the learning rate differs from there on.) Nor does
+the number of processes change anything but rounding: batch_size is the rows of a step, of all processes together.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -36,6 +48,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 
 # OpenMP threads wait for each other by spinning, as long as they like: with a second busy process on the machine they
@@ -48,8 +61,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import batch, load_corpus, n_bytes, tokenizer, windows
-from hope import UPDATES, Hope, HopeConfig, device_for, first_line, load_file, write_beside
+import checkpoint
+import distributed
+from data import batch, load_corpus, n_bytes, save_tokenizer, tokenizer, tokenizer_of, windows
+from distributed import gather, on_all, on_first, rank, total, world
+from hope import UPDATES, Hope, HopeConfig, device_for, first_line, flops_per_token, plain, write_beside
+from memory import watch
 from optimizers import OPTIMIZERS, optimizer_by_name
 
 
@@ -68,6 +85,18 @@ FRACTION = ("0 to 1", lambda value: 0 <= value <= 1)
 BELOW_1 = ("0 to below 1", lambda value: 0 <= value < 1)
 AN_OPTIMIZER = (", ".join(OPTIMIZERS), OPTIMIZERS.__contains__)
 CMS_STEP = 1e-3  # initial inner step size of the CMS levels where they learn in context
+# How the Titans and Gated DeltaNet papers train: 340M on 15B, 760M on 30B, 1.3B on 100B tokens of FineWeb-Edu. The two smaller
+# presets, which they do not have: 20 tokens a parameter. Warm-up: 1% of the steps, as in Gated DeltaNet's code. micro_batch:
+# what Hope can do without recompute on a GPU of 80 GB.
+PAPER = dict(data="data/fineweb", batch_size=128, seq_len=4096, lr=4e-4, min_lr_ratio=0.1, warmup=0.01, weight_decay=0.1,
+             beta1=0.9, beta2=0.95, grad_clip=1.0, eval_every=1000, eval_tokens=2**20, save_every=1000)  # fmt: skip
+SETUPS = {
+    "30m": PAPER | dict(tokens=600_000_000, micro_batch=16),
+    "125m": PAPER | dict(tokens=2_500_000_000, micro_batch=8),
+    "340m": PAPER | dict(tokens=15_000_000_000, micro_batch=4),
+    "760m": PAPER | dict(tokens=30_000_000_000, micro_batch=2),
+    "1.3b": PAPER | dict(tokens=100_000_000_000, micro_batch=1),
+}
 NOT_SET = ("all but model, a flag, and vocab_size, the tokenizer's", {"model", "vocab_size"}.isdisjoint)
 
 
@@ -78,13 +107,14 @@ class TrainConfig:
     model: str = flag("hope", "hope, hope_attention, titans, transformer, gated_deltanet, ...")
     preset: str = flag("nano", "size of the model")
     set: dict = flag({}, "set a field of HopeConfig, as in --set n_layers=2 (repeatable)", *NOT_SET)
-    data: str = flag("stdlib", "'stdlib' (this Python's own source), a text file, or a folder", on_resume=True)
+    data: str = flag("stdlib", "'stdlib' (this Python's own source), a text file, a folder of text or of shards (data.py)",
+                     on_resume=True)  # fmt: skip
     out: str | None = flag(None, "folder of the run; without it runs/<model>-<preset>, numbered if taken")
     resume: str | None = flag(None, "folder of a run to continue", on_resume=True)
     tokens: int = flag(2_000_000, "tokens to train on, rounded up to whole steps", *AT_LEAST_1, on_resume=True)
-    batch_size: int = flag(4, "rows in a micro-batch", *AT_LEAST_1)
+    batch_size: int = flag(4, "rows in a step, of all processes together", *AT_LEAST_1)
+    micro_batch: int = flag(0, "rows a process reads at once, to fit its memory; 0: all its rows", *AT_LEAST_0, on_resume=True)
     seq_len: int = flag(512, "tokens in a row", *AT_LEAST_1)
-    accumulate: int = flag(1, "micro-batches in a step", *AT_LEAST_1)
     optimizer: str = flag("adamw", "adamw, or of the matrices, beside AdamW: " + ", ".join(OPTIMIZERS[1:]), *AN_OPTIMIZER)
     lr: float = flag(3e-3, "highest learning rate", *POSITIVE, on_resume=True)
     min_lr_ratio: float = flag(0.1, "learning rate of the last step, as a fraction of lr", *FRACTION, on_resume=True)
@@ -97,11 +127,18 @@ class TrainConfig:
     eval_every: int = flag(200, "steps between validations; 0: only at the end", *AT_LEAST_0, on_resume=True)
     eval_tokens: int = flag(32_768, "held-out tokens of those; at the end, all", *AT_LEAST_1, on_resume=True)
     save_every: int = flag(200, "steps between checkpoints", *AT_LEAST_1, on_resume=True)
+    keep: int = flag(2, "newest checkpoints to keep", *AT_LEAST_1, on_resume=True)
+    max_skipped: int = flag(10, "steps in a row left out, for a loss or gradient that is not finite, before the run stops",
+                            *AT_LEAST_0, on_resume=True)  # fmt: skip
     device: str = flag("auto", "auto, cpu, cuda or cuda:N", on_resume=True)
     threads: int = flag(0, "CPU threads; 0: torch's own choice", *AT_LEAST_0, on_resume=True)
     cms_updates: str = flag("off", "steps of the CMS levels in context: off, first_order or full; also in validation",
                             ", ".join(UPDATES), lambda value: value in UPDATES)  # fmt: skip
     compile: bool = flag(False, "torch.compile the model", on_resume=True)
+    fsdp: bool = flag(False, "weights and optimizer in shares (FSDP2, with recompute); needs torchrun", on_resume=True)
+    recompute: bool = flag(False, "keep only the inputs of blocks for the backward pass: less memory, a third more work",
+                           on_resume=True)  # fmt: skip
+    wandb: bool = flag(False, "log to Weights & Biases too (pip install wandb)", on_resume=True)
 
     def __post_init__(self):
         for f in fields(self):
@@ -111,6 +148,8 @@ class TrainConfig:
             setattr(self, f.name, value)
         if self.compile and self.cms_updates != "off":
             raise ValueError(f"compile is on and cms_updates {self.cms_updates!r}: legal is one of them")
+        if self.fsdp and self.cms_updates != "off":  # levels take their steps outside the block that is gathered
+            raise ValueError(f"fsdp is on and cms_updates {self.cms_updates!r}: legal is one of them")
         if self.data != "stdlib":
             self.data = os.path.abspath(self.data)  # a run can be resumed from another folder
 
@@ -121,7 +160,7 @@ class TrainConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.batch_size * self.accumulate * self.seq_len
+        return self.batch_size * self.seq_len
 
     def fresh_folder(self) -> Path:
         """The folder a new run will make. ValueError if `out` is taken."""
@@ -190,24 +229,95 @@ def precision(device: torch.device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
+class Step(nn.Module):
+    """The loss of a micro-batch: all that DDP must see, and torch.compile as one graph. Weights are the model's own."""
+
+    def __init__(self, model: nn.Module, updates: str):
+        super().__init__()
+        self.model, self.updates = model, updates
+
+    def forward(self, inputs, targets):
+        logits, _ = self.model(inputs, updates=self.updates)
+        return loss_fn(logits, targets)
+
+
+def parallel(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
+    """(inputs, targets) -> loss, whose backward leaves in every process the gradient of all of them."""
+    for block in model.blocks:
+        block.recompute = config.recompute or config.fsdp
+        if block.cms.log_step is not None and config.cms_updates == "off":
+            block.cms.log_step.requires_grad_(False)  # unused; DDP waits for the gradient of everything that wants one
+    step = Step(model, config.cms_updates)
+    if config.fsdp:
+        if config.compile:  # block by block, since between blocks weights are gathered
+            for block in model.blocks:
+                block.compile(fullgraph=True)
+        distributed.shard(model, device)
+        return step
+    if config.compile:
+        step.compile(fullgraph=True)
+    if world() == 1:
+        return step
+    ids = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(step, ids, gradient_as_bucket_view=True)
+
+
 @torch.no_grad()
-def validate(model: nn.Module, tokens: np.ndarray, batch_size: int, seq_len: int, device, updates="off") -> tuple[float, int]:
+def rates(model: nn.Module, tokens: torch.Tensor) -> dict:
+    """{"eta": [...], "alpha": [...]}: per layer, the mean step size and retention with which its memories read tokens [B, T].
+
+    By the plain path of every mixer; None for a layer without memories, {} for a model without.
+    """
+    found = {"eta": [], "alpha": []}
+    with watch() as seen, plain(model), torch.compiler.set_stance("force_eager"):
+
+        def hook(*_):
+            for i, means in enumerate(found.values()):
+                means.append(float(sum(rate[i] for rate in seen)) / len(seen) if seen else None)
+            seen.clear()
+
+        hooks = [block.mixer.register_forward_hook(hook) for block in model.blocks]
+        model(tokens)
+        for handle in hooks:
+            handle.remove()
+    return {name: means for name, means in found.items() if set(means) != {None}}
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, tokens: np.ndarray, batch_size: int, seq_len: int, device, updates="off", start=256
+) -> tuple[float, int]:
     """(nats, count) of a token stream [N]: every token scored once, memories starting afresh every seq_len tokens.
 
-    updates: whether the CMS levels take steps in context, see Hope.forward.
+    updates: whether the CMS levels take steps in context, see Hope.forward. start: the tokenizer's <|endoftext|>.
     """
     device, training = torch.device(device), model.training
     model.eval()
-    nats, count = 0.0, 0
-    for inputs, targets in windows(tokens, batch_size, seq_len):
+    nats, count, pieces = 0.0, 0, windows(tokens, batch_size, seq_len, start)
+    while turn := list(islice(pieces, world())):
+        mine = rank() < len(turn)  # else read along, for the sake of the others: weights in shares are gathered by all
+        inputs, targets = turn[rank() if mine else 0]
         with precision(device):
             logits, _ = model(inputs.to(device)) if updates == "off" else model(inputs.to(device), updates=updates)
-        nats += loss_fn(logits, targets.to(device), reduction="sum").item()
-        count += targets.numel()
+        nats += mine * loss_fn(logits, targets.to(device), reduction="sum").item()
+        count += mine * targets.numel()
     model.train(training)
+    nats, count = total([nats, count])
     if not math.isfinite(nats):
         raise NonFinite(f"validation: the loss is {nats}")
-    return nats, count
+    return nats, int(count)
+
+
+# Peak of dense bfloat16 products, FLOPs per second, by a part of the GPU's name
+PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+        "A10": 125e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
+WATCH_EVERY = 50  # steps between two looks at eta and alpha, each a forward pass of one row
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What one device can do at most, FLOPs per second; None where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK.items() if part in name), None)
 
 
 class NonFinite(RuntimeError):
@@ -225,12 +335,12 @@ def peak_memory(device) -> float | None:
 def gradient_norm(model: nn.Module, step: int, loss: float) -> torch.Tensor:
     """Norm of all gradients; NonFinite names the step and the first tensor that is not finite."""
     grads = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([grad for _, grad in grads])
+    norm = distributed.whole(torch.nn.utils.get_total_norm([grad for _, grad in grads]))
     if math.isfinite(loss) and math.isfinite(norm.item()):
         return norm
-    bad = [name for name, grad in grads if not torch.isfinite(grad).all()]
+    bad = [name for name, grad in grads if not torch.isfinite(distributed.whole(grad)).all()]
     tensor = f"the gradient of {bad[0]}" if bad else "the norm of the gradient" if math.isfinite(loss) else "the loss"
-    raise NonFinite(f"step {step}: {tensor} is not finite (loss {loss}); the last checkpoint is kept")
+    raise NonFinite(f"step {step}: {tensor} is not finite (loss {loss})")
 
 
 # The folder of a run
@@ -250,14 +360,6 @@ def read_config(folder: str | Path) -> dict:
         return {key: config[key] for key in ("model", "train", "tokenizer", "corpus")}
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None
-
-
-def read_checkpoint(folder: Path) -> dict:
-    """checkpoint.pt of a run, on the CPU. ValueError in one line."""
-    checkpoint = load_file(folder / "checkpoint.pt")
-    if missing := {"model", "optimizer", "step"} - set(checkpoint):
-        raise ValueError(f"{folder}/checkpoint.pt is no checkpoint of a run: it lacks {', '.join(sorted(missing))}")
-    return checkpoint
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -318,7 +420,7 @@ def plot(folder: Path, title: str) -> None:
 
 @contextlib.contextmanager
 def ctrl_c():
-    """A list that fills at Ctrl-C, so that the step can be finished; the second Ctrl-C kills."""
+    """A list that fills at Ctrl-C or a polite kill, so that the step can be finished; the second one kills."""
     pressed = []
     if threading.current_thread() is not threading.main_thread():
         yield pressed
@@ -326,33 +428,47 @@ def ctrl_c():
 
     def handler(number, frame):
         pressed.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
 
-    before = signal.signal(signal.SIGINT, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, what in before.items():
+            signal.signal(number, what)
+
+
+def logger(folder: Path, config: TrainConfig):
+    """The run at Weights & Biases; the same one after a resume. Project and account are set as ever with wandb."""
+    import wandb
+
+    path = folder / "wandb.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    run = wandb.init(name=folder.name, dir=folder, config=asdict(config), resume="allow", **known)
+    write_json(path, {"id": run.id})
+    return run
 
 
 # The run
 
 
-def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) -> dict:
-    """Train, or continue, one run and return what it came to; `on_step` is given every line of metrics.jsonl.
-
-    Raises ValueError or OSError for bad input before any file is touched, NonFinite (a RuntimeError) for a loss or
-    gradient that is not finite, OSError for a checkpoint that cannot be written; the earlier checkpoint stays.
-    """
-    # Everything that can be wrong is found here, before anything is written.
+def prepare(config: TrainConfig) -> tuple:
+    """Everything that can be wrong is found here, before anything is written."""
     saved = None
     if config.resume:
         folder, saved = Path(config.resume), read_config(config.resume)
         resumed(config.resume, **{**asdict(config), "resume": config.resume})
     else:
-        folder = config.fresh_folder()
-    device = device_for(config.device)
-    encoding = tokenizer()
+        folder = on_first(config.fresh_folder)
+    if config.batch_size % world():
+        legal = f"a multiple of {world()}, the number of processes"
+        raise ValueError(f"batch_size is {config.batch_size}: legal is {legal}")
+    if config.fsdp and not distributed.started():
+        raise ValueError("fsdp is on in a process of its own: legal is under torchrun, as torchrun --nproc_per_node=8 train.py")
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb is on, but the package is not installed: pip install wandb")
+    corpus = load_corpus(config.data, tokenizer(tokenizer_of(folder, saved["tokenizer"])) if saved else None)
+    encoding = corpus.encoding
     try:
         if saved:
             model_config = HopeConfig(**saved["model"])
@@ -365,78 +481,106 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     if config.cms_updates != "off" and not 2 <= (model_config.levels[0] or 0) < config.seq_len:
         why = f"no token of a row sees an update with seq_len {config.seq_len}"
         raise ValueError(f"levels is {model_config.levels}: {why}; legal is a first chunk from 2 to {config.seq_len - 1}")
-    corpus = load_corpus(config.data, encoding)
     fingerprint = corpus.fingerprint()
     if saved and fingerprint != saved["corpus"]:
         raise ValueError(f"data {config.data!r} is {fingerprint}, but {folder} was trained on {saved['corpus']}")
     batch(corpus.train, 1, config.seq_len, config.seed, 0)
+    return folder, bool(saved), model_config, corpus, encoding, fingerprint
+
+
+def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) -> dict:
+    """Train, or continue, one run and return what it came to; `on_step` is given every line of metrics.jsonl.
+
+    Raises ValueError or OSError for bad input before any file is touched, NonFinite (a RuntimeError) where the loss or a
+    gradient stays not finite, OSError for a checkpoint that cannot be written; the earlier checkpoint stays.
+    """
+    device = distributed.start(on_all(lambda: device_for(config.device)))
+    folder, going_on, model_config, corpus, encoding, fingerprint = on_all(lambda: prepare(config))
+    if len(set(map(str, gather(fingerprint)))) > 1:
+        raise ValueError(f"data {config.data!r} differs between the processes: {gather(fingerprint)}")
+    first = rank() == 0
+
+    def say(text: str) -> None:
+        if first:
+            print(text, flush=True)
 
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     model = Hope(model_config).to(device=device, dtype=torch.float32)
-    forward = torch.compile(model) if config.compile else model
+    forward = parallel(model, config, device)
     optimizer = optimizer_for(model, config)
     start, steps = 0, config.steps
-    if config.resume:
-        checkpoint = read_checkpoint(folder)
-        start = checkpoint["step"]
+    begun = going_on and on_first(lambda: bool(checkpoint.steps(folder) or read_metrics(folder)))  # else killed at once
+    if begun:
+        start = checkpoint.load(folder, model, optimizer)
         if steps < start:
             done = start * config.tokens_per_step
             raise ValueError(f"tokens is {config.tokens}, but {folder} has trained on {done} already: legal is more")
-        try:
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            why = f"is of another config than its config.json ({first_line(error)})"
-            raise ValueError(f"{folder}/checkpoint.pt {why}") from None
 
-    folder.mkdir(parents=True, exist_ok=bool(config.resume))
-    own = {**asdict(config), "resume": None}
-    everything = {"model": model_config.to_dict(), "train": own, "tokenizer": encoding.name, "corpus": fingerprint}
-    write_json(folder / "config.json", everything)
-    # What a killed run logged after its last checkpoint is computed again.
-    lines = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= start]
-    write_beside(folder / "metrics.jsonl", lambda beside: beside.write_text("".join(lines)))
+    def set_up() -> None:
+        own = {**asdict(config), "resume": None}
+        everything = {"model": model_config.to_dict(), "train": own, "tokenizer": encoding.name, "corpus": fingerprint}
+        write_json(folder / "config.json", everything)
+        if encoding.name != "bytes":
+            save_tokenizer(encoding, folder)  # the run outlives its shards
+        # What a killed run logged after its last checkpoint is computed again.
+        lines = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= start]
+        write_beside(folder / "metrics.jsonl", lambda beside: beside.write_text("".join(lines)))
+
+    def save(step: int) -> None:
+        checkpoint.save(folder, model, optimizer, step, config.keep)
+
+    if not going_on:
+        on_first(lambda: folder.mkdir(parents=True))
+    try:
+        on_first(set_up)
+        if not begun:
+            save(0)  # a full disk shows now, not after the first hour
+    except OSError:
+        if not begun:
+            on_first(lambda: shutil.rmtree(folder))
+        raise
 
     size = sum(p.numel() for p in model.parameters())
     title = f"{config.model}-{config.preset}, {size / 1e6:.2f}M parameters, on {corpus.name}"
-    print(f"{title} ({len(corpus.train):,} training tokens), {device}, in {folder}")
+    where = f"{device}" if world() == 1 else f"{world()} processes on {device.type}"
+    say(f"{title} ({len(corpus.train):,} training tokens), {where}, in {folder}")
     if start == steps:
-        print(f"nothing left to train: {steps * config.tokens_per_step:,} tokens are done; --tokens asks for more")
+        say(f"nothing left to train: {steps * config.tokens_per_step:,} tokens are done; --tokens asks for more")
 
-    def save(step: int) -> None:
-        checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-        write_beside(folder / "checkpoint.pt", lambda beside: torch.save(checkpoint, beside))
-
-    if not config.resume:
-        try:
-            save(0)  # a full disk shows now, not after the first hour
-        except OSError:
-            shutil.rmtree(folder)
-            raise
+    wandb = logger(folder, config) if config.wandb and first else None
 
     def report(record: dict) -> None:
-        log.write(json.dumps(record) + "\n")
-        log.flush()
+        if first:
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+        if wandb:
+            wandb.log(record, step=record["step"])
         if on_step:
             on_step(record)
 
     def validation(step: int, tokens: np.ndarray) -> float:
-        nats, count = validate(model, tokens, config.batch_size, config.seq_len, device, config.cms_updates)
+        start = encoding.eot_token
+        nats, count = validate(model, tokens, config.batch_size, config.seq_len, device, config.cms_updates, start)
         bits = nats / math.log(2) / n_bytes(tokens, encoding)
         report({"step": step, "tokens": step * config.tokens_per_step, "val_bits_per_byte": bits, "val_tokens": count,
                 "cms_updates": config.cms_updates})  # fmt: skip
         return bits
 
     bits_per_nat = len(corpus.train) / corpus.train_bytes / math.log(2)  # nats per token -> bits per byte
+    share = config.batch_size // world()  # rows of a step in this process
+    own_rows = slice(rank() * share, (rank() + 1) * share)
+    peak, flops = peak_flops(device), config.tokens_per_step * flops_per_token(model_config, config.seq_len)
+    skipped = sum("skipped" in record for record in read_metrics(folder))
+    in_a_row = 0
     recent = deque(maxlen=50)  # lines of the last steps, for the progress line
     began_run = time.perf_counter()
     bar = tqdm(
-        total=steps, initial=start, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True,
+        total=steps, initial=start, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True, disable=not first,
         bar_format="{percentage:3.0f}%|{bar:20}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left",
     )  # fmt: skip
-    with open(folder / "metrics.jsonl", "a") as log, bar:
+    with open(folder / "metrics.jsonl" if first else os.devnull, "a") as log, bar:
         with ctrl_c() as stop:
             model.train()
             for step in range(start, steps):
@@ -444,49 +588,67 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
                 lr = learning_rate(step, steps, config)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                # One draw for the whole step, so that accumulating changes the memory used and not the result.
-                rows = batch(corpus.train, config.batch_size * config.accumulate, config.seq_len, config.seed, step)
+                # One draw for the whole step: neither accumulating nor sharing it out changes the result.
+                rows = batch(corpus.train, config.batch_size, config.seq_len, config.seed, step)
+                parts = [part[own_rows].to(device).split(config.micro_batch or share) for part in rows]
+                waited = time.perf_counter() - began
                 loss = 0.0
-                for inputs, targets in zip(*(part.to(device).split(config.batch_size) for part in rows), strict=True):
-                    with precision(device):
-                        logits, _ = forward(inputs, updates=config.cms_updates)
-                    part = loss_fn(logits, targets) / config.accumulate
-                    part.backward()
-                    loss += part.item()
-                norm = gradient_norm(model, step + 1, loss)
-                torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                for n, (inputs, targets) in enumerate(zip(*parts, strict=True), 1):
+                    last = n == len(parts[0])  # DDP adds up over processes only once
+                    with contextlib.nullcontext() if last or not hasattr(forward, "no_sync") else forward.no_sync():
+                        with precision(device):
+                            part = forward(inputs, targets) * (len(inputs) / share)
+                        part.backward()
+                    loss = loss + part.detach()
+                loss, stopping = (x / world() for x in total([loss.item(), float(bool(stop))]))
 
                 done = step + 1
-                record = {
-                    "step": done,
-                    "tokens": done * config.tokens_per_step,
-                    "bits_per_byte": loss * bits_per_nat,
-                    "lr": lr,
-                    "grad_norm": norm.item(),
-                    "tokens_per_s": config.tokens_per_step / (time.perf_counter() - began),
-                }
-                report(record)
-                recent.append((record["bits_per_byte"], record["tokens_per_s"]))
-                loss_now, speed = np.mean(recent, axis=0)
-                bar.set_postfix_str(f"{loss_now:.3f} bits per byte, {speed:,.0f} tokens/s", refresh=False)
+                record = {"step": done, "tokens": done * config.tokens_per_step}
+                try:  # loss and norm are the same in all processes, and so is what follows from them
+                    norm = gradient_norm(model, done, loss)
+                except NonFinite as error:
+                    skipped, in_a_row = skipped + 1, in_a_row + 1
+                    if in_a_row > config.max_skipped:
+                        raise NonFinite(f"{error}, {in_a_row} steps in a row; the last checkpoint is kept") from None
+                    report(record | {"skipped": skipped, "why": first_line(error)})
+                    optimizer.zero_grad(set_to_none=True)
+                else:
+                    in_a_row = 0
+                    torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    norm = norm.item()
+                    speed = config.tokens_per_step / (time.perf_counter() - began)
+                    record |= {"bits_per_byte": loss * bits_per_nat, "lr": lr, "grad_norm": norm, "tokens_per_s": speed}
+                    record |= {"data_s": waited}
+                    if peak:
+                        record["mfu"] = flops * speed / config.tokens_per_step / (peak * world())
+                    if done % WATCH_EVERY == 0 or done == start + 1:
+                        with precision(device):
+                            record |= rates(model, parts[0][0][:1])
+                    report(record)
+                    recent.append((record["bits_per_byte"], speed))
+                    loss_now, speed = np.mean(recent, axis=0)
+                    note = f", {skipped} skipped" if skipped else ""
+                    bar.set_postfix_str(f"{loss_now:.3f} bits per byte, {speed:,.0f} tokens/s{note}", refresh=False)
                 bar.update()
                 if config.eval_every and done % config.eval_every == 0 and done < steps:
                     validation(done, corpus.val[: config.eval_tokens])
-                if done % config.save_every == 0 or done == steps or stop:
+                if done % config.save_every == 0 or done == steps or stopping:
                     save(done)
-                    plot(folder, title)
-                if stop and done < steps:
+                    if first:
+                        plot(folder, title)
+                if stopping and done < steps:
                     bar.close()  # else it draws over the message
-                    print(f"stopped and saved after step {done} of {steps}; go on with")
-                    print(f"  python train.py --resume {folder}")
+                    say(f"stopped and saved after step {done} of {steps}; go on with")
+                    say(f"  python train.py --resume {folder}")
                     return {"run": str(folder), "step": done, "steps": steps, "interrupted": True}
         bar.close()
 
-        print(f"validating on all {len(corpus.val):,} held-out tokens ...", flush=True)
+        say(f"validating on all {len(corpus.val):,} held-out tokens ...")
         bits = validation(steps, corpus.val)
-    plot(folder, title)
+    if first:
+        plot(folder, title)
 
     beginning = encoding.decode(corpus.val[:64].tolist(), errors="ignore").split("\n")[0]
     prompt = "def " if config.data == "stdlib" else beginning or "\n"
@@ -495,13 +657,14 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     torch.manual_seed(config.seed)
     written = [int(token) for token in model.generate(tokens, 200, temperature=0.8)]
     sample = prompt + encoding.decode(written, errors="replace")
-    write_beside(folder / "sample.txt", lambda beside: beside.write_text(sample + "\n", encoding="utf-8"))
-
-    print(f"\na sample:\n{'-' * 80}\n{sample}\n{'-' * 80}")
-    print(f"{bits:.4f} bits per byte on the held-out files ({corpus.val_bytes:,} bytes), run in {folder}")
-    print(f"  evaluate   python eval.py {folder}")
-    print(f"  continue   python train.py --resume {folder} --tokens {2 * config.tokens:.3g}")
-    print(f"  generate   python hope.py generate {folder} --prompt {shlex.quote(prompt)}")
+    if first:
+        write_beside(folder / "sample.txt", lambda beside: beside.write_text(sample + "\n", encoding="utf-8"))
+    say(f"\na sample:\n{'-' * 80}\n{sample}\n{'-' * 80}")
+    say(f"{bits:.4f} bits per byte on the held-out files ({corpus.val_bytes:,} bytes), run in {folder}")
+    say(f"  evaluate   python eval.py {folder}")
+    say(f"  continue   python train.py --resume {folder} --tokens {2 * config.tokens:.3g}")
+    say(f"  generate   python hope.py generate {folder} --prompt {shlex.quote(prompt)}")
+    distributed.barrier("the end")
     return {"run": str(folder), "step": steps, "steps": steps, "interrupted": False, "val_bits_per_byte": bits,
             "parameters": size, "seconds": time.perf_counter() - began_run}  # fmt: skip
 
@@ -542,15 +705,27 @@ def parse(argv: list[str] | None) -> TrainConfig:
             parser.add_argument(*names, help=text, metavar={int: "N", float: "X"}.get(f.type, "NAME"))
 
     given = vars(parser.parse_args(argv))
-    return resumed(given.pop("resume"), **given) if given.get("resume") else TrainConfig(**given)
+    if given.get("resume"):
+        return resumed(given.pop("resume"), **given)
+    return TrainConfig(**SETUPS.get(given.get("preset"), {}) | given)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0 done, 2 bad input or a failed run, 130 stopped by Ctrl-C."""
+    config = None
     try:
-        return 130 if train(parse(argv))["interrupted"] else 0
+        if "--dry-run" in (sys.argv if argv is None else argv):
+            import plan
+
+            plan.main(sys.argv[1:] if argv is None else argv)
+            return 0
+        config = parse(argv)
+        result = train(config)
+        distributed.stop()
+        return 130 if result["interrupted"] else 0
     except (ValueError, OSError, NonFinite, torch.OutOfMemoryError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        if rank() == 0 or config and not hasattr(error, "shared"):
+            print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -11,9 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import baselines
+import checkpoint
 import hope
-from hope import MIXERS, PRESETS, Hope, HopeConfig, load_state, map_state, save_state
+import titans
+from hope import MIXERS, PRESETS, Hope, HopeConfig, flops_per_token, load_state, map_state, save_state
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(vocab_size=11, d_model=16, n_layers=2, n_heads=2, hidden=24, chunk=4, window=8)
@@ -405,8 +410,12 @@ def run_folder(path, name="hope", **changes):
     path.mkdir(exist_ok=True)
     everything = {"model": model.config.to_dict(), "train": {}, "tokenizer": "bytes", "corpus": {}}
     (path / "config.json").write_text(json.dumps(everything))
-    torch.save({"model": model.state_dict(), "optimizer": {}, "step": 1}, path / "checkpoint.pt")
+    save_weights(path, model)
     return model
+
+
+def save_weights(run, model, step=1):
+    checkpoint.save(run, model, torch.optim.SGD(model.parameters()), step)
 
 
 @each_variant
@@ -422,20 +431,15 @@ def test_load_names_what_is_wrong_with_a_run_folder(tmp_path):
         Hope.load(str(tmp_path / "nowhere"))
     run = tmp_path / "x"
     run_folder(run)
-    whole = (run / "checkpoint.pt").read_bytes()
-    (run / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="checkpoint.pt.*truncated"):
-        Hope.load(str(run))
     for changes in (dict(d_model=32), dict(n_layers=3), dict(memory="mlp"), dict(model="transformer")):
-        other = Hope(config("hope", vocab_size=257, **changes))
-        torch.save({"model": other.state_dict(), "step": 1}, run / "checkpoint.pt")
-        with pytest.raises(ValueError, match="checkpoint.pt does not hold the model of .*config.json"):
+        save_weights(run, Hope(config("hope", vocab_size=257, **changes)))
+        with pytest.raises(ValueError, match="checkpoints/step-1 is of another model than config.json's: .* is .*, not"):
             Hope.load(str(run))
-    torch.save({"step": 1}, run / "checkpoint.pt")
-    with pytest.raises(ValueError, match="checkpoint.pt does not hold the model of"):
+    (run / "checkpoints/step-1/rest.pt").unlink()
+    with pytest.raises(ValueError, match="checkpoints/step-1 is torn .*rest.pt does not exist"):
         Hope.load(str(run))
-    (run / "checkpoint.pt").unlink()
-    with pytest.raises(ValueError, match="checkpoint.pt does not exist"):
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ValueError, match="x/checkpoints has no checkpoint"):
         Hope.load(str(run))
 
 
@@ -531,8 +535,8 @@ def test_generate_command_prints_what_the_model_generates(tmp_path, monkeypatch,
         (["generate", "x", "--temperature", "-1"], "temperature must be at least 0, got -1"),
         (["generate", "x", "--n", "-3"], "n must be at least 0.*got -3"),
         (["generate", "x", "--top-k", "0"], "top_k must be at least 1, got 0"),
-        (["generate", "torn"], "checkpoint.pt.*truncated"),
-        (["generate", "other"], "does not hold the model"),
+        (["generate", "torn"], "step-1 is torn .*truncated"),
+        (["generate", "other"], "is of another model"),
         (["generate", "damaged"], "damaged.config.json"),
         (["generate", "x", "--device", "cuda:99"], "(?i)cuda"),
         (["generate", "x", "--device", "gpu"], "gpu"),
@@ -545,8 +549,8 @@ def test_commands_report_errors_in_one_line_with_exit_code_2(words, message, tmp
     monkeypatch.chdir(tmp_path)
     for folder in ("x", "torn", "other", "damaged"):
         run_folder(tmp_path / folder)
-    (tmp_path / "torn" / "checkpoint.pt").write_bytes(b"PK\x03\x04")
-    torch.save({"model": Hope(config("transformer")).state_dict()}, tmp_path / "other" / "checkpoint.pt")
+    (tmp_path / "torn/checkpoints/step-1/rest.pt").write_bytes(b"PK\x03\x04")
+    save_weights(tmp_path / "other", Hope(config("transformer")))
     (tmp_path / "damaged" / "config.json").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
     assert in_process(monkeypatch, *words) == 2
@@ -573,3 +577,44 @@ def test_bfloat16_autocast_stays_near_float32_and_keeps_fast_weights_in_float32(
         for block in state["blocks"]:
             weights = block["mixer"].get("running") or [block["mixer"]["W"]]
             assert all(W.dtype == torch.float32 for W in weights)
+
+
+# FLOPs
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [(model, {}) for model in MIXERS]
+    + [("hope", {"memory": "mlp"}), ("hope", {"momentum": True}), ("hope", {"adaptive": ["k", "v", "q"]})]
+    + [("hope", {"chunk": 32}), ("titans", {"depth": 3}), ("gated_deltanet", {"expand": 2}), ("titans_mac", {"chunk": 16})],
+    ids=str,
+)
+def test_counted_flops_are_those_of_torch_s_own_counter(model, changes, monkeypatch):
+    """But for attention, where torch's counter takes the whole square of a masked product: there the pairs are counted."""
+    pairs = 0
+
+    def look(q, k, v, attn_mask=None, is_causal=False, scale=None):
+        nonlocal pairs
+        T, S = q.shape[2], k.shape[2]
+        seen = T * (T + 1) // 2 if is_causal else T * S if attn_mask is None else attn_mask.sum().item()
+        pairs += seen * q.shape[0] * q.shape[1] * (q.shape[3] + v.shape[3])
+        return q.mean(-1, keepdim=True) + k.mean((2, 3), keepdim=True) + v.mean(2, keepdim=True)
+
+    def in_place(total, a, b, **_):
+        return 2 * a[0] * a[1] * a[2] * b[2]  # which torch's counter does not know
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+    for file in (baselines, titans):  # what a backward pass computes again is not counted
+        monkeypatch.setattr(file, "checkpoint", lambda f, *args, **_: f(*args))
+    c = HopeConfig.preset("nano", model, n_layers=2, **({"window": 64} | changes))
+    x = tokens(1, 256)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place}) as counter:
+        Hope(c)(x)[0].square().mean().backward()
+    counted = (counter.get_total_flops() + 6 * pairs) / x.numel()
+    assert flops_per_token(c, x.numel()) == pytest.approx(counted, rel=0.03)
+
+
+def test_flops_of_a_transformer_are_the_well_known_ones():
+    c = HopeConfig.preset("125m", "transformer")
+    matrices = 14 * (4 * 768 * 768 + 3 * 768 * c.hidden) + 768 * 32768
+    assert flops_per_token(c, 4096) == pytest.approx(6 * matrices + 6 * 14 * 768 * 4097)  # half of 12 L d T

@@ -4,10 +4,12 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import eval as evaluation
 import train as training
 from data import load_corpus, n_bytes, tokenizer
-from hope import Hope, HopeConfig
+from hope import Hope, HopeConfig, flops_per_token, tensors
 from train import TrainConfig, learning_rate, loss_fn, main, optimizer_for, parse, resumed, train, validate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,16 +85,16 @@ def test_a_run_is_a_folder_with_everything_in_it(here, capsys, monkeypatch):
     result = train(small())
     assert result["run"] == "runs/hope-nano"
     run = here / "runs/hope-nano"
-    assert everything_below(run) == {"config.json", "metrics.jsonl", "loss.png", "checkpoint.pt", "sample.txt"}
+    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "loss.png", "checkpoints", "sample.txt"}
     assert list(losses(run)) == list(range(1, 9))
     lines = log(run)
-    assert set(lines[0]) == {"step", "tokens", "bits_per_byte", "lr", "grad_norm", "tokens_per_s"}
+    every = {"step", "tokens", "bits_per_byte", "lr", "grad_norm", "tokens_per_s", "data_s"}
+    assert set(lines[1]) == every and set(lines[0]) == every | {"eta", "alpha"}
     assert [(r["step"], r["tokens"]) for r in lines if "val_bits_per_byte" in r] == [(3, 96), (6, 192), (8, 256)]
     assert lines[-1]["val_tokens"] == len(load_corpus("text.py").val)  # the last validation takes all held-out text
     assert lines[-1]["val_bits_per_byte"] == result["val_bits_per_byte"]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == 8
+    assert checkpoint.steps(run) == [6, 8]
     printed = capsys.readouterr().out
     for command in ("python eval.py runs/hope-nano", "python train.py --resume runs/hope-nano --tokens",
                     "python hope.py generate runs/hope-nano --prompt"):  # fmt: skip
@@ -191,7 +194,7 @@ def test_validation_leaves_the_model_as_it_was(here):
 
 def test_accumulated_steps_equal_steps_of_the_whole_batch(here):
     whole = losses(train(small(batch_size=6, tokens=5 * 96))["run"])
-    parts = losses(train(small(batch_size=2, accumulate=3, tokens=5 * 96))["run"])
+    parts = losses(train(small(batch_size=6, micro_batch=4, tokens=5 * 96))["run"])  # 4 rows, then 2
     assert list(whole) == list(parts) == [1, 2, 3, 4, 5]
     assert list(parts.values()) == pytest.approx(list(whole.values()), rel=1e-4)
 
@@ -210,7 +213,7 @@ def test_resumed_run_has_the_losses_of_an_uninterrupted_one(here, optimizer, ste
     assert losses("cut") == losses("whole")  # exactly, the last two of them computed a second time
     assert result["val_bits_per_byte"] == expected["val_bits_per_byte"]
     assert [r["step"] for r in log("cut")] == [r["step"] for r in log("whole")]  # and logged once
-    ours, theirs = (torch.load(f"{run}/checkpoint.pt", weights_only=True)["model"] for run in ("cut", "whole"))
+    ours, theirs = (Hope.load(run)[0].state_dict() for run in ("cut", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -261,34 +264,67 @@ def test_ctrl_c_finishes_the_step_and_saves(here):
     assert process.returncode == 130 and "Traceback" not in err
     assert "python train.py --resume run" in out
     last = max(losses("run"))
-    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == last
+    assert checkpoint.steps("run")[-1] == last
     assert f"after step {last} of" in out
 
 
-def test_killed_process_resumes_to_the_same_losses(here):
-    config = small(out="killed", tokens=1e6, save_every=2, eval_every=0)
-    process = in_a_process(*flags(config))
-    wait_for_steps(process, "killed", 6)
-    process.kill()
-    process.communicate()
-    start = torch.load("killed/checkpoint.pt", weights_only=True)["step"]  # whole, whenever the kill came
-    assert start >= 2
-    stop = start + 4
-    for run, go_on in (("killed", resumed("killed")), ("whole", small(out="whole", tokens=1e6, eval_every=0))):
-        with pytest.raises(Stopped):
-            train(go_on, killed_after(stop))
-        assert max(losses(run)) == stop
-    ours, expected = losses("killed"), losses("whole")
-    assert [ours[step] for step in range(1, stop + 1)] == [expected[step] for step in range(1, stop + 1)]
+def test_kill_in_the_first_moment_of_a_run_starts_it_again(here):
+    with pytest.raises(Stopped):
+        train(small(out="run"), killed_after(1))
+    shutil.rmtree("run/checkpoints")
+    Path("run/metrics.jsonl").write_text("")  # config.json stands, nothing else yet
+    train(resumed("run"))
+    assert losses("run") == losses(train(small(out="whole"))["run"])
 
 
-def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(here, capsys):
-    assert main([*flags(small(out="run", save_every=1)), "--lr", "1e30"]) == 2
+def poisoned(monkeypatch, *steps):
+    """The loss is not a number in those steps."""
+    calls = iter(range(1, 1000))
+
+    def loss(logits, targets, reduction="mean"):
+        value = loss_fn(logits, targets, reduction)
+        return value * math.nan if logits.requires_grad and next(calls) in steps else value
+
+    monkeypatch.setattr(training, "loss_fn", loss)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "m3"])
+def test_step_that_is_not_finite_is_skipped_named_counted_and_leaves_everything_as_it_was(here, monkeypatch, optimizer):
+    poisoned(monkeypatch, 4, 5)
+    with pytest.raises(Stopped):
+        train(small(out="run", optimizer=optimizer, save_every=1, keep=9), killed_after(6))
+    lines = [r for r in log("run") if "val_tokens" not in r]
+    assert [r["step"] for r in lines if "bits_per_byte" in r] == [1, 2, 3, 6]
+    assert [(r["step"], r["tokens"], r["skipped"]) for r in lines if "skipped" in r] == [(4, 128, 1), (5, 160, 2)]
+    assert all("is not finite" in r["why"] and f"step {r['step']}" in r["why"] for r in lines if "skipped" in r)
+    saved = []
+    for step in (5, 4, 3):
+        model = Hope(HopeConfig(**training.read_config("run")["model"]))
+        made = optimizer_for(model, TrainConfig(optimizer=optimizer))
+        assert checkpoint.load("run", model, made) == step
+        for group in made.param_groups:
+            group["lr"] = 0.0  # set before every step, whatever comes of it
+        saved.append((model.state_dict(), made.state_dict()))
+        shutil.rmtree(checkpoint.folder("run", step))
+    assert str(saved[0]) == str(saved[1]) == str(saved[2])
+    for one in saved[:2]:
+        assert all(torch.equal(a, b) for a, b in zip(tensors(list(one)), tensors(list(saved[2])), strict=True))
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(here, capsys, monkeypatch):
+    poisoned(monkeypatch, 2, 4, 5, 6)
+    assert main([*flags(small(out="run", save_every=1)), "--max_skipped=2"]) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"error: step 6: .* is not finite .*, 3 steps in a row; the last checkpoint is kept", err)
+    model, _ = Hope.load("run")
+    assert checkpoint.steps("run") == [4, 5] and all(x.isfinite().all() for x in model.state_dict().values())
+
+
+def test_run_that_explodes_stops(here, capsys):
+    assert main([*flags(small(out="run", save_every=1)), "--lr", "1e30", "--max_skipped=0"]) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     step = int(re.search(r"error: step (\d+): .* is not finite", err).group(1))
-    checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == step - 1 == max(losses("run"), default=0)
-    assert all(x.isfinite().all() for x in checkpoint["model"].values())
+    assert checkpoint.steps("run")[-1] == step - 1 == max(losses("run"), default=0)
 
 
 def test_first_parameter_with_a_non_finite_gradient_is_named():
@@ -300,23 +336,85 @@ def test_first_parameter_with_a_non_finite_gradient_is_named():
         training.gradient_norm(model, 3, 1.0)
 
 
-def test_full_disk_gives_one_line_and_leaves_the_earlier_checkpoint(here, capsys, monkeypatch):
-    save = torch.save
+# Watchfulness
 
-    def full_after_step_3(checkpoint, path):
-        if checkpoint["step"] > 3:
-            Path(path).write_bytes(b"torn")
-            raise OSError(28, "No space left on device")
-        save(checkpoint, path)
 
-    monkeypatch.setattr(torch, "save", full_after_step_3)
-    assert main(flags(small(out="run"))) == 2
-    err = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "No space left on device" in err and "run/checkpoint.pt" in err and "is intact" in err
-    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 3
-    assert "checkpoint.pt.tmp" not in everything_below("run")
-    monkeypatch.setattr(torch, "save", save)
-    assert train(resumed("run"))["step"] == 8
+def test_logged_step_sizes_and_retentions_are_those_of_the_definition(here):
+    torch.manual_seed(0)
+    model, tokens = Hope(HopeConfig(**SMALL | {"n_layers": 2})), torch.randint(257, (1, 8))
+    found, seen = training.rates(model, tokens), []
+    for block in model.blocks:  # one chunk: everything is generated from the learned start
+        block.mixer.register_forward_pre_hook(lambda mixer, args: seen.append(step_and_retention(mixer, args[0])))
+    before = model(tokens)[0]
+    for name, of in zip(("eta", "alpha"), zip(*seen, strict=True), strict=True):
+        assert found[name] == pytest.approx(list(of), rel=1e-5)
+    assert torch.equal(model(tokens)[0], before)  # looking changes nothing
+
+
+def step_and_retention(mixer, x):
+    z, _ = mixer.conv(mixer.in_proj(x))
+    x = z.chunk(2, -1)[0].unflatten(-1, (mixer.n_heads, -1)).transpose(1, 2)
+    gates = x @ mixer.start[:, -2:].mT
+    alpha = torch.exp(-mixer.log_A.exp()[:, None] * torch.nn.functional.softplus(gates[..., 1] + mixer.b_alpha[:, None]))
+    eta = (1 + alpha) * torch.sigmoid(gates[..., 0] + mixer.b_eta[:, None])
+    return eta.mean().item(), alpha.mean().item()
+
+
+@pytest.mark.parametrize(("model", "keys"), [("transformer", set()), ("gated_deltanet", {"eta", "alpha"}), ("samba", set())])
+def test_models_without_memories_have_no_step_sizes(model, keys):
+    model = Hope(HopeConfig(model=model, d_model=32, n_heads=2, n_layers=2, hidden=32))
+    assert set(training.rates(model, torch.zeros(1, 4, dtype=torch.int64))) == keys
+
+
+def test_utilisation_is_counted_flops_over_the_peak_of_a_known_gpu(here, monkeypatch):
+    monkeypatch.setattr(training, "peak_flops", lambda device: 1e12)
+    (line,) = (r for r in log(train(small(tokens=32))["run"]) if "mfu" in r)
+    model = HopeConfig(**training.read_config("runs/hope-nano")["model"])
+    assert line["mfu"] == pytest.approx(flops_per_token(model, 16) * line["tokens_per_s"] / 1e12)
+
+
+def test_weights_and_biases_gets_every_line_and_the_same_run_after_a_resume(here, monkeypatch):
+    calls = []
+
+    class Fake(types.ModuleType):
+        id = "abc"
+
+        def init(self, **options):
+            calls.append(options)
+            return self
+
+        def log(self, record, step):
+            calls.append(record | {"step": step})
+
+    monkeypatch.setitem(sys.modules, "wandb", Fake("wandb"))
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: True)
+    train(small(out="run", wandb=True))
+    assert calls[1:] == log("run") and calls[0]["config"]["tokens"] == 256 and "id" not in calls[0]
+    calls.clear()
+    train(resumed("run"))
+    assert calls[0]["id"] == "abc"
+
+
+def test_missing_package_of_a_logger_is_one_line(here, capsys, monkeypatch):
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    assert main([*flags(small(out="run")), "--wandb"]) == 2
+    assert capsys.readouterr().err == "train.py: error: wandb is on, but the package is not installed: pip install wandb\n"
+    assert not Path("run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("model", ["hope", "transformer"])
+def test_step_compiles_without_a_graph_break_to_the_same_gradients(model):
+    torch.manual_seed(0)
+    model = Hope(HopeConfig(**SMALL | {"model": model, "hidden": 32}))
+    rows, step = torch.randint(257, (2, 17)), training.Step(model, "off")
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    grads = []
+    for function in (step, compiled):
+        function(rows[:, :-1], rows[:, 1:]).backward()
+        grads.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+    torch.testing.assert_close(grads[1], grads[0])
 
 
 # Bad input: one line, exit status 2, nothing written
@@ -330,7 +428,10 @@ BAD = {
     "--batch_size=0": "batch_size is 0: legal is at least 1",
     "--seq_len=-4": "seq_len is -4: legal is at least 1",
     "--seq_len=1e6": "seq_len 1000000 is too long for",
-    "--accumulate=0": "accumulate is 0",
+    "--micro_batch=-1": "micro_batch is -1",
+    "--keep=0": "keep is 0: legal is at least 1",
+    "--max_skipped=-1": "max_skipped is -1: legal is at least 0",
+    "--fsdp": "fsdp is on in a process of its own: legal is under torchrun",
     "--lr=0": "lr is 0.0: legal is above 0",
     "--lr=nan": "lr is nan: legal is above 0",
     "--min_lr_ratio=2": "min_lr_ratio is 2.0: legal is 0 to 1",
@@ -395,23 +496,22 @@ def test_resuming_refuses_what_would_be_another_run(here, capsys, change):
     assert before == {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "other model"])
-def test_damaged_checkpoint_gives_one_line(here, capsys, damage):
+@pytest.mark.parametrize("damage", ["torn", "missing", "other model"])
+def test_damaged_checkpoints_give_one_line(here, capsys, damage):
     train(small(out="run", tokens=64))
-    path = Path("run/checkpoint.pt")
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-1000])
-    elif damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "missing":
-        path.unlink()
-    else:
-        torch.save({"model": {"x": torch.zeros(1)}, "optimizer": {}, "step": 1}, path)
-    capsys.readouterr()
+    for step in checkpoint.steps("run"):
+        (checkpoint.folder("run", step) / ".metadata").write_bytes(b"torn")
+    if damage != "torn":
+        shutil.rmtree("run/checkpoints")
+    if damage == "other model":
+        model = Hope(HopeConfig(**SMALL | {"d_model": 64}))
+        checkpoint.save("run", model, torch.optim.SGD(model.parameters()), step=1)
     for command, words in ((main, ["--resume", "run"]), (evaluation.main, ["run"])):
+        capsys.readouterr()
         assert command(words) == 2
         err = capsys.readouterr().err
-        assert len(err.splitlines()) == 1 and "checkpoint" in err, err
+        lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
+        assert len(lines) == 1 and "checkpoint" in lines[0], err
 
 
 # CMS levels that learn in context
