@@ -16,6 +16,7 @@ data. Validation windows lie side by side and score every held-out token exactly
 compares models whatever their tokenizer; <|endoftext|> is a predicted token of zero bytes.
 """
 
+import json
 import sys
 import sysconfig
 import zlib
@@ -56,9 +57,11 @@ class Corpus:
 
 @cache
 def tokenizer(name: str = "bytes") -> tiktoken.Encoding:
-    """The encoding of that name: "bytes" is the 256 single bytes and <|endoftext|> = 256. ValueError for others."""
+    """The encoding of that name: "bytes" is the 256 single bytes and <|endoftext|> = 256; or the path of a tokenizer.json."""
+    if name.endswith("tokenizer.json"):
+        return byte_level_bpe(name)
     if name != "bytes":
-        raise ValueError(f"unknown tokenizer {name!r}: legal is 'bytes'")
+        raise ValueError(f"unknown tokenizer {name!r}: legal is 'bytes', or the path of a tokenizer.json")
     return tiktoken.Encoding(
         name="bytes",
         pat_str=r"[\s\S]",  # one character a piece: tiktoken's merge loop has nothing to search
@@ -66,6 +69,41 @@ def tokenizer(name: str = "bytes") -> tiktoken.Encoding:
         special_tokens={"<|endoftext|>": 256},
         explicit_n_vocab=257,
     )
+
+
+GPT2_SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+def byte_level_bpe(path: str) -> tiktoken.Encoding:
+    """A byte-level BPE in Hugging Face's tokenizer.json (as of Llama 3 or GPT-2) as tiktoken's. The eos_token_id of the
+    config.json beside it is <|endoftext|>. ValueError names the part that has no place here."""
+    try:
+        kept = json.loads(Path(path).read_text())
+        eos = json.loads(Path(path).with_name("config.json").read_text())["eos_token_id"]
+        vocab, merges, split = kept["model"]["vocab"], kept["model"]["merges"], kept["pre_tokenizer"]
+        added = {token["id"]: token["content"] for token in kept["added_tokens"]}
+        *first, last = split["pretokenizers"] if split["type"] == "Sequence" else [split]
+        pattern = GPT2_SPLIT if not first else first[0]["pattern"]["Regex"]
+        fits = len(first) == (not last.get("use_regex", True)) and all(f["behavior"] == "Isolated" for f in first)
+        fits = fits and last["type"] == "ByteLevel" and not last["add_prefix_space"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no tokenizer of byte-level BPE: {error!r}") from None
+    if kept.get("normalizer") or not fits:
+        part = "normalizer" if kept.get("normalizer") else "pre_tokenizer"
+        raise ValueError(f"{path} has a {part} that has no place here: {json.dumps(kept[part])[:80]}")
+    # Its bytes are written as printable characters: themselves, or if they are not printable, 256, 257, ... in order.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    byte_of = {chr(b): b for b in printable}
+    byte_of |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(printable)))}
+    order = [vocab["".join(m.split(" ") if isinstance(m, str) else m)] for m in merges]
+    size = max(max(vocab.values()), *added) + 1
+    if order != sorted(order) or size > 2**16:
+        why = f"{size} symbols, more than 65,536" if size > 2**16 else "merges in another order than its symbols"
+        raise ValueError(f"{path} has {why}")
+    eos = eos[0] if isinstance(eos, list) else eos
+    special = {content: i for i, content in added.items() if i != eos} | {"<|endoftext|>": eos}
+    ranks = {bytes(byte_of[c] for c in piece): i for piece, i in vocab.items() if i not in added}
+    return tiktoken.Encoding(name=path, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def encode(text: bytes, encoding: tiktoken.Encoding) -> np.ndarray:

@@ -4,6 +4,7 @@
     python train.py --model transformer --tokens 1e6        # another model, the same data
     python train.py --data notes.txt --set n_layers=2 --set chunk=32
     python train.py --cms-updates first_order --set levels=[128,256]   # CMS levels learn in context while being trained
+    python train.py --pretrained LLAMA --data notes.txt     # from a Llama checkpoint, made Hope-Attention (NL 7.3)
     python train.py --resume runs/hope-nano                 # go on after Ctrl-C, a kill, a power cut
     python train.py --resume runs/hope-nano --tokens 4e6    # train longer
     python train.py --help                                  # every field of TrainConfig, with its default
@@ -78,6 +79,7 @@ class TrainConfig:
     model: str = flag("hope", "hope, hope_attention, titans, transformer, gated_deltanet, ...")
     preset: str = flag("nano", "size of the model")
     set: dict = flag({}, "set a field of HopeConfig, as in --set n_layers=2 (repeatable)", *NOT_SET)
+    pretrained: str | None = flag(None, "folder of a Llama checkpoint to start from (Hope.from_pretrained; --set levels=...)")
     data: str = flag("stdlib", "'stdlib' (this Python's own source), a text file, or a folder", on_resume=True)
     out: str | None = flag(None, "folder of the run; without it runs/<model>-<preset>, numbered if taken")
     resume: str | None = flag(None, "folder of a run to continue", on_resume=True)
@@ -111,6 +113,11 @@ class TrainConfig:
             setattr(self, f.name, value)
         if self.compile and self.cms_updates != "off":
             raise ValueError(f"compile is on and cms_updates {self.cms_updates!r}: legal is one of them")
+        if self.pretrained:
+            if self.model not in ("hope", "hope_attention"):
+                raise ValueError(f"pretrained is given and model {self.model!r}: it becomes hope_attention, legal is no other")
+            self.pretrained = os.path.abspath(self.pretrained)
+            self.model, self.preset = "hope_attention", Path(self.pretrained).name
         if self.data != "stdlib":
             self.data = os.path.abspath(self.data)  # a run can be resumed from another folder
 
@@ -352,12 +359,19 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     else:
         folder = config.fresh_folder()
     device = device_for(config.device)
-    encoding = tokenizer()
+    name = saved["tokenizer"] if saved else f"{config.pretrained}/tokenizer.json" if config.pretrained else "bytes"
+    encoding, model = tokenizer(name), None
+    step = {} if config.cms_updates == "off" else {"cms_step": CMS_STEP}
     try:
         if saved:
             model_config = HopeConfig(**saved["model"])
+        elif config.pretrained:
+            model = Hope.from_pretrained(config.pretrained, **{**step, **config.set}).train()
+            model_config = model.config
+            if model_config.vocab_size != encoding.n_vocab:
+                sizes = f"{model_config.vocab_size} symbols, but its tokenizer.json {encoding.n_vocab}"
+                raise ValueError(f"pretrained {config.pretrained!r} has {sizes}: legal is the same number")
         else:
-            step = {} if config.cms_updates == "off" else {"cms_step": CMS_STEP}
             fields_set = {"vocab_size": encoding.n_vocab, **step, **config.set}
             model_config = HopeConfig.preset(config.preset, model=config.model, **fields_set)
     except TypeError as error:  # a value of another kind than its field
@@ -374,7 +388,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    model = Hope(model_config).to(device=device, dtype=torch.float32)
+    model = (model or Hope(model_config)).to(device=device, dtype=torch.float32)
     forward = torch.compile(model) if config.compile else model
     optimizer = optimizer_for(model, config)
     start, steps = 0, config.steps
