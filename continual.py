@@ -325,95 +325,114 @@ def class_stages(groups, train, test):
 
 STREAM = {  # chunks of the levels in tokens, all of which update, and the variant
     "1 fast level": ([128], "sequential"),
-    "3 levels": ([128, 1024, 4096], "sequential"),
-    "3 levels nested": ([128, 1024, 4096], "nested"),
+    "3 levels": ([128, 512, 2048], "sequential"),
+    "3 levels, nested": ([128, 512, 2048], "nested"),
 }
+STEPS = (3e-4, 1e-3, 3e-3)  # inner step sizes of the first level, to choose from
+
+
+def steps(step, levels):
+    """Step size of each level, from that of the first: by sqrt(chunk) less, as the noise of a sum over a chunk grows."""
+    return [step * math.sqrt(levels[0] / chunk) for chunk in levels]
 
 
 def bits(loss):
     return loss.mean().item() / math.log(2)
 
 
-def trained(folder, data, levels, variant, seed, quick):
-    """The model of a run of train.py whose levels learn in context while it is trained; goes on where it was stopped."""
+def trained(folder, data, levels, seed, quick):
+    """The model of an ordinary run of train.py, no steps in context; goes on where it was stopped."""
     if not (folder / "sample.txt").exists():
         if (folder / "config.json").exists():
             config = resumed(str(folder))
         else:
-            tokens, fields = (8_192 if quick else 600_000), {"levels": levels, "variant": variant, **SIZE}
-            config = TrainConfig(out=str(folder), data=str(data), set=fields, seed=seed, tokens=tokens, batch_size=2,
-                                 seq_len=4_096, cms_updates="first_order", eval_every=0)  # fmt: skip
+            config = TrainConfig(out=str(folder), data=str(data), set={"levels": levels, **SIZE}, seed=seed, eval_every=0,
+                                 tokens=8_192 if quick else 800_000, batch_size=8, threads=1)  # fmt: skip
         with contextlib.redirect_stdout(io.StringIO()):
             train(config)
     return Hope.load(folder)[0]
 
 
-@torch.no_grad()
-def held(model, tokens, state=None):
-    """Bits per token of tokens [B, T], read with fresh mixers and the weights of `state`: of all levels, and of each alone
-    with the others at their starts; nothing is learned. {"all", "1", "2", ...}, or without a state one number."""
-    if state is None:
-        return bits(F.cross_entropy(model(tokens)[0][:, :-1].mT, tokens[:, 1:]))
-    found = {}
-    for name in ("all", *range(len(model.config.levels))):
-        blocks = []
-        for block in state["blocks"]:
-            fast = [w if name in ("all", level) else None for level, w in enumerate(block["cms"]["fast"])]
-            blocks.append({"mixer": None, "cms": block["cms"] | {"fast": fast}})
-        loss = F.cross_entropy(model(tokens, {"blocks": blocks})[0][:, :-1].mT, tokens[:, 1:])
-        found[name if name == "all" else str(name + 1)] = bits(loss)
-    return found
-
-
 def texts(data, folder, rows, length):
-    """What to read, {"novel", "another novel", "code"}: bytes [rows, length] each, to report and, "choose", to choose steps
-    on, all from different books and files; the beginnings of others are written to `folder`, to train on."""
+    """What to read, {"novel", "another novel", "code"}: tokens [rows, length] each, to choose step sizes on and to report,
+    all from different books and files; the beginnings of others are written to `folder`, to train on."""
     novels = [text[20_000:] for _, text in documents(str(read(data, "novels"))) if len(text) > 20_000 + length]
     code = b"\n".join(text for _, text in documents("stdlib"))
-
-    def streams(books, start):
-        own = {"novel": books[:rows], "another novel": books[rows:],
-               "code": [code[(start + i) * length : (start + i + 1) * length] for i in range(rows)]}  # fmt: skip
-        return {name: torch.tensor(np.stack([encode(t[:length], tokenizer()) for t in own[name]]), dtype=torch.int64)
-                for name in own}  # fmt: skip
-
-    code_to_train = code[2 * rows * length :]
+    code, code_to_train = code[: 2 * rows * length], code[2 * rows * length :]
     if not folder.exists():
         folder.mkdir(parents=True)
         for i in range(40):
             (folder / f"novel{i}.txt").write_bytes(novels[4 * rows + i][:25_000])
             (folder / f"code{i}.txt").write_bytes(code_to_train[i * 100_000 :][:25_000])
-    return streams(novels[: 2 * rows], 0), streams(novels[2 * rows : 4 * rows], rows)
+    both = []
+    for part in (0, 1):
+        own = novels[2 * rows * part : 2 * rows * (part + 1)]
+        lines = [code[i * length :] for i in range(rows * part, rows * (part + 1))]
+        parts = {"novel": own[:rows], "another novel": own[rows:], "code": lines}
+        both.append({what: np.stack([encode(t[:length], tokenizer()) for t in part]) for what, part in parts.items()})
+    return [{what: torch.from_numpy(tokens.astype(np.int64)) for what, tokens in part.items()} for part in both]
 
 
+def read_still(model, tokens, state=None):
+    """Loss [B, T - 1] of tokens [B, T] in nats, read with fresh mixers and the CMS levels of `state`; nothing is learned."""
+    blocks = state and {"blocks": [{"mixer": None, "cms": block["cms"]} for block in state["blocks"]]}
+    return F.cross_entropy(model(tokens, blocks)[0][:, :-1].mT, tokens[:, 1:], reduction="none")
+
+
+def gains(model, tokens, state):
+    """By how many bits per byte the state reads tokens better than the start: all its levels, and each alone with the others
+    at their starts. {"all", "1", "2", ...}"""
+    start, found, count = bits(read_still(model, tokens)), {}, len(model.config.levels)
+    for name in ("all", *range(count)) if count > 1 else ("all",):
+        blocks = []
+        for block in state["blocks"]:
+            fast = [w if name in ("all", level) else None for level, w in enumerate(block["cms"]["fast"])]
+            blocks.append({"cms": block["cms"] | {"fast": fast}})
+        found[name if name == "all" else str(name + 1)] = start - bits(read_still(model, tokens, {"blocks": blocks}))
+    return found
+
+
+@torch.no_grad()
 def stream(args, records, report):
     """Held-out novels, read once, learning; then as much of something else. What is gained by it, and what is left."""
-    rows, length = (2, 4_096) if args.quick else (4, 32_768)
-    root = Path(args.out).parent / "stream"
-    reported, _ = texts(args.data, root / "texts", rows, length)
-    novel = reported.pop("novel")
-    done = {(r["learner"], r["seed"]) for r in records}
-    for seed in range(args.seeds):
-        for name, (levels, variant) in STREAM.items():
-            if (name, seed) in done:
-                continue
-            model = trained(root / f"{name}-{seed}", root / "texts", levels, variant, seed, args.quick)
-            began = time.process_time()
-            with torch.no_grad():
-                still = F.cross_entropy(model(novel)[0][:, :-1].mT, novel[:, 1:], reduction="none")
-                loss, state = model.learn(novel)
-                start = held(model, novel[:, length // 2 :])
-                gain = {"the novel": held(model, novel[:, length // 2 :], state)}
-                for what, text in reported.items():
-                    gain[what] = held(model, novel[:, length // 2 :], model.learn(text, state)[1])
-            gain = {what: {level: start - value for level, value in values.items()} for what, values in gain.items()}
-            parts = range(0, length, length // 16)
-            report({"learner": name, "seed": seed, "levels": levels, "variant": variant,
-                    "length": length, "steps": torch.stack([block.cms.steps() for block in model.blocks]).mean(0).tolist(),
-                    "parameters": sum(p.numel() for p in model.parameters()),
-                    "second half": {"without": bits(still[:, length // 2 :]), "with": bits(loss[:, length // 2 :])},
-                    "curve": [[bits(x[:, i : i + length // 16]) for x in (still, loss)] for i in parts], "gain": gain,
-                    "seconds": round(time.process_time() - began, 1)})  # fmt: skip
+    rows, length = (2, 4_096) if args.quick else (4, 16_384)
+    root = Path("runs/continual-quick" if args.quick else "runs/continual")
+    to_choose, to_report = texts(args.data, root / "texts", rows, length)
+    done = {(r["learner"], r["seed"]): r for r in records}
+
+    def model_of(name, seed):
+        levels, variant = STREAM[name]
+        with torch.enable_grad():
+            model = trained(root / f"{'-'.join(map(str, levels))}-{seed}", root / "texts", levels, seed, args.quick)
+        for block in model.blocks:
+            block.cms.variant = variant  # a calendar: sequential and nested levels read alike
+        return model
+
+    for name, (levels, _) in STREAM.items():
+        if (name, CHOSEN_ON) not in done:
+            model, novel = model_of(name, CHOSEN_ON), to_choose["novel"]
+            losses = {step: bits(model.learn(novel, step=steps(step, levels))[0][:, length // 2 :]) for step in STEPS}
+            best = min(STEPS, key=lambda step: losses[step] if math.isfinite(losses[step]) else math.inf)
+            done[name, CHOSEN_ON] = {"learner": name, "seed": CHOSEN_ON, "step": best, "second half": losses}
+            report(done[name, CHOSEN_ON])
+    for seed, (name, (levels, variant)) in itertools.product(range(args.seeds), STREAM.items()):
+        if (name, seed) in done:
+            continue
+        model, began = model_of(name, seed), time.process_time()
+        step = steps(done[name, CHOSEN_ON]["step"], levels)
+        novel = to_report["novel"]
+        still, (loss, state) = read_still(model, novel), model.learn(novel, step=step)
+        again = novel[:, length // 2 :]
+        gain, without = {"novel": gains(model, again, state)}, {}
+        for what in ("another novel", "code"):
+            gain[what] = gains(model, again, model.learn(to_report[what], state, step=step)[1])
+            without[what] = gains(model, again, model.learn(to_report[what], step=step)[1])
+        curve = [[bits(x[:, i : i + length // 16]) for x in (still, loss)] for i in range(0, length, length // 16)]
+        report({"learner": name, "seed": seed, "levels": levels, "variant": variant, "steps": step, "length": length,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "second half": {"without": bits(still[:, length // 2 :]), "with": bits(loss[:, length // 2 :])},
+                "curve": curve, "gain": gain, "gain of the other alone": without,
+                "seconds": round(time.process_time() - began, 1)})  # fmt: skip
 
 
 def cost(quick):
@@ -485,17 +504,20 @@ def table(records, command):
     """The records, seeds averaged, as lines of a Markdown table."""
     learners = list(dict.fromkeys(r["learner"] for r in records))
     if command == "stream":
-        whats = list(records[0]["gain"])
-        lines = ["| learner | seeds | second half: without | with updates | level "
-                 + "".join(f"| gain {'right after' if i == 0 else f'after {what}'} " for i, what in enumerate(whats)) + "|",
-                 "|" + "---|" * (5 + len(whats))]  # fmt: skip
+        records = [r for r in records if r["seed"] != CHOSEN_ON]
+        lines = ["| levels | step | second half: without | with updates | level | gain right after | after another novel "
+                 "(that alone) | after code (that alone) |", "|" + "---|" * 8]  # fmt: skip
         for learner in learners:
             own = [r for r in records if r["learner"] == learner]
-            halves = [spread([r["second half"][which] for r in own]) for which in ("without", "with")]
-            for level in own[0]["gain"][whats[0]]:
-                gains = [spread([r["gain"][what][level] for r in own], 4) for what in whats]
-                head = [learner, str(len(own)), *halves] if level == "all" else [""] * 4
-                lines.append("| " + " | ".join([*head, level if level == "all" else f"{level} alone", *gains]) + " |")
+            head = [learner, f"{own[0]['steps'][0]:g}"] if own else []
+            head += [spread([r["second half"][which] for r in own]) for which in ("without", "with") if own]
+            for level in own[0]["gain"]["novel"] if own else ():
+                cells = [spread([r["gain"]["novel"][level] for r in own])]
+                for what in ("another novel", "code"):
+                    alone = np.mean([r["gain of the other alone"][what][level] for r in own])
+                    cells.append(spread([r["gain"][what][level] for r in own]) + f" ({alone:.3f})")
+                first = head if level == "all" else [""] * 4
+                lines.append("| " + " | ".join([*first, level if level == "all" else f"{level} alone", *cells]) + " |")
         return lines
     keys = ("average", "last", "forgetting", "first forgotten", "backward", "forward")
     lines = ["| learner | seeds | lr (EWC) | " + " | ".join(keys) + " | M parameter updates | TFLOP | s |", "|" + "---|" * 12]
@@ -521,11 +543,10 @@ def plot(records, command, path):
             own, color = [r for r in chosen if r["learner"] == learner], f"C{number}"
             curve = np.mean([r["curve"] for r in own], 0)
             first.plot(np.arange(1, 17) * own[0]["length"] / 16e3, curve[:, 0] - curve[:, 1], color=color, label=learner)
-            for level, style in zip(own[0]["gain"]["the novel"], ("o-", "^:", "v:", "s:"), strict=False):
-                gains = [[r["gain"][what][level] for what in r["gain"]] for r in own]
+            for level, style in zip(own[0]["gain"]["novel"], ("o-", "^:", "v:", "s:"), strict=False):
+                gains = [[values[level] for values in r["gain"].values()] for r in own]
                 label = learner if level == "all" else f"its level {level} alone"
-                if len(own[0]["levels"]) > 1 or level == "all":
-                    second.plot(list(own[0]["gain"]), np.mean(gains, 0), style, color=color, label=label)
+                second.plot(list(own[0]["gain"]), np.mean(gains, 0), style, color=color, label=label)
         first.set(xlabel="thousand bytes of the novel read", ylabel="gain of learning (bits per byte)", title="reading a novel")
         second.set(xlabel="read last", ylabel="gain on the novel (bits per byte)", title="what is left of it")
         for axes in (first, second):
@@ -592,7 +613,7 @@ def main(argv=None):
             out.parent.mkdir(parents=True, exist_ok=True)
             with open(out, "a") as file:
                 file.write(json.dumps(record) + "\n")
-            print(table([record], args.command)[-1], flush=True)
+            print("\n".join(table([record], args.command)[2:]), flush=True)
 
         (stream if args.command == "stream" else staged)(args, records, report)
         plot(records, args.command, out.with_suffix(".png"))
