@@ -195,34 +195,43 @@ class CMS(nn.Module):
 class LevelOptimizer:
     """The step clock (NL 71 with ticks = training steps): each level accumulates gradients and steps every `chunk` steps.
 
-    optimizer: any torch optimizer built from *named* parameters (`SGD(model.named_parameters(), ...)`, or groups of them).
-    levels: {part of a parameter's name: chunk in steps, None = never steps}; the first part found in a name decides, and
-    "" is found in every name. Mixers and embeddings deserve levels of their own, slower than most: they forget first.
+    optimizer: any torch optimizer, or several `Together`, of parameters of `model`. levels: {part of a parameter's name:
+    chunk in steps, None = never steps}; the first part found in a name decides, and "" is found in every name. Mixers and
+    embeddings deserve levels of their own, slower than most: they forget first.
 
-        optimizer = LevelOptimizer(AdamW(model.named_parameters()), {"mlps.0": 1, "mlps.1": 8, "": 16})
+        optimizer = LevelOptimizer(AdamW(model.parameters()), model, {"mlps.0": 1, "mlps.1": 8, "": 16})
 
     A level that is due hands the *sum* of its gradients (of one training step each) to the optimizer; the parameters of
     the others have no gradient in that step, and so neither they nor their moments move. `due(step)` names the calendar.
-    `state_dict` holds the sums, so a run resumes in the middle of a period. Raises ValueError for parameters without a
-    name or a level, a chunk < 1, a part that is in no name, the state of other levels.
+    Every group of the optimizer is split by level, which its "level" names, so that each can have its own learning rate:
+    Adam's step does not grow with the sum. `state_dict` holds the sums, so a run resumes in the middle of a period. Raises
+    ValueError for a parameter that is not the model's or has no level, a chunk < 1, a part that is in no name, the state of
+    other levels.
     """
 
-    def __init__(self, optimizer, levels):
+    def __init__(self, optimizer, model, levels):
         for part, chunk in levels.items():
             if chunk is not None and (type(chunk) is not int or chunk < 1):
                 raise ValueError(f"level {part!r} has chunk {chunk!r}; it must be at least 1 step, or None (never steps)")
-        groups = optimizer.param_groups
-        if any("param_names" not in group for group in groups):
-            raise ValueError("the optimizer does not know the parameters' names: build it from model.named_parameters()")
         self.optimizer, self.levels, self.ticks = optimizer, dict(levels), 0
         self.parameters, self.level, self.sums = {}, {}, {}
-        for name, p in ((name, p) for group in groups for name, p in zip(group["param_names"], group["params"], strict=True)):
+        names = {id(p): name for name, p in model.named_parameters()}
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if (name := names.get(id(p))) is None:
+                raise ValueError(f"the optimizer has a parameter of shape {list(p.shape)} that is not the model's")
             found = [part for part in levels if part in name]
             if not found:
                 raise ValueError(f"parameter {name!r} has no level: the levels are {list(levels)}; '' takes all the others")
             self.parameters[name], self.level[name] = p, found[0]
         if unused := [part for part in levels if part and part not in self.level.values()]:
             raise ValueError(f"level {unused[0]!r} has no parameter, among {', '.join(list(self.parameters)[:4])}, ...")
+        for one in getattr(optimizer, "optimizers", [optimizer]):
+            groups, one.param_groups = one.param_groups, []
+            for group in groups:
+                for part in levels:
+                    if own := [p for p in group["params"] if self.level[names[id(p)]] == part]:
+                        rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+                        one.param_groups.append({"params": own, "level": part, **rest})
 
     @property
     def param_groups(self):

@@ -23,13 +23,17 @@ the ordinary way; it makes the starts. Results go to a file of one JSON object a
 """
 
 import argparse
+import contextlib
 import csv
+import io
+import itertools
 import json
 import math
 import os
 import sys
 import time
 import zlib
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in train.py
@@ -37,14 +41,20 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in train.py
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from cms import LevelOptimizer
-from data import batch, documents, join, n_bytes, tokenizer
+from data import batch, documents, encode, join, n_bytes, tokenizer
 from hope import Hope, HopeConfig, first_line, one_of, tensors, write_beside
-from train import loss_fn, validate
+from train import TrainConfig, loss_fn, optimizer_for, resumed, train, validate
 
 SIZE = dict(d_model=64, n_layers=2, n_heads=1)  # about 0.11M parameters, equal for all learners
 PERIODS = (1, 3, 9, 27)  # training steps between updates of level 1, 2, 3, 4
+RATE = 0.5  # a level of period n has n**RATE times the learning rate: its gradients are means of n times as many examples
+FIRST_LR = 2e-3  # of stage 1
+LRS = (5e-4, 1e-3, 2e-3)  # of the stages after it, to choose from
+STRENGTHS = (1e2, 1e3, 1e4)  # of EWC's penalty, to choose from with every learning rate
+CHOSEN_ON = 100  # the seed with which they are chosen, on held-out data that is not reported
 LEARNERS = {  # name: (model, levels on the step clock, method)
     "transformer none": ("transformer", 1, "none"),
     "transformer finetune": ("transformer", 1, "finetune"),
@@ -58,20 +68,22 @@ LEARNERS = {  # name: (model, levels on the step clock, method)
 # Learning one stage after the other
 
 
-def build(model, levels, seed, **changes):
-    """A model of SIZE whose feed-forward block has that many levels; the token clock is off."""
+def build(model, levels, seed, classes=None, **changes):
+    """A model of SIZE whose feed-forward block has that many levels; the token clock is off. classes: a head of their own."""
     torch.manual_seed(seed)
     chunks = [2**20 * 2**i for i in range(levels - 1)] + [None]  # calendars of tokens, unused here
-    return Hope(HopeConfig(model=model, levels=chunks, **(SIZE | changes)))
+    model = Hope(HopeConfig(model=model, levels=chunks, **(SIZE | changes)))
+    if classes:
+        model.head = nn.Linear(model.config.d_model, classes, bias=False)
+    return model
 
 
-def optimizer_for(model, levels, lr):
-    """AdamW, each of `levels` MLPs of a block at its period; everything else with the slowest."""
-    periods = {f"mlps.{i}": PERIODS[i] for i in range(levels)} | {"": PERIODS[levels - 1]}
-    decayed = [(name, p) for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
-    rest = [(name, p) for name, p in model.named_parameters() if p.ndim < 2 or "embedding" in name]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    return LevelOptimizer(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95)), periods)
+def level_optimizer(model, periods):
+    """train.py's AdamW, the MLPs of a block with a period each; a head of its own has the first, everything else the last."""
+    levels = {f"mlps.{i}": period for i, period in enumerate(periods)} | {"": periods[-1]}
+    if model.head is not None:
+        levels = {"head": periods[0]} | levels
+    return LevelOptimizer(optimizer_for(model, TrainConfig()), model, levels)
 
 
 class EWC:
@@ -96,42 +108,53 @@ class EWC:
         self.stages.append(([f / count for f in fisher], [p.detach().clone() for p in params]))
 
 
-def run(learner, stages, seed, lr, ewc_strength, quick, **changes):
+def learn(model, optimizer, stage, lr, seed, quick, penalty=lambda: 0.0):
+    """All training steps of a stage. Returns what they cost."""
+    cost, began = Counter(), time.process_time()
+    for step in range(stage.steps(quick)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 10) * optimizer.levels[group["level"]] ** RATE
+        loss, tokens = stage.loss(model, seed, step)
+        (loss + penalty()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        due = optimizer.due(optimizer.ticks)
+        updates = sum(p.numel() for name, p in optimizer.parameters.items() if optimizer.level[name] in due)
+        cost.update(updates=updates, tokens=tokens)
+    cost.update(seconds=time.process_time() - began)
+    return cost
+
+
+def run(learner, stages, seed, lr, strength, quick, first, **changes):
     """One learner through all stages: {"matrix", "updates", "flops", "seconds", "parameters"}.
 
     stages: objects with `steps(quick)`, `loss(model, seed, step)` and its number of tokens, `examples(model)`,
-    `score(model)`, see Domain and Classes.
+    `score(model, seen)`, see Domain and Classes. lr, strength: of the stages after the first, and of EWC. first: a dictionary
+    that is filled with what stage 1 has made of each model and seed, because it is the same whatever comes after.
     """
     kind, levels, method = LEARNERS[learner]
     model = build(kind, levels, seed, **changes)
     size = sum(p.numel() for p in model.parameters())
-    ewc = EWC(model, ewc_strength) if method == "ewc" else None
-    matrix, updates, tokens = [[stage.score(model, []) for stage in stages]], 0, 0
-    began = time.process_time()
-    scoring = 0.0
-    for number, stage in enumerate(stages):
-        if number < 2:  # stage 1 the ordinary way; from then on one optimizer, whose periods do not end with a stage
-            optimizer = optimizer_for(model, levels if number else 1, lr)
-        steps = 0 if number and method == "none" else stage.steps(quick)
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (step + 1) / 10)
-            loss, count = stage.loss(model, seed, step)
-            tokens += count
-            if ewc:
-                loss = loss + ewc.penalty()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            due = optimizer.due(optimizer.ticks)
-            updates += sum(p.numel() for name, p in optimizer.parameters.items() if optimizer.level[name] in due)
-        if ewc and number + 1 < len(stages):
-            ewc.finish(stage.examples(model))
-        paused = time.process_time()
-        matrix.append([stage.score(model, stages[: number + 1]) for stage in stages])
-        scoring += time.process_time() - paused
-    seconds = time.process_time() - began - scoring
-    return {"matrix": matrix, "updates": updates, "flops": 6 * size * tokens, "seconds": round(seconds, 1), "parameters": size}
+    if (kind, levels, seed) not in first:
+        before = [stage.score(model, []) for stage in stages]
+        cost = learn(model, level_optimizer(model, PERIODS[:1] * levels), stages[0], FIRST_LR, seed, quick)
+        after = [stage.score(model, stages[:1]) for stage in stages]
+        weights = {name: w.clone() for name, w in model.state_dict().items()}
+        first[kind, levels, seed] = weights, [before, after], cost
+    weights, rows, cost = first[kind, levels, seed]
+    model.load_state_dict(weights)
+    matrix, cost, ewc = list(rows), Counter(cost), EWC(model, strength) if method == "ewc" else None
+    optimizer = level_optimizer(model, PERIODS[:levels])  # one for all stages: its periods do not end with a stage
+    for number, stage in enumerate(stages[1:], 1):
+        if ewc:
+            began = time.process_time()
+            ewc.finish(stages[number - 1].examples(model))
+            cost.update(seconds=time.process_time() - began)
+        if method != "none":
+            cost += learn(model, optimizer, stage, lr, seed, quick, ewc.penalty if ewc else lambda: 0.0)
+        matrix.append([scored.score(model, stages[: number + 1]) for scored in stages])
+    return {"matrix": matrix, "updates": cost["updates"], "flops": 6 * size * cost["tokens"],
+            "seconds": round(cost["seconds"], 1), "parameters": size}  # fmt: skip
 
 
 def metrics(matrix, higher_is_better):
@@ -156,8 +179,8 @@ def metrics(matrix, higher_is_better):
 class Domain:
     """Text of one kind, bits per byte on its held-out part."""
 
-    def __init__(self, name, train, val, tokens=100_000):
-        self.name, self.train, self.val, self.tokens = name, train, val, tokens
+    def __init__(self, name, train, held_out, tokens=200_000):
+        self.name, self.train, self.held_out, self.tokens = name, train, held_out, tokens
 
     def steps(self, quick):
         return 5 if quick else self.tokens // (8 * 256)
@@ -172,8 +195,8 @@ class Domain:
             yield loss_fn(model(inputs)[0], targets)
 
     def score(self, model, seen):
-        nats, _ = validate(model, self.val, 8, 256, "cpu")
-        return nats / math.log(2) / n_bytes(self.val, tokenizer())
+        nats, _ = validate(model, self.held_out, 8, 256, "cpu")
+        return nats / math.log(2) / n_bytes(self.held_out, tokenizer())
 
 
 def read(*path):
@@ -183,22 +206,28 @@ def read(*path):
     return folder
 
 
-def domains(data, held_out=8_192):
-    """Code, Shakespeare, novels, WikiText: files (or the end of one file) are held out, 8,192 bytes are scored."""
-    encoding = tokenizer()
-
-    def split(name, texts):
-        if len(texts) == 1:
-            cut = int(len(texts[0]) * 0.95)
-            texts = [texts[0][cut:], texts[0][:cut]]
-        val = join(texts[:3] if len(texts) > 3 else texts[:1], encoding)[:held_out]
-        return Domain(name, join(texts[3:] if len(texts) > 3 else texts[1:], encoding), val)
-
-    code = [text for _, text in documents("stdlib")]
-    novels = [text for _, text in documents(str(read(data, "novels")))]
-    shakespeare = [read(data, "tinyshakespeare", "input.txt").read_bytes()]
-    wikitext = [read(data, "wikitext2", name).read_bytes() for name in ("test.txt", "valid.txt")]
-    return [split("code", code), split("Shakespeare", shakespeare), split("novels", novels), split("WikiText", wikitext)]
+def domains(data, scored=12_288):
+    """Code, Shakespeare, novels, WikiText, twice: with text to choose settings on, and with text to report. What is held out
+    are files, or the end of one file; `scored` bytes of it are scored."""
+    folder = read(data, "novels")
+    plays = read(data, "tinyshakespeare", "input.txt").read_bytes()
+    test, valid = (read(data, "wikitext2", name).read_bytes() for name in ("test.txt", "valid.txt"))
+    code = [text for _, text in documents("stdlib") if len(text) > scored]
+    novels = [text[20_000:] for _, text in documents(str(folder))]  # past the front matter
+    end, middle = len(plays) * 9 // 10, len(plays) * 19 // 20
+    parts = {  # to train on, to choose on, to report
+        "code": (code[6:], code[:3], code[3:6]),
+        "Shakespeare": ([plays[:end]], [plays[end:middle]], [plays[middle:]]),
+        "novels": (novels[6:], novels[:3], novels[3:6]),
+        "WikiText": ([valid], [test[: len(test) // 2]], [test[len(test) // 2 :]]),
+    }
+    both = [], []
+    for name, (to_train, *held_out) in parts.items():
+        to_train = join(to_train, tokenizer())
+        for stages, own in zip(both, held_out, strict=True):
+            own = np.concatenate([encode(text, tokenizer())[: scored // len(own)] for text in own])
+            stages.append(Domain(name, to_train, own))
+    return both
 
 
 WORDS = 4096  # hash buckets of words: no vocabulary is learned from any data
@@ -208,13 +237,13 @@ LENGTH = 16  # words of a query that are read
 class Classes:
     """Intents of one stage: read the words, name the class. Accuracy among all classes seen so far.
 
-    The class of a query is the class token with the largest logit after its last word. The loss of a stage compares its
+    The class of a query is the row of the head with the largest logit after its last word. The loss of a stage compares its
     own classes only, for every learner: then what is forgotten is forgotten by the features and not by the last softmax.
     """
 
-    def __init__(self, name, train, test, classes, epochs=2):
+    def __init__(self, name, train, held_out, classes, epochs=4):
         self.name, self.classes, self.epochs = name, classes, epochs
-        (self.x, self.last, self.y), (self.tx, self.tlast, self.ty) = train, test
+        (self.x, self.last, self.y), (self.tx, self.tlast, self.ty) = train, held_out
 
     def steps(self, quick):
         return 3 if quick else self.epochs * len(self.y) // 32
@@ -224,8 +253,7 @@ class Classes:
         x = model.embedding(words)
         for block in model.blocks:
             x, _ = block(x, None)
-        x = model.norm(x[torch.arange(len(x)), last])
-        return F.linear(x, model.embedding.weight[[WORDS + 1 + c for c in classes]])
+        return F.linear(model.norm(x[torch.arange(len(x)), last]), model.head.weight[classes])
 
     def loss(self, model, seed, step):
         epoch, i = divmod(step * 32, len(self.y) - len(self.y) % 32)
@@ -260,13 +288,15 @@ def queries(rows):
 
 
 def clinc150(data):
+    """Its 10 domains, twice: scored on its validation part, to choose settings on, and on its test part, to report."""
     folder = read(data, "clinc150")
     full = json.loads((folder / "data_full.json").read_text())
     groups = json.loads((folder / "domains.json").read_text())
-    return class_stages(groups, full["train"], full["test"])
+    return [class_stages(groups, full["train"], full[part]) for part in ("val", "test")]
 
 
 def banking77(data, stages=7):
+    """Its classes in 7 groups, twice: to choose settings on, every tenth query is held out; to report, its test part."""
     folder = read(data, "banking77")
 
     def rows(name):
@@ -276,7 +306,8 @@ def banking77(data, stages=7):
     train, test = rows("train.csv"), rows("test.csv")
     names = sorted({label for _, label in train})
     groups = {f"group {i + 1}": names[i * len(names) // stages : (i + 1) * len(names) // stages] for i in range(stages)}
-    return class_stages(groups, train, test)
+    nine_of_ten = [row for i, row in enumerate(train) if i % 10]
+    return [class_stages(groups, nine_of_ten, train[::10]), class_stages(groups, train, test)]
 
 
 def class_stages(groups, train, test):
@@ -292,85 +323,116 @@ def class_stages(groups, train, test):
 # ---------------------------------------------------------------------------------------------------------------------
 # The token clock: a novel read once
 
-STREAM = {  # chunks of the levels in tokens, all of which update; the last two read with the same weights
-    "1 level": ([128], "sequential"),
+STREAM = {  # chunks of the levels in tokens, all of which update, and the variant
+    "1 fast level": ([128], "sequential"),
     "3 levels": ([128, 512, 2048], "sequential"),
-    "3 levels nested": ([128, 512, 2048], "nested"),
+    "3 levels, nested": ([128, 512, 2048], "nested"),
 }
-STEPS = (3e-4, 1e-3, 3e-3)  # inner step sizes to choose from, on other novels than are reported
+STEPS = (3e-4, 1e-3, 3e-3)  # inner step sizes of the first level, to choose from
+
+
+def steps(step, levels):
+    """Step size of each level, from that of the first: by sqrt(chunk) less, as the noise of a sum over a chunk grows."""
+    return [step * math.sqrt(levels[0] / chunk) for chunk in levels]
 
 
 def bits(loss):
     return loss.mean().item() / math.log(2)
 
 
+def trained(folder, data, levels, seed, quick):
+    """The model of an ordinary run of train.py, no steps in context; goes on where it was stopped."""
+    if not (folder / "sample.txt").exists():
+        if (folder / "config.json").exists():
+            config = resumed(str(folder))
+        else:
+            config = TrainConfig(out=str(folder), data=str(data), set={"levels": levels, **SIZE}, seed=seed, eval_every=0,
+                                 tokens=8_192 if quick else 800_000, batch_size=8, threads=1)  # fmt: skip
+        with contextlib.redirect_stdout(io.StringIO()):
+            train(config)
+    return Hope.load(folder)[0]
+
+
+def texts(data, folder, rows, length):
+    """What to read, {"novel", "another novel", "code"}: tokens [rows, length] each, to choose step sizes on and to report,
+    all from different books and files; the beginnings of others are written to `folder`, to train on."""
+    novels = [text[20_000:] for _, text in documents(str(read(data, "novels"))) if len(text) > 20_000 + length]
+    code = b"\n".join(text for _, text in documents("stdlib"))
+    code, code_to_train = code[: 2 * rows * length], code[2 * rows * length :]
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        for i in range(40):
+            (folder / f"novel{i}.txt").write_bytes(novels[4 * rows + i][:25_000])
+            (folder / f"code{i}.txt").write_bytes(code_to_train[i * 100_000 :][:25_000])
+    both = []
+    for part in (0, 1):
+        own = novels[2 * rows * part : 2 * rows * (part + 1)]
+        lines = [code[i * length :] for i in range(rows * part, rows * (part + 1))]
+        parts = {"novel": own[:rows], "another novel": own[rows:], "code": lines}
+        both.append({what: np.stack([encode(t[:length], tokenizer()) for t in part]) for what, part in parts.items()})
+    return [{what: torch.from_numpy(tokens.astype(np.int64)) for what, tokens in part.items()} for part in both]
+
+
+def read_still(model, tokens, state=None):
+    """Loss [B, T - 1] of tokens [B, T] in nats, read with fresh mixers and the CMS levels of `state`; nothing is learned."""
+    blocks = state and {"blocks": [{"mixer": None, "cms": block["cms"]} for block in state["blocks"]]}
+    return F.cross_entropy(model(tokens, blocks)[0][:, :-1].mT, tokens[:, 1:], reduction="none")
+
+
+def gains(model, tokens, state):
+    """By how many bits per byte the state reads tokens better than the start: all its levels, and each alone with the others
+    at their starts. {"all", "1", "2", ...}"""
+    start, found, count = bits(read_still(model, tokens)), {}, len(model.config.levels)
+    for name in ("all", *range(count)) if count > 1 else ("all",):
+        blocks = []
+        for block in state["blocks"]:
+            fast = [w if name in ("all", level) else None for level, w in enumerate(block["cms"]["fast"])]
+            blocks.append({"cms": block["cms"] | {"fast": fast}})
+        found[name if name == "all" else str(name + 1)] = start - bits(read_still(model, tokens, {"blocks": blocks}))
+    return found
+
+
 @torch.no_grad()
-def read_frozen(model, tokens, state=None):
-    """Bits per token of tokens [B, T] with the weights of `state` and fresh mixers, nothing learned."""
-    if state is not None:
-        state = {"blocks": [{"mixer": None, "cms": block["cms"]} for block in state["blocks"]]}
-    return bits(F.cross_entropy(model(tokens, state)[0][:, :-1].mT, tokens[:, 1:]))
+def stream(args, records, report):
+    """Held-out novels, read once, learning; then as much of something else. What is gained by it, and what is left."""
+    rows, length = (2, 4_096) if args.quick else (4, 16_384)
+    root = Path("runs/continual-quick" if args.quick else "runs/continual")
+    to_choose, to_report = texts(args.data, root / "texts", rows, length)
+    done = {(r["learner"], r["seed"]): r for r in records}
 
-
-def pretrained(levels, variant, train, seed, tokens, folder):
-    """A model trained the ordinary way (no steps in context) on `train`; kept in `folder`."""
-    path = folder / f"{'-'.join(map(str, levels))}-{seed}-{tokens}.pt"
-    torch.manual_seed(seed)
-    model = Hope(HopeConfig(model="hope", levels=list(levels), variant=variant, **SIZE))
-    if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
+    def model_of(name, seed):
+        levels, variant = STREAM[name]
+        with torch.enable_grad():
+            model = trained(root / f"{'-'.join(map(str, levels))}-{seed}", root / "texts", levels, seed, args.quick)
+        for block in model.blocks:
+            block.cms.variant = variant  # a calendar: sequential and nested levels read alike
         return model
-    optimizer, steps = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95)), tokens // (8 * 512)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, (step + 1) / 10) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-        inputs, targets = batch(train, 8, 512, seed, step)
-        loss_fn(model(inputs)[0], targets).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_beside(path, lambda beside: torch.save(model.state_dict(), beside))
-    return model
 
-
-def stream(args, done, report):
-    """Held-out novels, then as much of something else, then the novels' continuation: what is gained, what is kept."""
-    encoding, rows = tokenizer(), 4
-    length, again, tokens = (1024, 512, 10_000) if args.quick else (8_192, 4_096, 400_000)
-    novels = [text for _, text in documents(str(read(args.data, "novels")))]
-    streams = [np.frombuffer(text, np.uint8).astype(np.int64) for text in novels[: 2 * rows + 2]]
-    streams = torch.from_numpy(np.stack([text[20_000 : 20_000 + length + again] for text in streams]))  # past the front matter
-    novel, chosen_on = streams[:rows], streams[rows : rows + 2, :length]
-    train = join(novels[rows + 2 :], encoding)
-    code = join([text for _, text in documents("stdlib")], encoding).astype(np.int64)
-    code = torch.from_numpy(code[code < 256][: rows * length].reshape(rows, length))
-    others = {"another novel": streams[rows + 2 :, :length], "code": code}  # that novel is of the training text
-    began, folder = time.process_time(), Path(args.out).parent / "pretrained"
-    for seed in range(args.seeds):
-        for name, (levels, variant) in STREAM.items():
-            if (name, seed) in done:
-                continue
-            model = pretrained(levels, variant, train, seed, tokens, folder)
-            with torch.no_grad():
-                grid = {step: bits(model.learn(chosen_on, step=step)[0][:, length // 2 :]) for step in STEPS}
-                step = min(grid, key=lambda s: grid[s] if math.isfinite(grid[s]) else math.inf)
-                still = F.cross_entropy(model(novel[:, :length])[0][:, :-1].mT, novel[:, 1:length], reduction="none")
-                loss, state = model.learn(novel[:, :length], step=step)
-                fresh = read_frozen(model, novel[:, length:])
-                after_novel = read_frozen(model, novel[:, length:], state)
-                curve = [(bits(still[:, i : i + 2048]), bits(loss[:, i : i + 2048])) for i in range(0, length, 2048)]
-                kept = {}
-                for what, text in others.items():
-                    since, kept[what] = state, []
-                    for part in text.split(length // 4, 1):
-                        since = model.learn(part, since, step=step)[1]
-                        kept[what].append(read_frozen(model, novel[:, length:], since))
-            report({"learner": name, "seed": seed, "levels": levels, "variant": variant, "step": step, "grid": grid,
-                    "parameters": sum(p.numel() for p in model.parameters()),
-                    "second half": {"without": bits(still[:, length // 2 :]), "with": bits(loss[:, length // 2 :])},
-                    "continuation": {"start weights": fresh, "after the novel": after_novel, "then": kept},
-                    "curve": curve, "seconds": round(time.process_time() - began, 1)})  # fmt: skip
+    for name, (levels, _) in STREAM.items():
+        if (name, CHOSEN_ON) not in done:
+            model, novel = model_of(name, CHOSEN_ON), to_choose["novel"]
+            losses = {step: bits(model.learn(novel, step=steps(step, levels))[0][:, length // 2 :]) for step in STEPS}
+            best = min(STEPS, key=lambda step: losses[step] if math.isfinite(losses[step]) else math.inf)
+            done[name, CHOSEN_ON] = {"learner": name, "seed": CHOSEN_ON, "step": best, "second half": losses}
+            report(done[name, CHOSEN_ON])
+    for seed, (name, (levels, variant)) in itertools.product(range(args.seeds), STREAM.items()):
+        if (name, seed) in done:
+            continue
+        model, began = model_of(name, seed), time.process_time()
+        step = steps(done[name, CHOSEN_ON]["step"], levels)
+        novel = to_report["novel"]
+        still, (loss, state) = read_still(model, novel), model.learn(novel, step=step)
+        again = novel[:, length // 2 :]
+        gain, without = {"novel": gains(model, again, state)}, {}
+        for what in ("another novel", "code"):
+            gain[what] = gains(model, again, model.learn(to_report[what], state, step=step)[1])
+            without[what] = gains(model, again, model.learn(to_report[what], step=step)[1])
+        curve = [[bits(x[:, i : i + length // 16]) for x in (still, loss)] for i in range(0, length, length // 16)]
+        report({"learner": name, "seed": seed, "levels": levels, "variant": variant, "steps": step, "length": length,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "second half": {"without": bits(still[:, length // 2 :]), "with": bits(loss[:, length // 2 :])},
+                "curve": curve, "gain": gain, "gain of the other alone": without,
+                "seconds": round(time.process_time() - began, 1)})  # fmt: skip
 
 
 def cost(quick):
@@ -403,83 +465,117 @@ def cost(quick):
 # Commands
 
 
-def staged(args, done, report):
-    """`domains` and `classes`: every learner that is asked for, every seed."""
+def staged(args, records, report):
+    """`domains` and `classes`: of every learner that is asked for its settings, chosen with a seed and on held-out data of
+    their own; with them every seed."""
     if args.command == "domains":
-        stages, changes = domains(args.data), {}
+        (to_choose, to_report), changes = domains(args.data), {}
     else:
-        stages = clinc150(args.data) if args.set == "clinc150" else banking77(args.data)
-        classes = sum(len(stage.classes) for stage in stages)
-        changes = {"vocab_size": WORDS + 1 + classes, "chunk": 16}
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        for learner in args.learners:
-            if (learner, seed) not in done:
-                result = run(learner, stages, seed, args.lr, args.ewc, args.quick, **changes)
-                report({"learner": learner, "seed": seed, "lr": args.lr, "stages": [stage.name for stage in stages],
-                        **({"ewc": args.ewc} if "ewc" in learner else {}),
-                        **metrics(result["matrix"], args.command == "classes"), **result})  # fmt: skip
+        to_choose, to_report = clinc150(args.data) if args.set == "clinc150" else banking77(args.data)
+        changes = {"vocab_size": WORDS + 1, "classes": sum(len(stage.classes) for stage in to_report), "chunk": 16}
+    done = {(r["learner"], r["seed"], r["lr"], r["ewc"]): r for r in records}
+    first = {}
+
+    def measured(learner, seed, lr, strength):
+        if (learner, seed, lr, strength) not in done:
+            stages = to_choose if seed == CHOSEN_ON else to_report
+            result = run(learner, stages, seed, lr, strength, args.quick, first, **changes)
+            record = {"learner": learner, "seed": seed, "lr": lr, "ewc": strength, "stages": [s.name for s in stages],
+                      **metrics(result["matrix"], args.command == "classes"), **result}  # fmt: skip
+            report(record)
+            done[learner, seed, lr, strength] = record
+        return done[learner, seed, lr, strength]
+
+    for learner in args.learners:
+        method = LEARNERS[learner][2]
+        grid = itertools.product(LRS[:1] if method == "none" else LRS, STRENGTHS if method == "ewc" else (None,))
+        tried = [measured(learner, CHOSEN_ON, *settings) for settings in grid]
+        best = (max if args.command == "classes" else min)(tried, key=lambda r: r["average"])
+        for seed in range(args.seeds):
+            measured(learner, seed, best["lr"], best["ewc"])
+
+
+def spread(values, digits=3):
+    """Mean and, of several, the sample standard deviation, as text."""
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
 def table(records, command):
     """The records, seeds averaged, as lines of a Markdown table."""
+    learners = list(dict.fromkeys(r["learner"] for r in records))
     if command == "stream":
-        lines = ["| learner | seed | step | second half: without | with updates | continuation: gain after the novel "
-                 "| kept after another novel | kept after code |", "|" + "---|" * 8]  # fmt: skip
-        for r in records:
-            half, rest = r["second half"], r["continuation"]
-            gains = [rest["start weights"] - x for x in (rest["after the novel"], *(k[-1] for k in rest["then"].values()))]
-            cells = [r["learner"], r["seed"], r["step"], *(f"{x:.3f}" for x in (half["without"], half["with"], *gains))]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        records = [r for r in records if r["seed"] != CHOSEN_ON]
+        lines = ["| levels | step | second half: without | with updates | level | gain right after | after another novel "
+                 "(that alone) | after code (that alone) |", "|" + "---|" * 8]  # fmt: skip
+        for learner in learners:
+            own = [r for r in records if r["learner"] == learner]
+            head = [learner, f"{own[0]['steps'][0]:g}"] if own else []
+            head += [spread([r["second half"][which] for r in own]) for which in ("without", "with") if own]
+            for level in own[0]["gain"]["novel"] if own else ():
+                cells = [spread([r["gain"]["novel"][level] for r in own])]
+                for what in ("another novel", "code"):
+                    alone = np.mean([r["gain of the other alone"][what][level] for r in own])
+                    cells.append(spread([r["gain"][what][level] for r in own]) + f" ({alone:.3f})")
+                first = head if level == "all" else [""] * 4
+                lines.append("| " + " | ".join([*first, level if level == "all" else f"{level} alone", *cells]) + " |")
         return lines
     keys = ("average", "last", "forgetting", "first forgotten", "backward", "forward")
-    lines = ["| learner | seeds | " + " | ".join(keys) + " | M parameter updates | TFLOP | s |", "|" + "---|" * 11]
-    for learner in dict.fromkeys(r["learner"] for r in records):
+    lines = ["| learner | seeds | lr (EWC) | " + " | ".join(keys) + " | M parameter updates | TFLOP | s |", "|" + "---|" * 12]
+    for learner in learners:
         own = [r for r in records if r["learner"] == learner]
-        cells = [f"{np.mean([r[key] for r in own]):.3f}" for key in keys]
+        chosen = f"{own[0]['lr']:g}" + (f" ({own[0]['ewc']:g})" if own[0]["ewc"] else "")
+        cells = [spread([r[key] for r in own]) for key in keys]
         cost = [np.mean([r[key] for r in own]) / unit for key, unit in (("updates", 1e6), ("flops", 1e12), ("seconds", 1))]
-        lines.append(f"| {learner} | {len(own)} | " + " | ".join([*cells, *(f"{x:.2f}" for x in cost)]) + " |")
+        lines.append(f"| {learner} | {len(own)} | {chosen} | " + " | ".join([*cells, *(f"{x:.2f}" for x in cost)]) + " |")
     return lines
 
 
 def plot(records, command, path):
-    """Curves of the stream, or one heat-map of the matrix for every learner."""
+    """Curves and gains of the stream; or a heat-map of the matrix for every learner, and all settings that were tried."""
     from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
 
+    chosen = [r for r in records if r["seed"] != CHOSEN_ON] or records
+    learners = list(dict.fromkeys(r["learner"] for r in chosen))
     if command == "stream":
-        figure = Figure(figsize=(12, 3.6), layout="constrained")
-        first, *others = figure.subplots(1, 3)
-        for learner, color in zip(STREAM, ("tab:orange", "tab:blue", "tab:green"), strict=True):
-            own = [r for r in records if r["learner"] == learner]
-            if not own:
-                continue
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        first, second = figure.subplots(1, 2)
+        for number, learner in enumerate(learners):
+            own, color = [r for r in chosen if r["learner"] == learner], f"C{number}"
             curve = np.mean([r["curve"] for r in own], 0)
-            x = np.arange(1, len(curve) + 1) * 2.048
-            first.plot(x, curve[:, 0] - curve[:, 1], color=color, label=learner)
-            for axes, what in zip(others, own[0]["continuation"]["then"], strict=True):
-                rest = [r["continuation"] for r in own]
-                gains = [[r["start weights"] - bits for bits in (r["after the novel"], *r["then"][what])] for r in rest]
-                axes.plot(np.arange(5) * x[-1] / 4, np.mean(gains, 0), "o-", color=color, label=learner)
-                axes.set(xlabel=f"thousand bytes of {what} read", title=f"then {what}", ylabel="gain kept (bits per byte)")
+            first.plot(np.arange(1, 17) * own[0]["length"] / 16e3, curve[:, 0] - curve[:, 1], color=color, label=learner)
+            for level, style in zip(own[0]["gain"]["novel"], ("o-", "^:", "v:", "s:"), strict=False):
+                gains = [[values[level] for values in r["gain"].values()] for r in own]
+                label = learner if level == "all" else f"its level {level} alone"
+                second.plot(list(own[0]["gain"]), np.mean(gains, 0), style, color=color, label=label)
         first.set(xlabel="thousand bytes of the novel read", ylabel="gain of learning (bits per byte)", title="reading a novel")
-        for axes in (first, *others):
+        second.set(xlabel="read last", ylabel="gain on the novel (bits per byte)", title="what is left of it")
+        for axes in (first, second):
             axes.axhline(0, color="gray", linewidth=0.8)
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, fontsize=7)
     else:
-        learners = list(dict.fromkeys(r["learner"] for r in records))
-        figure = Figure(figsize=(3.2 * min(3, len(learners)), 3 * -(-len(learners) // 3)), layout="constrained")
-        grid = figure.subplots(-(-len(learners) // 3), min(3, len(learners)), squeeze=False).flatten()
+        rows = -(-(len(learners) + 1) // 3)
+        figure = Figure(figsize=(10.5, 3.2 * rows), layout="constrained")
+        grid = figure.subplots(rows, 3, squeeze=False).flatten()
+        higher = command == "classes"
         for axes, learner in zip(grid, learners, strict=False):
-            R = np.mean([r["matrix"] for r in records if r["learner"] == learner], 0)[1:]
-            high = 1 if command == "classes" else np.percentile([r["matrix"][1:] for r in records], 95)
-            axes.imshow(R, cmap="viridis" if command == "classes" else "viridis_r", vmin=0, vmax=high)
+            R = np.mean([r["matrix"] for r in chosen if r["learner"] == learner], 0)[1:]
+            high = 1 if higher else np.percentile([r["matrix"][1:] for r in chosen], 95)
+            axes.imshow(R, cmap="viridis" if higher else "viridis_r", vmin=0 if higher else np.min(R), vmax=high)
             for i, row in enumerate(R):
                 for j, value in enumerate(row):
                     axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white", fontsize=6)
-            ticks, names = range(len(R)), records[0]["stages"]
+            ticks, names = range(len(R)), chosen[0]["stages"]
             axes.set(title=learner, xlabel="scored on stage", ylabel="after stage")
             axes.set_xticks(ticks, names, fontsize=6, rotation=20)
             axes.set_yticks(ticks, names, fontsize=6)
-        for axes in grid[len(learners) :]:
+        axes = grid[len(learners)]
+        for learner in learners:
+            tried = [r for r in records if r["learner"] == learner and r["seed"] == CHOSEN_ON]
+            tried.sort(key=lambda r: (r["ewc"] or 0, r["lr"]))
+            axes.plot([r["forgetting"] for r in tried], [r["last"] for r in tried], "o-", markersize=3, label=learner)
+        axes.set(title="all settings tried", xlabel="forgetting", ylabel="last stage" + ("" if higher else " (bits per byte)"))
+        axes.legend(frameon=False, fontsize=6)
+        for axes in grid[len(learners) + 1 :]:
             axes.remove()
     write_beside(path, lambda beside: figure.savefig(beside, dpi=120, format="png"))
 
@@ -491,10 +587,7 @@ def main(argv=None):
     parser.add_argument("--data", default=os.environ.get("NESTED_DATA"), help="folder of the data sets (default: $NESTED_DATA)")
     parser.add_argument("--set", default="clinc150", help="of classes: clinc150 or banking77")
     parser.add_argument("--learners", help=f"comma-separated, of {', '.join(LEARNERS)} (default: all)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's, of every learner and stage")
-    parser.add_argument("--ewc", type=float, default=1e3, help="strength of the penalty of EWC")
+    parser.add_argument("--seeds", type=int, default=3, help="0, 1, ... (default: 3)")
     parser.add_argument("--out", help="results, a JSON object a line (default: results/continual_COMMAND.jsonl)")
     parser.add_argument("--quick", action="store_true", help="a minute, to see that it runs")
     args = parser.parse_args(argv)
@@ -506,8 +599,8 @@ def main(argv=None):
             return 0
         if not args.data:
             raise ValueError("no data: name the folder of the data sets with --data or the environment variable NESTED_DATA")
-        if args.seeds < 1 or args.first_seed < 0:
-            raise ValueError(f"seeds is {args.seeds}, first-seed {args.first_seed}: legal are at least 1 and 0")
+        if not 1 <= args.seeds <= CHOSEN_ON:
+            raise ValueError(f"seeds is {args.seeds}: legal is 1 to {CHOSEN_ON}")
         names = args.learners.split(",") if args.learners else LEARNERS
         args.learners = [one_of("learner", name, LEARNERS) for name in names]
         name = f"continual_{args.command}" + (f"_{args.set}" if args.command == "classes" else "")
@@ -520,14 +613,15 @@ def main(argv=None):
             out.parent.mkdir(parents=True, exist_ok=True)
             with open(out, "a") as file:
                 file.write(json.dumps(record) + "\n")
-            print(table([record], args.command)[-1], flush=True)
+            print("\n".join(table([record], args.command)[2:]), flush=True)
 
-        (stream if args.command == "stream" else staged)(args, {(r["learner"], r["seed"]) for r in records}, report)
+        (stream if args.command == "stream" else staged)(args, records, report)
         plot(records, args.command, out.with_suffix(".png"))
     except (ValueError, OSError) as error:
         print(f"continual.py: error: {first_line(error)}", file=sys.stderr)
         return 2
-    print("\n".join(["", *table(records, args.command), "", f"written to {out} and {out.with_suffix('.png')}"]))
+    chosen = [r for r in records if r["seed"] != CHOSEN_ON]
+    print("\n".join(["", *table(chosen, args.command), "", f"written to {out} and {out.with_suffix('.png')}"]))
     return 0
 
 

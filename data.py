@@ -67,6 +67,10 @@ TOKENIZER, MANIFEST, PLAN = "tokenizer.json", "manifest.json", "plan.json"  # PL
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+GPT2_SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# ByteLevel shows a byte as the character of that number, or, where that is none to be seen, as the next free above 255.
+SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE = {chr(b): b for b in SEEN} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in SEEN)}
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def tokenizer(name: str = "bytes") -> tiktoken.Encoding:
     """The encoding of that name. ValueError for one that is unknown, damaged or cannot be had.
 
     "bytes": the 256 single bytes and <|endoftext|> = 256. "gpt2": GPT-2's, which tiktoken downloads once. Else a
-    tokenizer.json, of a folder of shards or of a run.
+    tokenizer.json, of a folder of shards or of a run, or of a byte-level BPE of Hugging Face's, as Llama 3's.
     """
     if name == "bytes":
         return tiktoken.Encoding(
@@ -117,7 +121,9 @@ def tokenizer(name: str = "bytes") -> tiktoken.Encoding:
         raise ValueError(f"unknown tokenizer {name!r}: legal is 'bytes', 'gpt2' or a tokenizer.json of shards or of a run")
     try:
         saved = json.loads(Path(name).read_text(encoding="utf-8"))
-        ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(saved["tokens"])}
+        if "model" in saved:
+            return _hugging_face(name, saved)
+        ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(saved["tokens"]) if token}
         special = saved["special_tokens"]
         n_vocab = len(ranks) + len(special)
         encoding = tiktoken.Encoding(
@@ -130,11 +136,37 @@ def tokenizer(name: str = "bytes") -> tiktoken.Encoding:
     return encoding
 
 
+def _hugging_face(path: str, kept: dict) -> tiktoken.Encoding:
+    """A byte-level BPE in Hugging Face's tokenizer.json (as of Llama 3 or GPT-2) as tiktoken's. The eos_token_id of the
+    config.json beside it is <|endoftext|>. ValueError names the part that has no place here."""
+    try:
+        eos = json.loads(Path(path).with_name("config.json").read_text())["eos_token_id"]
+        vocab, merges, split = kept["model"]["vocab"], kept["model"]["merges"], kept["pre_tokenizer"]
+        added = {token["id"]: token["content"] for token in kept["added_tokens"]}
+        *first, last = split["pretokenizers"] if split["type"] == "Sequence" else [split]
+        pattern = GPT2_SPLIT if not first else first[0]["pattern"]["Regex"]
+        fits = len(first) == (not last.get("use_regex", True)) and all(f["behavior"] == "Isolated" for f in first)
+        fits = fits and last["type"] == "ByteLevel" and not last["add_prefix_space"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no tokenizer of byte-level BPE: {error!r}") from None
+    if kept.get("normalizer") or not fits:
+        part = "normalizer" if kept.get("normalizer") else "pre_tokenizer"
+        raise ValueError(f"{path} has a {part} that has no place here: {json.dumps(kept[part])[:80]}")
+    order = [vocab["".join(m.split(" ") if isinstance(m, str) else m)] for m in merges]
+    if order != sorted(order):
+        raise ValueError(f"{path} has merges in another order than its symbols")
+    eos = eos[0] if isinstance(eos, list) else eos
+    special = {content: i for i, content in added.items() if i != eos} | {END: eos}
+    ranks = {bytes(map(BYTE.get, piece)): i for piece, i in vocab.items() if i not in added}
+    return tiktoken.Encoding(path, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
 def tokenizer_text(encoding: tiktoken.Encoding) -> str:
     """The contents of tokenizer.json: all that the encoding is."""
-    tokens = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
     what = {"name": encoding.name, "pattern": encoding._pat_str, "special_tokens": encoding._special_tokens}
-    return json.dumps(what | {"tokens": [base64.b64encode(token).decode() for token in tokens]}, indent=0) + "\n"
+    token = {rank: base64.b64encode(token).decode() for token, rank in encoding._mergeable_ranks.items()}
+    tokens = [token.get(rank, "") for rank in range(max(token) + 1)]  # special ones may stand between them
+    return json.dumps(what | {"tokens": tokens}, indent=0) + "\n"
 
 
 def save_tokenizer(encoding: tiktoken.Encoding, folder: Path) -> None:
@@ -172,11 +204,8 @@ def train_tokenizer(texts: Iterator[bytes], n_vocab: int) -> tiktoken.Encoding:
         vocab_size=n_vocab - 1, min_frequency=2, initial_alphabet=bytewise.alphabet(), show_progress=sys.stderr.isatty()
     )
     model.train_from_iterator((text.decode("utf-8", errors="replace") for text in texts), trainer)
-    # ByteLevel shows a byte as the character of that number, or, where that is none to be seen, as the next free above 255.
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte = {chr(b): b for b in seen} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in seen)}
     vocabulary = model.get_vocab()
-    tokens = [bytes(map(byte.get, token)) for token in sorted(vocabulary, key=vocabulary.get)]
+    tokens = [bytes(map(BYTE.get, token)) for token in sorted(vocabulary, key=vocabulary.get)]
     tokens = [bytes([b]) for b in range(256)] + [token for token in tokens if len(token) > 1]
     if len(tokens) < n_vocab - 1:
         raise ValueError(f"vocab {n_vocab} is more than the text gives: legal is 258 to {len(tokens) + 1}")

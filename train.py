@@ -4,6 +4,7 @@
     python train.py --model transformer --tokens 1e6        # another model, the same data
     python train.py --data notes.txt --set n_layers=2 --set chunk=32
     python train.py --cms-updates first_order --set levels=[128,256]   # CMS levels learn in context while being trained
+    python train.py --pretrained LLAMA --data notes.txt     # from a Llama checkpoint, made Hope-Attention (NL 7.3)
     python train.py --resume runs/hope-nano                 # go on after Ctrl-C, a kill, a power cut
     python train.py --resume runs/hope-nano --tokens 4e6    # train longer
     python train.py --help                                  # every field of TrainConfig, with its default
@@ -63,7 +64,7 @@ from tqdm import tqdm
 
 import checkpoint
 import distributed
-from data import batch, load_corpus, n_bytes, save_tokenizer, tokenizer, tokenizer_of, windows
+from data import TOKENIZER, batch, load_corpus, n_bytes, save_tokenizer, tokenizer, tokenizer_of, windows
 from distributed import gather, on_all, on_first, rank, total, world
 from hope import UPDATES, Hope, HopeConfig, device_for, first_line, flops_per_token, plain, write_beside
 from memory import watch
@@ -107,6 +108,7 @@ class TrainConfig:
     model: str = flag("hope", "hope, hope_attention, titans, transformer, gated_deltanet, ...")
     preset: str = flag("nano", "size of the model")
     set: dict = flag({}, "set a field of HopeConfig, as in --set n_layers=2 (repeatable)", *NOT_SET)
+    pretrained: str | None = flag(None, "folder of a Llama checkpoint to start from (Hope.from_pretrained; --set levels=...)")
     data: str = flag("stdlib", "'stdlib' (this Python's own source), a text file, a folder of text or of shards (data.py)",
                      on_resume=True)  # fmt: skip
     out: str | None = flag(None, "folder of the run; without it runs/<model>-<preset>, numbered if taken")
@@ -150,6 +152,11 @@ class TrainConfig:
             raise ValueError(f"compile is on and cms_updates {self.cms_updates!r}: legal is one of them")
         if self.fsdp and self.cms_updates != "off":  # levels take their steps outside the block that is gathered
             raise ValueError(f"fsdp is on and cms_updates {self.cms_updates!r}: legal is one of them")
+        if self.pretrained:
+            if self.model not in ("hope", "hope_attention"):
+                raise ValueError(f"pretrained is given and model {self.model!r}: it becomes hope_attention, legal is no other")
+            self.pretrained = os.path.abspath(self.pretrained)
+            self.model, self.preset = "hope_attention", Path(self.pretrained).name
         if self.data != "stdlib":
             self.data = os.path.abspath(self.data)  # a run can be resumed from another folder
 
@@ -453,7 +460,7 @@ def logger(folder: Path, config: TrainConfig):
 
 
 def prepare(config: TrainConfig) -> tuple:
-    """Everything that can be wrong is found here, before anything is written."""
+    """Everything that can be wrong is found here, before anything is written. The model is None where it is to be made."""
     saved = None
     if config.resume:
         folder, saved = Path(config.resume), read_config(config.resume)
@@ -467,13 +474,20 @@ def prepare(config: TrainConfig) -> tuple:
         raise ValueError("fsdp is on in a process of its own: legal is under torchrun, as torchrun --nproc_per_node=8 train.py")
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("wandb is on, but the package is not installed: pip install wandb")
-    corpus = load_corpus(config.data, tokenizer(tokenizer_of(folder, saved["tokenizer"])) if saved else None)
-    encoding = corpus.encoding
+    own = tokenizer_of(folder, saved["tokenizer"]) if saved else config.pretrained and f"{config.pretrained}/{TOKENIZER}"
+    corpus = load_corpus(config.data, own and tokenizer(own))
+    encoding, model = corpus.encoding, None
+    step = {} if config.cms_updates == "off" else {"cms_step": CMS_STEP}
     try:
         if saved:
             model_config = HopeConfig(**saved["model"])
+        elif config.pretrained:
+            model = Hope.from_pretrained(config.pretrained, **{**step, **config.set}).train()
+            model_config = model.config
+            if model_config.vocab_size != encoding.n_vocab:
+                sizes = f"{model_config.vocab_size} symbols, but its tokenizer.json {encoding.n_vocab}"
+                raise ValueError(f"pretrained {config.pretrained!r} has {sizes}: legal is the same number")
         else:
-            step = {} if config.cms_updates == "off" else {"cms_step": CMS_STEP}
             fields_set = {"vocab_size": encoding.n_vocab, **step, **config.set}
             model_config = HopeConfig.preset(config.preset, model=config.model, **fields_set)
     except TypeError as error:  # a value of another kind than its field
@@ -485,7 +499,7 @@ def prepare(config: TrainConfig) -> tuple:
     if saved and fingerprint != saved["corpus"]:
         raise ValueError(f"data {config.data!r} is {fingerprint}, but {folder} was trained on {saved['corpus']}")
     batch(corpus.train, 1, config.seq_len, config.seed, 0)
-    return folder, bool(saved), model_config, corpus, encoding, fingerprint
+    return folder, bool(saved), model, model_config, corpus, encoding, fingerprint
 
 
 def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) -> dict:
@@ -495,7 +509,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     gradient stays not finite, OSError for a checkpoint that cannot be written; the earlier checkpoint stays.
     """
     device = distributed.start(on_all(lambda: device_for(config.device)))
-    folder, going_on, model_config, corpus, encoding, fingerprint = on_all(lambda: prepare(config))
+    folder, going_on, model, model_config, corpus, encoding, fingerprint = on_all(lambda: prepare(config))
     if len(set(map(str, gather(fingerprint)))) > 1:
         raise ValueError(f"data {config.data!r} differs between the processes: {gather(fingerprint)}")
     first = rank() == 0
@@ -507,7 +521,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    model = Hope(model_config).to(device=device, dtype=torch.float32)
+    model = (model or Hope(model_config)).to(device=device, dtype=torch.float32)
     forward = parallel(model, config, device)
     optimizer = optimizer_for(model, config)
     start, steps = 0, config.steps

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from cms import CMS, VARIANTS, Level, LevelOptimizer
+from optimizers import Together
 
 D = 6
 LEVELS = [Level(2, 5), Level(6, 8), Level(12, 4), Level(None, 7)]
@@ -231,9 +232,14 @@ def gradients(net, n):
 
 STEP_LEVELS = {"fast": 1, "slow": 3, "still": None, "": 2}
 OPTIMIZERS = {
-    "sgd": lambda named: torch.optim.SGD(named, lr=0.1, momentum=0.9),
-    "adamw": lambda named: torch.optim.AdamW(named, lr=0.01, weight_decay=0.1),
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1),
+    "together": lambda params: both(list(params)),
 }
+
+
+def both(params):
+    return Together(torch.optim.SGD(params[::2], lr=0.1, momentum=0.9), torch.optim.AdamW(params[1::2], lr=0.01))
 
 
 def steps(optimizer, net, grads):
@@ -247,7 +253,7 @@ def steps(optimizer, net, grads):
 def test_each_level_steps_along_the_sum_of_its_period_as_if_it_were_alone(kind):
     net = network()
     alone, grads = copy.deepcopy(net), gradients(net, 7)
-    steps(LevelOptimizer(OPTIMIZERS[kind](net.named_parameters()), STEP_LEVELS), net, grads)
+    steps(LevelOptimizer(OPTIMIZERS[kind](net.parameters()), net, STEP_LEVELS), net, grads)
     for part, chunk in {"fast": 1, "slow": 3, "rest": 2}.items():
         own = OPTIMIZERS[kind](alone[part].parameters())
         for end in range(chunk, 8, chunk):
@@ -260,7 +266,7 @@ def test_each_level_steps_along_the_sum_of_its_period_as_if_it_were_alone(kind):
 
 def test_a_level_moves_at_multiples_of_its_chunk_and_at_no_other_step():
     net = network()
-    optimizer = LevelOptimizer(OPTIMIZERS["adamw"](net.named_parameters()), STEP_LEVELS)
+    optimizer = LevelOptimizer(OPTIMIZERS["adamw"](net.parameters()), net, STEP_LEVELS)
     for tick, step in enumerate(gradients(net, 12), 1):
         before = copy.deepcopy(net)
         steps(optimizer, net, [step])
@@ -273,34 +279,43 @@ def test_a_level_moves_at_multiples_of_its_chunk_and_at_no_other_step():
 def test_the_step_clock_resumes_in_the_middle_of_a_period(kind, tmp_path):
     net = network()
     other, grads = copy.deepcopy(net), gradients(net, 9)
-    optimizer = LevelOptimizer(OPTIMIZERS[kind](net.named_parameters()), STEP_LEVELS)
+    optimizer = LevelOptimizer(OPTIMIZERS[kind](net.parameters()), net, STEP_LEVELS)
     steps(optimizer, net, grads)
-    first = LevelOptimizer(OPTIMIZERS[kind](other.named_parameters()), STEP_LEVELS)
+    first = LevelOptimizer(OPTIMIZERS[kind](other.parameters()), other, STEP_LEVELS)
     steps(first, other, grads[:4])
     torch.save([first.state_dict(), other.state_dict()], tmp_path / "x.pt")
     steps(first, other, grads[4:6])  # what was saved is a copy
     state, weights = torch.load(tmp_path / "x.pt", weights_only=True)
     again = network()
     again.load_state_dict(weights)
-    second = LevelOptimizer(OPTIMIZERS[kind](again.named_parameters()), STEP_LEVELS)
+    second = LevelOptimizer(OPTIMIZERS[kind](again.parameters()), again, STEP_LEVELS)
     second.load_state_dict(state)
     steps(second, again, grads[4:])
     for a, b in zip(net.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="of levels"):
-        LevelOptimizer(OPTIMIZERS[kind](again.named_parameters()), {"": 1}).load_state_dict(state)
+        LevelOptimizer(OPTIMIZERS[kind](again.parameters()), again, {"": 1}).load_state_dict(state)
+
+
+def test_every_level_has_groups_of_its_own_and_keeps_what_its_parameters_were_given():
+    net = network()
+    groups = [{"params": [m.weight for m in net.values()], "weight_decay": 0.1}, {"params": [m.bias for m in net.values()]}]
+    optimizer = LevelOptimizer(torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0), net, STEP_LEVELS)
+    found = [(group["level"], group["weight_decay"], [p.ndim for p in group["params"]]) for group in optimizer.param_groups]
+    assert found == [(level, decay, [n]) for decay, n in ((0.1, 2), (0.0, 1)) for level in STEP_LEVELS]
 
 
 @pytest.mark.parametrize(
-    "named, levels, message",
+    "levels, message",
     [
-        (True, {"fast": 0, "": 1}, r"'fast' has chunk 0.*at least 1"),
-        (True, {"fast": 1}, r"'slow.weight' has no level.*\['fast'\]"),
-        (True, {"fats": 1, "": 1}, r"'fats' has no parameter.*fast.weight"),
-        (False, {"": 1}, r"named_parameters"),
+        ({"fast": 0, "": 1}, r"'fast' has chunk 0.*at least 1"),
+        ({"fast": 1}, r"'slow.weight' has no level.*\['fast'\]"),
+        ({"fats": 1, "": 1}, r"'fats' has no parameter.*fast.weight"),
+        ({"": 1}, r"shape \[4\].*not the model's"),
     ],
 )
-def test_bad_levels_of_the_step_clock_are_named(named, levels, message):
+def test_bad_levels_of_the_step_clock_are_named(levels, message):
     net = network()
+    foreign = [torch.nn.Parameter(torch.zeros(4))] * (levels == {"": 1})
     with pytest.raises(ValueError, match=message):
-        LevelOptimizer(OPTIMIZERS["sgd"](net.named_parameters() if named else net.parameters()), levels)
+        LevelOptimizer(torch.optim.SGD([*net.parameters(), *foreign], lr=0.1), net, levels)

@@ -9,7 +9,8 @@ import torch
 
 import continual
 import eval as evaluation
-from continual import EWC, Domain, banking77, build, clinc150, domains, main, metrics, optimizer_for, run
+from continual import EWC, Domain, banking77, build, clinc150, domains, level_optimizer, main, metrics, run
+from optimizers import split_parameters
 
 DATA = os.environ.get("NESTED_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="NESTED_DATA names no folder of data sets")
@@ -42,7 +43,11 @@ def small_domains():
 @pytest.mark.parametrize("learner", ["transformer none", "transformer ewc", "hope 3 levels"])
 def test_a_learner_runs_through_all_stages(learner, monkeypatch):
     monkeypatch.setattr(continual, "SIZE", dict(d_model=16, n_layers=1, n_heads=1))
-    result = run(learner, small_domains(), 0, 5e-3, 10.0, quick=True)
+    monkeypatch.setattr(continual, "FIRST_LR", 5e-3)
+    first = {}
+    result = run(learner, small_domains(), 0, 5e-3, 10.0, True, first)
+    again = run(learner, small_domains(), 0, 5e-3, 10.0, True, first)  # from the first stage that is kept
+    assert again["matrix"] == result["matrix"] and again["updates"] == result["updates"] and len(first) == 1
     matrix = np.array(result["matrix"])
     assert matrix.shape == (4, 3) and np.isfinite(matrix).all()
     assert matrix[0].min() > 5 and matrix[1, 0] < matrix[0, 0]  # before learning, and after the first stage
@@ -51,12 +56,20 @@ def test_a_learner_runs_through_all_stages(learner, monkeypatch):
 
 
 def test_levels_of_the_step_clock_are_the_mlps_and_everything_else_is_slow():
-    model = build("hope", 3, 0)
-    optimizer = optimizer_for(model, 3, 1e-3)
+    model = build("hope", 3, 0, classes=5)
+    optimizer = level_optimizer(model, (1, 3, 9))
     assert list(optimizer.parameters) and set(optimizer.parameters) == {name for name, _ in model.named_parameters()}
     for name, level in optimizer.level.items():
-        period = optimizer.levels[level]
-        assert period == next((continual.PERIODS[i] for i in range(3) if f"mlps.{i}." in name), continual.PERIODS[2]), name
+        fast = {"head": 1, "mlps.0": 1, "mlps.1": 3}
+        assert optimizer.levels[level] == next((fast[part] for part in fast if part in name), 9), name
+
+
+def test_weight_decay_is_train_py_s_in_every_level():
+    model = build("hope", 2, 0)
+    _, _, plain = split_parameters(model)
+    found = {id(p): group["weight_decay"] for group in level_optimizer(model, (1, 3)).param_groups for p in group["params"]}
+    assert found == {id(p): 0.1 for p in model.parameters()} | {id(p): 0.0 for p in plain}
+    assert any("start" in name for name, p in model.named_parameters() if found[id(p)] == 0)
 
 
 def test_ewc_is_the_quadratic_of_the_fisher_around_every_finished_stage():
@@ -73,19 +86,24 @@ def test_ewc_is_the_quadratic_of_the_fisher_around_every_finished_stage():
 
 @needs_data
 def test_intents_are_split_into_stages_that_share_no_class():
-    for stages, count, classes, tests in ((clinc150(DATA), 10, 150, 4500), (banking77(DATA), 7, 77, 3080)):
+    (clinc_val, clinc), (banking_val, banking) = clinc150(DATA), banking77(DATA)
+    sizes = [(clinc, 10, 150, 4500), (clinc_val, 10, 150, 3000), (banking, 7, 77, 3080), (banking_val, 7, 77, 1001)]
+    for stages, count, classes, tests in sizes:
         assert len(stages) == count and sorted(c for s in stages for c in s.classes) == list(range(classes))
         assert sum(len(s.ty) for s in stages) == tests
         assert all(set(s.y.tolist()) == set(s.ty.tolist()) == set(s.classes) for s in stages)
 
 
 @needs_data
-def test_domains_hold_out_text_that_is_not_trained_on():
-    stages = domains(DATA)
+def test_domains_hold_out_text_that_is_not_trained_on_nor_chosen_on():
+    to_choose, stages = domains(DATA)
     assert [stage.name for stage in stages] == ["code", "Shakespeare", "novels", "WikiText"]
-    for stage in stages:
-        assert len(stage.val) == 8192 and len(stage.train) > 100_000
-        assert stage.val[:200].tobytes() not in stage.train.tobytes(), stage.name
+    for stage, other in zip(stages, to_choose, strict=True):
+        assert len(stage.held_out) == len(other.held_out) == 12288 and len(stage.train) > 100_000
+        assert np.array_equal(stage.train, other.train)
+        for held_out in (stage.held_out, other.held_out):
+            assert held_out[:200].tobytes() not in stage.train.tobytes(), stage.name
+        assert other.held_out[:200].tobytes() not in stage.held_out.tobytes()
 
 
 @pytest.mark.parametrize(

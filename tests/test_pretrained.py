@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
+from data import tokenizer
 from hope import Hope
+from train import TrainConfig, resumed, train
 
 transformers = pytest.importorskip("transformers", reason="optional: pip install transformers")
 pytest.importorskip("safetensors", reason="optional: pip install safetensors")
@@ -84,3 +86,76 @@ def test_a_folder_without_a_checkpoint_and_levels_that_do_not_divide_are_named(t
     checkpoint(tmp_path)
     with pytest.raises(ValueError, match="multiple of the number of levels, got 48 for 5"):
         Hope.from_pretrained(tmp_path, [2, 4, 8, 16, None])
+
+
+TEXT = "\u201cIt's 1877; they'll be ca\u00f1on-fodder\u201d.\n\n    x_1 = f(2048)\t# \u00e9 \U0001f600 <|end|>\r\n" * 40
+SPLITS = {
+    "GPT-2": None,
+    "Llama 3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+
+def save_tokenizer(folder, split=None, **changes):
+    tokenizers = pytest.importorskip("tokenizers", reason="optional: pip install tokenizers")
+    bpe, pre = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
+    if split:
+        own = pre.Split(tokenizers.Regex(split), "isolated")
+        bpe.pre_tokenizer = pre.Sequence([own, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    else:
+        bpe.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+    alphabet = pre.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    bpe.train_from_iterator([TEXT], trainer)
+    bpe.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return bpe
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_its_tokenizer_is_read(split, tmp_path):
+    bpe = save_tokenizer(tmp_path, SPLITS[split])
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [bpe.token_to_id("<|end|>")]}))
+    own = tokenizer(str(tmp_path / "tokenizer.json"))
+    plain = TEXT.replace("<|end|>", "")
+    assert own.encode_ordinary(plain) == bpe.encode(plain).ids
+    assert len(own.encode_ordinary(plain)) < 0.6 * len(plain.encode())
+    assert own.decode(own.encode_ordinary(TEXT)) == TEXT
+    assert own.n_vocab == bpe.get_vocab_size() and own.eot_token == bpe.token_to_id("<|end|>")
+
+
+def test_continual_pre_training_begins_at_the_pre_trained_model_and_resumes(tmp_path):
+    bpe = save_tokenizer(tmp_path)
+    folder = tmp_path / "llama"
+    llama = checkpoint(folder, vocab_size=bpe.get_vocab_size(), eos_token_id=bpe.token_to_id("<|end|>"))
+    (tmp_path / "tokenizer.json").rename(folder / "tokenizer.json")
+    (tmp_path / "text.txt").write_text(TEXT)
+    run = dict(pretrained=str(folder), data=str(tmp_path / "text.txt"), out=str(tmp_path / "run"), seq_len=16, threads=1)
+    train(TrainConfig(**run, tokens=64, lr=1e-12, cms_updates="first_order", set={"levels": [4, 8, None]}))
+    model, name = Hope.load(tmp_path / "run")
+    x = torch.randint(300, (2, 21))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x)[0], llama(x).logits, rtol=0, atol=1e-4)
+    assert tokenizer(name).n_vocab == bpe.get_vocab_size() and len(model.blocks[0].cms.steps()) == 2
+    done = train(resumed(str(tmp_path / "run"), tokens=640, lr=1e-2))
+    assert done["step"] == 10 and done["val_bits_per_byte"] < 8
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (dict(normalizer={"type": "NFC"}), 'normalizer that has no place here: {"type": "NFC"}'),
+        (dict(pre_tokenizer={"type": "Whitespace"}), "Whitespace|pre_tokenizer"),
+        (dict(model={"type": "Unigram"}), "no tokenizer of byte-level BPE"),
+        (dict(), "61 symbols, but its tokenizer.json 300"),
+        (dict(model_="transformer"), "model 'transformer'"),
+    ],
+)
+def test_what_training_cannot_start_from_is_named_before_anything_is_written(damage, message, tmp_path):
+    model = damage.pop("model_", "hope")
+    checkpoint(tmp_path / "llama", eos_token_id=0)
+    save_tokenizer(tmp_path / "llama", **damage)
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig(model=model, pretrained=str(tmp_path / "llama"), out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
