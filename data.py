@@ -286,7 +286,8 @@ def _files(source: str) -> list[tuple[str, Path]]:
     if root.is_file():
         return [(root.name, root)]
     if not root.is_dir():
-        raise ValueError(f"data {source!r} does not exist: legal are 'stdlib', a text file, a folder of text or of shards")
+        legal = "'stdlib', a text file, a folder of text, or of shards (python data.py --help)"
+        raise ValueError(f"data {source!r} does not exist: legal are {legal}")
     for name in (PLAN, MANIFEST):
         if (root / name).is_file():
             raise ValueError(f"data {source!r} is a folder of {'unfinished ' * (name == PLAN)}token shards, not of text")
@@ -358,13 +359,17 @@ def _held_out_part(data: "bytes | mmap.mmap") -> int:
     return _cut(data, int(len(data) * (1 - 2 * part)), int(len(data) * (1 - part)))
 
 
+def is_shards(source: str) -> bool:
+    return source != "stdlib" and (Path(source) / MANIFEST).is_file()
+
+
 def load_corpus(source: str = "stdlib", encoding: tiktoken.Encoding | None = None) -> Corpus:
     """The corpus of a source: "stdlib", a text file, a folder of text, or a folder of shards, which stays on the disk.
 
     encoding: the run's; None: the shards' own, bytes for everything else. ValueError as in `documents`, for shards that are
     unfinished or damaged, and for shards of another encoding than the run's.
     """
-    if source != "stdlib" and (Path(source) / MANIFEST).is_file():
+    if is_shards(source):
         return _load_shards(Path(source), encoding)
     encoding = encoding or tokenizer()
     files = documents(source)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import baselines
-from data import MANIFEST, load_corpus, tokenizer
+from data import is_shards, load_corpus, tokenizer
 from hope import MIXERS, PRESETS, Hope, HopeConfig, flops_per_token, tensors
 from train import CMS_STEP, PEAK, Parser, TrainConfig, loss_fn, optimizer_for, parse, peak_flops
 
@@ -163,7 +163,7 @@ def report(train: TrainConfig, gpus: int, gpu: str, memory_bytes: float, peak: f
 
 def vocabulary(train: TrainConfig) -> tuple[int, str]:
     """(symbols, a line on the data). Text is not read."""
-    if train.data != "stdlib" and (Path(train.data) / MANIFEST).is_file():
+    if is_shards(train.data):
         corpus = load_corpus(train.data)
         passes = train.tokens / len(corpus.train)
         return corpus.encoding.n_vocab, f"{train.data} holds {len(corpus.train):,} ({passes:.3g} passes)"
