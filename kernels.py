@@ -46,6 +46,7 @@ raises RuntimeError; ask for backend="torch" there.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -105,43 +106,76 @@ def _row(M, last, C: tl.constexpr):
 
 @triton.jit
 def _weights(alpha, theta, tok, ok, C: tl.constexpr, MOMENTUM: tl.constexpr):
-    """What W_t holds of the past: alpha, A0, a0, theta, T0, t0, T1, c0, b0, c1 of the equations at the top."""
+    """What W_t holds of the past: A0, a0, c0, b0, a1, b1, c1, then T0, t0, T1, t1 of the equations at the top."""
     t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     al = tl.load(alpha + tok, mask=ok, other=1.0)
     A0, a0 = _decay(al, C)
-    one = tl.where(t == s, 1.0, 0.0)
-    th, T0, t0, T1, c0, b0 = al, A0, a0, one, A0, a0
+    T1 = tl.where(t == s, 1.0, 0.0)
+    a1, c0, b0, b1, T0, t0, t1 = al * a0, A0, a0, a0, A0, a0, a0
     if MOMENTUM:
         th = tl.load(theta + tok, mask=ok, other=1.0)
         T0, t0 = _decay(th, C)
-        T1 = th[:, None] * T0 + one
+        T1, t1 = th[:, None] * T0 + T1, th * t0
         c0 = tl.where(s < t, _dot(A0, T1, tl.float32), 0.0)
-        b0 = tl.sum(A0 * (th * t0)[None, :], 1)
-    return al, A0, a0, th, T0, t0, T1, c0, b0, al[:, None] * c0 + T1
+        b0 = tl.sum(A0 * t1[None, :], 1)
+        b1 = al * b0 + t1
+    return A0, a0, c0, b0, a1, b1, al[:, None] * c0 + T1, T0, t0, T1, t1
 
 
 @triton.jit
-def _at(n, tok, T, width, cols):
-    """Offsets of rows tok, columns cols in [N, T, width], and which of them exist; both [cols, tok], transposed."""
-    return (n * T + tok)[None, :] * width + cols[:, None], (tok < T)[None, :] & (cols < width)[:, None]
-
-
-@triton.jit
-def _tile(n, i, T, dk, dv, h, v, C: tl.constexpr):
-    """Tile i of memory n: offsets in the series, which of its tokens there are, the last; then `_at` of keys and of values."""
-    tok = i * C + tl.arange(0, C)
-    kat, kok = _at(n, tok, T, dk, h)
-    vat, vok = _at(n, tok, T, dv, v)
-    return n * T + tok, tok < T, tl.minimum(T - i * C, C) - 1, kat, kok, vat, vok
-
-
-@triton.jit
-def _factor(delta, gate, ok, C: tl.constexpr, DELTA: tl.constexpr):
+def _factor(delta, tok, ok, C: tl.constexpr, DELTA: tl.constexpr):
     """delta [C]: 1 for the plain rule (DELTA 1), else its series (2)."""
     d = tl.full([C], 1.0, tl.float32)
     if DELTA == 2:
-        d = tl.load(delta + gate, mask=ok, other=0.0)
+        d = tl.load(delta + tok, mask=ok, other=0.0)
     return d
+
+
+@triton.jit
+def _get(p, start, tok, ok, width, cols):
+    """Rows start + tok, columns cols of p [..., width], transposed to [cols, tok]; 0 where not ok or beyond the width."""
+    at = tok[None, :] * width + cols[:, None]
+    return tl.load(p + start * width + at, mask=ok[None, :] & (cols < width)[:, None], other=0.0)
+
+
+@triton.jit
+def _put(p, x, start, tok, ok, width, cols):
+    at = tok[None, :] * width + cols[:, None]
+    tl.store(p + start * width + at, x, mask=ok[None, :] & (cols < width)[:, None])
+
+
+@triton.jit
+def _get_state(p, j, rows, width, row, col):
+    """Rows row, columns col of the j-th state in p [..., rows, width]; 0 beyond."""
+    at = row[:, None] * width + col[None, :]
+    return tl.load(p + j * rows * width + at, mask=(row < rows)[:, None] & (col < width)[None, :], other=0.0)
+
+
+@triton.jit
+def _put_state(p, w, j, rows, width, row, col):
+    at = row[:, None] * width + col[None, :]
+    tl.store(p + j * rows * width + at, w, mask=(row < rows)[:, None] & (col < width)[None, :])
+
+
+@triton.jit
+def _square(p, j, C: tl.constexpr):
+    """Where the j-th of the matrices p [..., C, C] lies."""
+    return p + j * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
+
+
+@triton.jit
+def _tile(i, T, chunk, PER, C: tl.constexpr):
+    """Tile i, cut so that a chunk is PER tiles of C tokens, the last one shorter: its tokens, which there are, the last."""
+    begin, end = i // PER * chunk + i % PER * C, tl.minimum(T, (i // PER + 1) * chunk)
+    tok = begin + tl.arange(0, C)
+    return tok, tok < end, tl.minimum(end - begin, C) - 1
+
+
+@triton.jit
+def _held(n, T, chunk, PER, first, tiles):
+    """Where the row of token 0 of memory n would be in what is held for the tokens of tiles [first, first + tiles) only."""
+    before = first // PER * chunk
+    return n * (tl.minimum(T, tl.cdiv(first + tiles, PER) * chunk) - before) - before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,64 +184,58 @@ def _factor(delta, gate, ok, C: tl.constexpr, DELTA: tl.constexpr):
 
 @triton.jit
 def _scan_forward(W, S, k, u, q, eta, alpha, theta, delta, y, W_T, S_T, W_kept, S_kept, r_kept, X_kept,
-                  T, dv, dk, EVERY, first, tiles, C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, TYPE: tl.constexpr,
-                  MOMENTUM: tl.constexpr, DELTA: tl.constexpr, READ: tl.constexpr, AGAIN: tl.constexpr):  # fmt: skip
-    """Rows [j DV, (j + 1) DV) of one memory n. AGAIN: only one segment, from the state kept at its start, for the backward."""
+                  T, dv, dk, segments, EVERY, first, tiles, C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr,
+                  TYPE: tl.constexpr, MOMENTUM: tl.constexpr, DELTA: tl.constexpr, READ: tl.constexpr,
+                  AGAIN: tl.constexpr):  # fmt: skip
+    """Rows [j DV, (j + 1) DV) of one memory n, from one of its `segments` states in W on, keeping every EVERY-th state.
+    AGAIN: for the backward, only the EVERY tiles up to the next kept state, now keeping every state, and r and X."""
     n, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    v, h, t = j * DV + tl.arange(0, DV), tl.arange(0, DK), tl.arange(0, C)
-    at, real = v[:, None] * dk + h[None, :], (v < dv)[:, None] & (h < dk)[None, :]
-    start, size, segments = n, dv * dk, tl.cdiv(tl.cdiv(T, C), EVERY)
-    lo, hi = 0, tl.cdiv(T, C)
+    v, h = j * DV + tl.arange(0, DV), tl.arange(0, DK)
+    lo, hi, every = first + tl.program_id(2) * EVERY, tiles, EVERY
     if AGAIN:
-        segment = first // EVERY + tl.program_id(2)
-        start = n * segments + segment
-        lo, hi = segment * EVERY, tl.minimum(segment * EVERY + EVERY, hi)
-    w = tl.load(W + start * size + at, mask=real, other=0.0)
+        hi, every = tl.minimum(lo + EVERY, first + tiles), 1
+    start = n * segments + lo // EVERY % segments
+    w = _get_state(W, start, dv, dk, v, h)
     z = w
     if MOMENTUM:
-        z = tl.load(S + start * size + at, mask=real, other=0.0)
-    for i in range(lo, hi):
-        kept = n * tiles + i - first
-        gate, ok, last, kat, kok, vat, vok = _tile(n, i, T, dk, dv, h, v, C)
-        K = tl.load(k + kat, mask=kok, other=0.0)
-        r = tl.load(u + vat, mask=vok, other=0.0).to(tl.float32)
-        et = tl.load(eta + gate, mask=ok, other=0.0)
-        al, A0, a0, th, T0, t0, T1, c0, b0, c1 = _weights(alpha, theta, gate, ok, C, MOMENTUM)
-        if AGAIN:
-            tl.store(W_kept + kept * size + at, w, mask=real)
+        z = _get_state(S, start, dv, dk, v, h)
+    for i in tl.range(lo, hi, disable_licm=True):
+        tok, ok, last = _tile(i, T, C, 1, C)
+        K = _get(k, n * T, tok, ok, dk, h)
+        r = _get(u, n * T, tok, ok, dv, v).to(tl.float32)
+        et = tl.load(eta + n * T + tok, mask=ok, other=0.0)
+        A0, a0, c0, b0, a1, b1, c1, _, _, T1, t1 = _weights(alpha + n * T, theta + n * T, tok, ok, C, MOMENTUM)
+        if i % every == 0:
+            kept = n * tl.cdiv(tiles, every) + (i - first) // every
+            _put_state(W_kept, w, kept, dv, dk, v, h)
             if MOMENTUM:
-                tl.store(S_kept + kept * size + at, z, mask=real)
-        elif i % EVERY == 0:
-            checkpoint = (n * segments + i // EVERY) * size
-            tl.store(W_kept + checkpoint + at, w, mask=real)
-            if MOMENTUM:
-                tl.store(S_kept + checkpoint + at, z, mask=real)
+                _put_state(S_kept, z, kept, dv, dk, v, h)
         if DELTA:
-            d = _factor(delta, gate, ok, C, DELTA)
+            d = _factor(delta + n * T, tok, ok, C, DELTA)
             X = _inverse(d[:, None] * c0 * et[None, :] * _dot(tl.trans(K), K, TYPE), C)
             r -= (d * a0)[None, :] * _dot(w, K, TYPE)
             if MOMENTUM:
                 r -= (d * b0)[None, :] * _dot(z, K, TYPE)
             r = _dot(r, tl.trans(X), tl.float32)
             if AGAIN:
-                tl.store(X_kept + (kept * C + t[:, None]) * C + t[None, :], X)
+                tl.store(_square(X_kept, n * tiles + i - first, C), X)
         if AGAIN:
-            tl.store(r_kept + (kept * C + t[None, :]) * dv + v[:, None], r, mask=(v < dv)[:, None])
+            _put(r_kept, r, _held(n, T, C, 1, first, tiles), tok, ok, dv, v)
         if READ:
-            Q = tl.load(q + kat, mask=kok, other=0.0)
-            Y = (al * a0)[None, :] * _dot(w, Q, TYPE)
+            Q = _get(q, n * T, tok, ok, dk, h)
+            Y = a1[None, :] * _dot(w, Q, TYPE)
             if MOMENTUM:
-                Y += (al * b0 + th * t0)[None, :] * _dot(z, Q, TYPE)
+                Y += b1[None, :] * _dot(z, Q, TYPE)
             Y += _dot(r, tl.trans(c1 * et[None, :] * _dot(tl.trans(Q), K, TYPE)), TYPE)
-            tl.store(y + vat, Y, mask=vok)
-        w = _row(al * a0, last, C) * w + _dot((_row(c1, last, C) * et)[None, :] * r, tl.trans(K), TYPE)
+            _put(y, Y, n * T, tok, ok, dv, v)
+        w = _row(a1, last, C) * w + _dot((_row(c1, last, C) * et)[None, :] * r, tl.trans(K), TYPE)
         if MOMENTUM:
-            w += _row(al * b0 + th * t0, last, C) * z
-            z = _row(th * t0, last, C) * z + _dot((_row(T1, last, C) * et)[None, :] * r, tl.trans(K), TYPE)
+            w += _row(b1, last, C) * z
+            z = _row(t1, last, C) * z + _dot((_row(T1, last, C) * et)[None, :] * r, tl.trans(K), TYPE)
     if not AGAIN:
-        tl.store(W_T + n * size + at, w, mask=real)
+        _put_state(W_T, w, n, dv, dk, v, h)
         if MOMENTUM:
-            tl.store(S_T + n * size + at, z, mask=real)
+            _put_state(S_T, z, n, dv, dk, v, h)
 
 
 @triton.jit
@@ -216,94 +244,89 @@ def _scan_chain(k, q, eta, alpha, theta, delta, dy, X_kept, dW, dS, dW_kept, dS_
                 DELTA: tl.constexpr, READ: tl.constexpr):  # fmt: skip
     """The part of the backward that must walk the tiles in reverse: dW, dS (updated in place) and du."""
     n, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    v, h, t = j * DV + tl.arange(0, DV), tl.arange(0, DK), tl.arange(0, C)
-    at, real = v[:, None] * dk + h[None, :], (v < dv)[:, None] & (h < dk)[None, :]
-    size = dv * dk
-    dw = tl.load(dW + n * size + at, mask=real, other=0.0)
+    v, h = j * DV + tl.arange(0, DV), tl.arange(0, DK)
+    dw = _get_state(dW, n, dv, dk, v, h)
     dz = dw
     if MOMENTUM:
-        dz = tl.load(dS + n * size + at, mask=real, other=0.0)
-    for back in range(0, tiles):
-        i = first + tiles - 1 - back
-        kept = n * tiles + i - first
-        gate, ok, last, kat, kok, vat, vok = _tile(n, i, T, dk, dv, h, v, C)
-        K = tl.load(k + kat, mask=kok, other=0.0)
-        et = tl.load(eta + gate, mask=ok, other=0.0)
-        al, A0, a0, th, T0, t0, T1, c0, b0, c1 = _weights(alpha, theta, gate, ok, C, MOMENTUM)
-        tl.store(dW_kept + kept * size + at, dw, mask=real)
+        dz = _get_state(dS, n, dv, dk, v, h)
+    for back in tl.range(1, tiles + 1, disable_licm=True):
+        kept = n * tiles + tiles - back
+        tok, ok, last = _tile(first + tiles - back, T, C, 1, C)
+        K = _get(k, n * T, tok, ok, dk, h)
+        et = tl.load(eta + n * T + tok, mask=ok, other=0.0)
+        A0, a0, c0, b0, a1, b1, c1, _, _, T1, t1 = _weights(alpha + n * T, theta + n * T, tok, ok, C, MOMENTUM)
+        _put_state(dW_kept, dw, kept, dv, dk, v, h)
         dr = (_row(c1, last, C) * et)[None, :] * _dot(dw, K, TYPE)
-        dw_next = _row(al * a0, last, C) * dw
         if MOMENTUM:
-            tl.store(dS_kept + kept * size + at, dz, mask=real)
+            _put_state(dS_kept, dz, kept, dv, dk, v, h)
             dr += (_row(T1, last, C) * et)[None, :] * _dot(dz, K, TYPE)
-            dz = _row(th * t0, last, C) * dz + _row(al * b0 + th * t0, last, C) * dw
+            dz = _row(t1, last, C) * dz + _row(b1, last, C) * dw
+        dw *= _row(a1, last, C)
         if READ:
-            Q = tl.load(q + kat, mask=kok, other=0.0)
-            dY = tl.load(dy + vat, mask=vok, other=0.0)
+            Q, dY = _get(q, n * T, tok, ok, dk, h), _get(dy, n * T, tok, ok, dv, v)
             dr += _dot(dY, c1 * et[None, :] * _dot(tl.trans(Q), K, TYPE), TYPE)
-            dw_next += _dot((al * a0)[None, :] * dY, tl.trans(Q), TYPE)
+            dw += _dot(a1[None, :] * dY, tl.trans(Q), TYPE)
             if MOMENTUM:
-                dz += _dot((al * b0 + th * t0)[None, :] * dY, tl.trans(Q), TYPE)
-        dw = dw_next
+                dz += _dot(b1[None, :] * dY, tl.trans(Q), TYPE)
         if DELTA:
-            d = _factor(delta, gate, ok, C, DELTA)
-            dr = _dot(dr, tl.load(X_kept + (kept * C + t[:, None]) * C + t[None, :]), tl.float32)
-            dw -= _dot((d * a0)[None, :] * dr, tl.trans(K), TYPE)
+            d = _factor(delta + n * T, tok, ok, C, DELTA)
+            dr = _dot(dr, tl.load(_square(X_kept, kept, C)), tl.float32)
+            dw += _dot((-d * a0)[None, :] * dr, tl.trans(K), TYPE)
             if MOMENTUM:
-                dz -= _dot((d * b0)[None, :] * dr, tl.trans(K), TYPE)
-        tl.store(du + vat, dr, mask=vok)
-    tl.store(dW + n * size + at, dw, mask=real)
+                dz += _dot((-d * b0)[None, :] * dr, tl.trans(K), TYPE)
+        _put(du, dr, n * T, tok, ok, dv, v)
+    _put_state(dW, dw, n, dv, dk, v, h)
     if MOMENTUM:
-        tl.store(dS + n * size + at, dz, mask=real)
+        _put_state(dS, dz, n, dv, dk, v, h)
 
 
 @triton.jit
 def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, dW_kept, dS_kept,
-                dk_out, dq, deta, dalpha, dtheta, ddelta, T, dv, dk, first, tiles,
+                dk_out, dq, deta, dalpha, dtheta, ddelta, T, dv, dk, rows, wide, chunk, PER, first, tiles,
                 C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, TYPE: tl.constexpr, MOMENTUM: tl.constexpr,
-                DELTA: tl.constexpr, READ: tl.constexpr):  # fmt: skip
-    """The rest of the backward, all tiles at once: gradients of k, q and the series, a share per block of rows."""
+                DELTA: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr):  # fmt: skip
+    """The rest of the backward, all tiles at once: gradients of k, q and the series, a share per block of rows. States have
+    `rows` rows and r `wide` columns, of which these are the first dv."""
     n, j, i = tl.program_id(0).to(tl.int64), tl.program_id(1), first + tl.program_id(2)
     v, h, t = j * DV + tl.arange(0, DV), tl.arange(0, DK), tl.arange(0, C)
-    at, real = v[:, None] * dk + h[None, :], (v < dv)[:, None] & (h < dk)[None, :]
-    share, size = j * tl.num_programs(0) * T, dv * dk
-    kept = n * tiles + i - first
-    gate, ok, last, kat, kok, vat, vok = _tile(n, i, T, dk, dv, h, v, C)
-    K = tl.load(k + kat, mask=kok, other=0.0)
-    et = tl.load(eta + gate, mask=ok, other=0.0)
-    al, A0, a0, th, T0, t0, T1, c0, b0, c1 = _weights(alpha, theta, gate, ok, C, MOMENTUM)
-    r = tl.load(r_kept + (kept * C + t[None, :]) * dv + v[:, None], mask=(v < dv)[:, None], other=0.0)
-    w = tl.load(W_kept + kept * size + at, mask=real, other=0.0)
-    dw = tl.load(dW_kept + kept * size + at, mask=real, other=0.0)
-    # through the write
-    here = t == last
-    wr = _row(c1, last, C)
-    dwr = tl.sum(_dot(dw, K, TYPE) * r, 0)
-    det = wr * dwr
-    dK = _dot(tl.trans(dw), (wr * et)[None, :] * r, TYPE)
-    dc1 = tl.where(here[:, None], (et * dwr)[None, :], 0.0)
-    da = tl.where(here, tl.sum(dw.to(tl.float32) * w.to(tl.float32)), 0.0)
-    db, dT1, dt1, z = da, dc1, da, w
+    kept, share = n * tiles + i - first, (j * tl.num_programs(0) + n) * T
+    tok, ok, last = _tile(i, T, chunk, PER, C)
+    K = _get(k, n * T, tok, ok, dk, h)
+    et = tl.load(eta + n * T + tok, mask=ok, other=0.0)
+    A0, a0, c0, b0, a1, b1, c1, T0, t0, T1, t1 = _weights(alpha + n * T, theta + n * T, tok, ok, C, MOMENTUM)
+    al = tl.load(alpha + n * T + tok, mask=ok, other=1.0)
+    r = _get(r_kept, _held(n, T, chunk, PER, first, tiles), tok, ok, wide, v)
+    w = _get_state(W_kept, kept, rows, dk, v, h)
+    z = w
     if MOMENTUM:
-        z = tl.load(S_kept + kept * size + at, mask=real, other=0.0)
-        dz = tl.load(dS_kept + kept * size + at, mask=real, other=0.0)
-        wr = _row(T1, last, C)
-        dwr = tl.sum(_dot(dz, K, TYPE) * r, 0)
+        z = _get_state(S_kept, kept, rows, dk, v, h)
+    dK, dc1 = tl.zeros([DK, C], tl.float32), tl.zeros([C, C], tl.float32)
+    det, da = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    db, dt1, dT1 = da, da, dc1
+    if WRITE:
+        here = t == last
+        dw = _get_state(dW_kept, kept, rows, dk, v, h)
+        wr, dwr = _row(c1, last, C), tl.sum(_dot(dw, K, TYPE) * r, 0)
+        dK += _dot(tl.trans(dw), (wr * et)[None, :] * r, TYPE)
         det += wr * dwr
-        dK += _dot(tl.trans(dz), (wr * et)[None, :] * r, TYPE)
-        dT1 = tl.where(here[:, None], (et * dwr)[None, :], 0.0)
-        db = tl.where(here, tl.sum(dw.to(tl.float32) * z.to(tl.float32)), 0.0)
-        dt1 = tl.where(here, tl.sum(dz.to(tl.float32) * z.to(tl.float32)), 0.0)
-    # through the read
+        dc1 += tl.where(here[:, None], (et * dwr)[None, :], 0.0)
+        da += tl.where(here, tl.sum(dw.to(tl.float32) * w.to(tl.float32)), 0.0)
+        if MOMENTUM:
+            dz = _get_state(dS_kept, kept, rows, dk, v, h)
+            wr, dwr = _row(T1, last, C), tl.sum(_dot(dz, K, TYPE) * r, 0)
+            dK += _dot(tl.trans(dz), (wr * et)[None, :] * r, TYPE)
+            det += wr * dwr
+            dT1 += tl.where(here[:, None], (et * dwr)[None, :], 0.0)
+            db += tl.where(here, tl.sum(dw.to(tl.float32) * z.to(tl.float32)), 0.0)
+            dt1 += tl.where(here, tl.sum(dz.to(tl.float32) * z.to(tl.float32)), 0.0)
     if READ:
-        Q = tl.load(q + kat, mask=kok, other=0.0)
-        dY = tl.load(dy + vat, mask=vok, other=0.0)
+        Q, dY = _get(q, n * T, tok, ok, dk, h), _get(dy, n * T, tok, ok, dv, v)
         part = _dot(tl.trans(w), dY, TYPE)
-        dQ = (al * a0)[None, :] * part
+        dQ = a1[None, :] * part
         da += tl.sum(part * Q, 0)
         if MOMENTUM:
             part = _dot(tl.trans(z), dY, TYPE)
-            dQ += (al * b0 + th * t0)[None, :] * part
+            dQ += b1[None, :] * part
             db += tl.sum(part * Q, 0)
         dM = _dot(tl.trans(dY), r, TYPE)
         G = dM * _dot(tl.trans(Q), K, TYPE)
@@ -311,12 +334,11 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
         det += tl.sum(G * c1, 0)
         dM *= c1 * et[None, :]
         dK += _dot(Q, dM, TYPE)
-        tl.store(dq + share * dk + kat, dQ + _dot(K, tl.trans(dM), TYPE), mask=kok)
-    # through the errors
+        _put(dq, dQ + _dot(K, tl.trans(dM), TYPE), share, tok, ok, dk, h)
     dc0, da0, db0 = al[:, None] * dc1, al * da, al * db
-    if DELTA:
-        d = _factor(delta, gate, ok, C, DELTA)
-        dr = tl.load(du + vat, mask=vok, other=0.0)
+    if DELTA:  # through the errors
+        d = _factor(delta + n * T, tok, ok, C, DELTA)
+        dr = _get(du, n * T, tok, ok, dv, v)
         part = _dot(tl.trans(w), dr, TYPE)
         dK -= (d * a0)[None, :] * part
         part = tl.sum(part * K, 0)
@@ -333,33 +355,38 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
         dc0 += G * d[:, None] * et[None, :]
         det += tl.sum(G * d[:, None] * c0, 0)
         if DELTA == 2:
-            tl.store(ddelta + share + gate, dd + tl.sum(G * c0 * et[None, :], 1), mask=ok)
+            tl.store(ddelta + share + tok, dd + tl.sum(G * c0 * et[None, :], 1), mask=ok)
         dM *= d[:, None] * c0 * et[None, :]
         dK += _dot(K, dM + tl.trans(dM), TYPE)
-    tl.store(dk_out + share * dk + kat, dK, mask=kok)
-    tl.store(deta + share + gate, det, mask=ok)
-    # through the weights c = P_alpha P_theta
-    dal = da * a0 + tl.sum(dc1 * c0, 1)
-    dA0 = dc0
-    if MOMENTUM:
+    _put(dk_out, dK, share, tok, ok, dk, h)
+    tl.store(deta + share + tok, det, mask=ok)
+    dal, dA0 = da * a0 + tl.sum(dc1 * c0, 1), dc0
+    if MOMENTUM:  # through c0 = A0 T1 and b0 = A0 t1
+        th = tl.load(theta + n * T + tok, mask=ok, other=1.0)
         dal += db * b0
         dt1 += db + tl.sum(A0 * db0[:, None], 0)
         dT1 += dc1 + _dot(tl.trans(A0), dc0, tl.float32)
-        dA0 = _dot(dc0, tl.trans(T1), tl.float32) + db0[:, None] * (th * t0)[None, :]
+        dA0 = _dot(dc0, tl.trans(T1), tl.float32) + db0[:, None] * t1[None, :]
         dth = dt1 * t0 + tl.sum(dT1 * T0, 1) + _decay_gradient(T0, t0, th[:, None] * dT1, th * dt1)
-        tl.store(dtheta + share + gate, dth, mask=ok)
-    tl.store(dalpha + share + gate, dal + _decay_gradient(A0, a0, dA0, da0), mask=ok)
+        tl.store(dtheta + share + tok, dth, mask=ok)
+    tl.store(dalpha + share + tok, dal + _decay_gradient(A0, a0, dA0, da0), mask=ok)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Self-modifying Titans with matrix memories, all rows [memory | k | v | eta | alpha] stacked and padded to R = 4 D
+# Self-modifying Titans with matrix memories, all rows [memory | k | v | eta | alpha] stacked and padded to 4 D
 
 
 @triton.jit
-def _block(G, m: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
-    """Rows [m D, (m + 1) D) of G [4 D, C]."""
-    here = tl.arange(0, 4)[:, None, None] == m
-    return tl.sum(tl.where(here, tl.reshape(G, (4, D, C)), 0.0), 0)
+def _own(x, C: tl.constexpr, D: tl.constexpr):
+    """x [D, C] -> [4 D, C] with x in blocks 0, 1, 2: the identity of M(z) = z + (W0 + W) z. It never is rounded with W0."""
+    return tl.reshape(tl.where(tl.arange(0, 4)[:, None, None] < 3, x[None], 0.0), (4 * D, C))
+
+
+@triton.jit
+def _blocks(G, lo: tl.constexpr, hi: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """Sum of the blocks lo..hi-1 of G [4 D, C], each [D, C]."""
+    m = tl.arange(0, 4)[:, None, None]
+    return tl.sum(tl.where((lo <= m) & (m < hi), tl.reshape(G, (4, D, C)), 0.0), 0)
 
 
 @triton.jit
@@ -371,21 +398,10 @@ def _stack(k, v, eta, alpha, C: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _own(x, C: tl.constexpr, D: tl.constexpr):
-    """x [D, C] -> [4 D, C] with x in blocks 0, 1, 2: the identity of M(z) = z + (W0 + W) z. It never is rounded with W0."""
-    return tl.reshape(tl.where(tl.arange(0, 4)[:, None, None] < 3, x[None], 0.0), (4 * D, C))
-
-
-@triton.jit
-def _piece(n, i, kept, T, chunk, PER, row, i0, C: tl.constexpr, D: tl.constexpr):
-    """Tile i of memory n, cut so that chunks begin tiles: its first token, the end of its chunk, its tokens, which there are,
-    the last; offsets in [N, T, D] and, as the kept-th tile, in [C, 4 D] and [C, D], transposed."""
-    begin = i // PER * chunk + i % PER * C
-    end = tl.minimum(T, (i // PER + 1) * chunk)
-    t = tl.arange(0, C)
-    tok, at = begin + t, kept * C + t
-    xat, rat = (n * T + tok)[None, :] * D + i0[:, None], at[None, :] * (4 * D) + row[:, None]
-    return begin, end, tok, tok < end, tl.minimum(end - begin, C) - 1, xat, rat, at[None, :] * D + i0[:, None]
+def _across(a, b, C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr):
+    """a^T b [C, C] of a, b [4 D, C], by 32 rows in every warp: the few tokens would give each warp all of a and b."""
+    parts = tl.permute(tl.reshape(a, (D // 8, 32, C)), (0, 2, 1))
+    return tl.sum(_dot(parts, tl.reshape(b, (D // 8, 32, C)), TYPE), 0)
 
 
 @triton.jit
@@ -394,38 +410,31 @@ def _softplus(z):
 
 
 @triton.jit
-def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, dy, K_kept, V_kept, r_kept, X_kept, z_kept,
-                    g_kept, dr_kept, dK_kept, dq, T, H, step, chunk, PER, EVERY, all_tiles, first, tiles,
+def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept, dy, dr_read,
+                    T, H, step, chunk, PER, segments, EVERY, first, tiles,
                     C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr, AGAIN: tl.constexpr):  # fmt: skip
-    """One memory n. PER tiles make a chunk. AGAIN: one segment from a checkpoint in W, keeping what the backward needs, and the
-    backward of the read, which depends on nothing later."""
-    n, h = tl.program_id(0).to(tl.int64), tl.program_id(0) % H
-    row, i0, t = tl.arange(0, 4 * D), tl.arange(0, D), tl.arange(0, C)
-    at, real, size = row[:, None] * D + i0[None, :], (row < 3 * D + 2)[:, None], (3 * D + 2) * D
-    start, lo, hi = n, 0, all_tiles
+    """One memory n; PER tiles make a chunk, else as `_scan_forward`. AGAIN gives also what the errors get from the read."""
+    n, R, NT = tl.program_id(0).to(tl.int64), 3 * D + 2, tl.num_programs(0).to(tl.int64) * T
+    row, col = tl.arange(0, 4 * D), tl.arange(0, D)
+    lo, hi, every = first + tl.program_id(1) * EVERY, tiles, EVERY
     if AGAIN:
-        segment = first // EVERY + tl.program_id(1)
-        start = n * tl.cdiv(all_tiles, EVERY) + segment
-        lo, hi = segment * EVERY, tl.minimum(segment * EVERY + EVERY, all_tiles)
-    w = tl.load(W + start * size + at, mask=real, other=0.0)
+        hi, every = tl.minimum(lo + EVERY, first + tiles), 1
+    w = _get_state(W, n * segments + lo // EVERY % segments, R, D, row, col)
     be, ba, rate = tl.load(b_eta + n), tl.load(b_alpha + n), step * tl.load(A + n)
     B = w.to(TYPE)
-    for i in range(lo, hi):
-        kept = n * tiles + i - first
-        begin, end, tok, ok, last, xat, rat, kat = _piece(n, i, kept, T, chunk, PER, row, i0, C, D)
-        w0 = tl.load(W0 + h * size + at, mask=real, other=0.0)
-        B = tl.where(i % PER == 0, (w0.to(tl.float32) + w).to(TYPE), B)
-        if AGAIN:
-            tl.store(W_kept + kept * size + at, w, mask=real)
-        elif i % EVERY == 0:
-            tl.store(W_kept + (n * tl.cdiv(all_tiles, EVERY) + i // EVERY) * size + at, w, mask=real)
+    for i in tl.range(lo, hi, disable_licm=True):
+        tok, ok, last = _tile(i, T, chunk, PER, C)
+        if i % PER == 0:
+            B = (_get_state(W0, n % H, R, D, row, col).to(tl.float32) + w).to(TYPE)
+        if i % every == 0:
+            _put_state(W_kept, w, n * tl.cdiv(tiles, every) + (i - first) // every, R, D, row, col)
         if not AGAIN:
-            if i == (all_tiles - 1) // PER * PER:
-                tl.store(W_last + n * size + at, w, mask=real)
+            if i == (tiles - 1) // PER * PER:
+                _put_state(W_last, w, n, R, D, row, col)
         # generate from the boundary weights
-        xs = tl.load(x + xat, mask=ok[None, :], other=0.0)
+        xs = _get(x, n * T, tok, ok, D, col)
         G = _dot(B, xs, TYPE)
-        K, V = _block(G, 1, C, D) + xs, _block(G, 2, C, D) + xs
+        K, V = _blocks(G, 1, 2, C, D) + xs, _blocks(G, 2, 3, C, D) + xs
         nk, nv = tl.rsqrt(tl.sum(K * K, 0) + 1e-6), tl.rsqrt(tl.sum(V * V, 0) + 1e-6)
         K, V = K * nk[None, :], V * nv[None, :]
         z_eta = tl.sum(tl.where((row == 3 * D)[:, None], G, 0.0), 0) + be
@@ -435,154 +444,117 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, dy, 
         # the errors of all rows, then read, then write
         A0, a0 = _decay(al, C)
         X = _inverse(A0 * et[None, :] * _dot(tl.trans(K), K, TYPE), C)
-        r = _own(V - K, C, D) + _dot(B, V, TYPE) - _dot(w0, K, TYPE) - a0[None, :] * _dot(w, K, TYPE)
+        r = _own(V - K, C, D) + _dot(B, V, TYPE)
+        r += _dot(_get_state(W0, n % H, R, D, row, col), -K, TYPE)
+        r += _dot(w, -a0[None, :] * K, TYPE)
         r = _dot(r, tl.trans(X), tl.float32)
-        A1 = al[:, None] * A0 + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
-        Q = tl.load(q + xat, mask=ok[None, :], other=0.0)
-        QK = _dot(tl.trans(Q), K, TYPE)
-        M = A1 * et[None, :] * QK
+        A1 = al[:, None] * A0 + tl.where(tok[:, None] == tok[None, :], 1.0, 0.0)
+        Q = _get(q, n * T, tok, ok, D, col)
+        M = A1 * et[None, :] * _dot(tl.trans(Q), K, TYPE)
         if AGAIN:
-            tl.store(K_kept + kat, K)
-            tl.store(V_kept + kat, V)
-            tl.store(r_kept + rat, r)
-            tl.store(X_kept + (kept * C + t[:, None]) * C + t[None, :], X)
-            z = z_kept + kept * 4 * C + t
-            tl.store(z, z_eta)
-            tl.store(z + C, z_alpha)
-            tl.store(z + 2 * C, nk)
-            tl.store(z + 3 * C, nv)
-            dY = tl.load(dy + (n * T + tok)[None, :] * D + row[:, None], mask=ok[None, :] & (row < D)[:, None], other=0.0)
-            tl.store(dr_kept + (kept * C + t)[None, :] * D + row[:, None], _dot(dY, M, TYPE), mask=(row < D)[:, None])
-            part = _dot(tl.trans(w), dY, TYPE)
-            dM = _dot(tl.trans(dY), r, TYPE)
-            tl.store(dK_kept + kat, _dot(Q, dM * A1 * et[None, :], TYPE))
-            dQ = (al * a0)[None, :] * part + _dot(K, tl.trans(dM * A1 * et[None, :]), TYPE)
-            tl.store(dq + xat, dQ, mask=ok[None, :])
-            dM *= QK
-            da, dA1 = tl.sum(part * Q, 0), dM * et[None, :]
-            dal = da * a0 + tl.sum(dA1 * A0, 1) + _decay_gradient(A0, a0, al[:, None] * dA1, al * da)
-            tl.store(g_kept + kept * 2 * C + t, tl.sum(dM * A1, 0))
-            tl.store(g_kept + (kept * 2 + 1) * C + t, dal)
+            _put(K_kept, K, n * T, tok, ok, D, col)
+            _put(V_kept, V, n * T, tok, ok, D, col)
+            _put(r_kept, r, _held(n, T, chunk, PER, first, tiles), tok, ok, 4 * D, row)
+            tl.store(_square(X_kept, n * tiles + i - first, C), X)
+            g = g_kept + n * T + tok
+            tl.store(g, et, mask=ok)
+            tl.store(g + NT, al, mask=ok)
+            tl.store(g + 2 * NT, z_eta, mask=ok)
+            tl.store(g + 3 * NT, z_alpha, mask=ok)
+            tl.store(g + 4 * NT, nk, mask=ok)
+            tl.store(g + 5 * NT, nv, mask=ok)
+            _put(dr_read, _dot(_get(dy, n * T, tok, ok, D, col), M, TYPE), n * T, tok, ok, D, col)
         else:
-            Y = (al * a0)[None, :] * _dot(w, Q, TYPE) + _dot(r, tl.trans(M), TYPE)
-            tl.store(y + (n * T + tok)[None, :] * D + row[:, None], Y, mask=ok[None, :] & (row < D)[:, None])
+            Y = (al * a0)[None, :] * _dot(w, Q, TYPE)
+            _put(y, Y + _dot(r, tl.trans(M), TYPE), n * T, tok, ok, D, row)
         w = _row(al * a0, last, C) * w + _dot((_row(A1, last, C) * et)[None, :] * r, tl.trans(K), TYPE)
     if not AGAIN:
-        tl.store(W_T + n * size + at, w, mask=real)
+        _put_state(W_T, w, n, R, D, row, col)
 
 
 @triton.jit
-def _modify_chain(x, q, W0, A, dy, K_kept, V_kept, W_kept, r_kept, X_kept, z_kept, g_kept, dr_kept, dK_kept, dW, d_last,
-                  dx, d_kept, dG_kept, dgates, T, H, step, chunk, PER, all_tiles, first, tiles,
+def _modify_chain(x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept, dr_read, dk_read, dgates, dW, d_all, dG_all,
+                  T, H, step, chunk, PER, first, tiles,
                   C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
-    """Backward through generation, errors and write of one memory n, tile by tile in reverse; dW is updated in place."""
-    n, h = tl.program_id(0).to(tl.int64), tl.program_id(0) % H
-    row, i0, t = tl.arange(0, 4 * D), tl.arange(0, D), tl.arange(0, C)
-    at, real, size = row[:, None] * D + i0[None, :], (row < 3 * D + 2)[:, None], (3 * D + 2) * D
-    dw = tl.load(dW + n * size + at, mask=real, other=0.0)
+    """Backward through generation, errors and write of one memory n, tile by tile in reverse; dW is updated in place, and dgates:
+    with those of eta and alpha from the read, then with those of z_eta and log alpha."""
+    n, R, NT = tl.program_id(0).to(tl.int64), 3 * D + 2, tl.num_programs(0).to(tl.int64) * T
+    row, col, t, held = tl.arange(0, 4 * D), tl.arange(0, D), tl.arange(0, C), _held(n, T, chunk, PER, first, tiles)
+    dw = _get_state(dW, n, R, D, row, col)
+    narrow = dw.to(TYPE)  # carried round the loop: Triton then hands it to both products in shared memory, not in registers
     rate = step * tl.load(A + n)
-    for back in range(0, tiles):
-        i = first + tiles - 1 - back
-        kept = n * tiles + i - first
-        begin, end, tok, ok, last, xat, rat, kat = _piece(n, i, kept, T, chunk, PER, row, i0, C, D)
-        z = z_kept + kept * 4 * C + t
-        z_eta, z_alpha, nk, nv = tl.load(z), tl.load(z + C), tl.load(z + 2 * C), tl.load(z + 3 * C)
-        al, sig = tl.where(ok, tl.exp(-rate * _softplus(z_alpha)), 1.0), tl.sigmoid(z_eta)
-        et = tl.where(ok, step * (1.0 + al) * sig, 0.0)
+    for back in tl.range(1, tiles + 1, disable_licm=True):
+        i, kept = first + tiles - back, n * tiles + tiles - back
+        tok, ok, last = _tile(i, T, chunk, PER, C)
+        g, dg = g_kept + n * T + tok, dgates + n * T + tok
+        et, al = tl.load(g, mask=ok, other=0.0), tl.load(g + NT, mask=ok, other=1.0)
         A0, a0 = _decay(al, C)
         A1 = al[:, None] * A0 + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
-        K, r = tl.load(K_kept + kat), tl.load(r_kept + rat)
-        w = tl.load(W_kept + kept * size + at, mask=real, other=0.0)
-        # through the write
-        wr = _row(A1, last, C)
-        dr = _dot(dw, K, TYPE)
+        K, r = _get(K_kept, n * T, tok, ok, D, col), _get(r_kept, held, tok, ok, 4 * D, row)
+        # through the write, then the solve
+        wr, dr = _row(A1, last, C), _dot(narrow, K, TYPE)
         dwr = tl.sum(dr * r, 0)
-        dK = tl.load(dK_kept + kat) + _dot(tl.trans(dw), (wr * et)[None, :] * r, TYPE)
-        da = tl.where(t == last, tl.sum(dw * w.to(tl.float32)), 0.0)
-        # through the read
-        dr *= (wr * et)[None, :]
-        dr += tl.load(dr_kept + (kept * C + t)[None, :] * D + row[:, None], mask=(row < D)[:, None], other=0.0)
-        dY = tl.load(dy + (n * T + tok)[None, :] * D + row[:, None], mask=ok[None, :] & (row < D)[:, None], other=0.0)
-        Q = tl.load(q + xat, mask=ok[None, :], other=0.0)
-        dw = _row(al * a0, last, C) * dw + _dot((al * a0)[None, :] * dY, tl.trans(Q), TYPE)
+        d = dr * (wr * et)[None, :] + _get(dr_read, n * T, tok, ok, D, row)
+        d = _dot(d, tl.load(_square(X_kept, kept, C)), tl.float32).to(TYPE)
+        _put(d_all, d, held, tok, ok, 4 * D, row)
+        dK = _get(dk_read, n * T, tok, ok, D, col) + _dot(tl.trans(narrow), (wr * et)[None, :] * r, TYPE)
+        dM = -_across(d, r, C, D, TYPE)
         # through the errors
-        d = _dot(dr, tl.load(X_kept + (kept * C + t[:, None]) * C + t[None, :]), tl.float32)
-        tl.store(d_kept + rat, d)
-        dw -= _dot(a0[None, :] * d, tl.trans(K), TYPE)
-        from_start = _dot(tl.trans(tl.load(W0 + h * size + at, mask=real, other=0.0)), d, TYPE)
-        from_start += _block(d, 0, C, D) + _block(d, 1, C, D) + _block(d, 2, C, D)
-        boundary = W_kept + (kept - i % PER) * size + at
-        dV = from_start + _dot(tl.trans(tl.load(boundary, mask=real, other=0.0)), d, TYPE)
+        w = _get_state(W_kept, kept, R, D, row, col)
+        da = tl.where(t == last, tl.sum(dw * w.to(tl.float32)), 0.0)
+        dw = _row(al * a0, last, C) * dw + _dot(-a0[None, :] * d, tl.trans(K), TYPE)
+        a1dY = (al * a0)[None, :] * _get(dy, n * T, tok, ok, D, row)
+        dw += _dot(a1dY, tl.trans(_get(q, n * T, tok, ok, D, col)), TYPE)
         part = _dot(tl.trans(w), d, TYPE)
-        dK -= from_start + a0[None, :] * part
+        dV = _blocks(d.to(tl.float32), 0, 3, C, D) + _dot(tl.trans(_get_state(W0, n % H, R, D, row, col)), d, TYPE)
+        dK -= dV + a0[None, :] * part
+        dV += _dot(tl.trans(_get_state(W_kept, kept - i % PER, R, D, row, col)), d, TYPE)
         da0 = al * da - tl.sum(part * K, 0)
-        dM = -_dot(tl.trans(d), r, TYPE)
-        S = dM * _dot(tl.trans(K), K, TYPE)
+        tl.debug_barrier()
+        K = _get(K_kept, n * T, tok, ok, D, col)
+        G = dM * _dot(tl.trans(K), K, TYPE)
         dM *= A0 * et[None, :]
         dK += _dot(K, dM + tl.trans(dM), TYPE)
-        # through step sizes and retention
+        # through step sizes and retention; loaded once more, for the registers are full
+        tl.debug_barrier()
+        et, al = tl.load(g, mask=ok, other=0.0), tl.load(g + NT, mask=ok, other=1.0)
+        A0, a0 = _decay(al, C)
         dA1 = tl.where(t[:, None] == last, (et * dwr)[None, :], 0.0)
-        det = wr * dwr + tl.sum(S * A0, 0) + tl.load(g_kept + kept * 2 * C + t)
-        dal = da * a0 + tl.sum(dA1 * A0, 1) + _decay_gradient(A0, a0, al[:, None] * dA1 + S * et[None, :], da0)
-        dal = (dal + tl.load(g_kept + (kept * 2 + 1) * C + t) + step * det * sig) * al  # of log alpha
+        det = wr * dwr + tl.sum(G * A0, 0) + tl.load(dg, mask=ok, other=0.0)
+        dal = da * a0 + tl.sum(dA1 * A0, 1) + _decay_gradient(A0, a0, al[:, None] * dA1 + G * et[None, :], da0)
+        z_eta, z_alpha = tl.load(g + 2 * NT, mask=ok, other=0.0), tl.load(g + 3 * NT, mask=ok, other=0.0)
+        sig = tl.sigmoid(z_eta)
+        dal = tl.where(ok, dal + tl.load(dg + NT, mask=ok, other=0.0) + step * det * sig, 0.0) * al  # of log alpha
         d_eta = tl.where(ok, step * det * (1.0 + al) * sig * (1.0 - sig), 0.0)
-        d_alpha = tl.where(ok, -rate * dal * tl.sigmoid(z_alpha), 0.0)
-        series, NT = dgates + n * T + tok, tl.num_programs(0) * T
-        tl.store(series, d_eta, mask=ok)
-        tl.store(series + NT, d_alpha, mask=ok)
-        tl.store(series + 2 * NT, -step * dal * _softplus(z_alpha), mask=ok)
+        d_alpha = -rate * dal * tl.sigmoid(z_alpha)
+        tl.store(dg, d_eta, mask=ok)
+        tl.store(dg + NT, dal, mask=ok)
         # through the generation from the boundary weights
-        V = tl.load(V_kept + kat)
+        V = _get(V_kept, n * T, tok, ok, D, col)
+        nk, nv = tl.load(g + 4 * NT, mask=ok, other=0.0), tl.load(g + 5 * NT, mask=ok, other=0.0)
         dK = (dK - K * tl.sum(dK * K, 0)[None, :]) * nk[None, :]
         dV = (dV - V * tl.sum(dV * V, 0)[None, :]) * nv[None, :]
-        dG = _stack(dK, dV, d_eta, d_alpha, C, D).to(TYPE)
-        tl.store(dG_kept + rat, dG)
-        dX = dK + dV + _dot(tl.trans(tl.load(W0 + h * size + at, mask=real, other=0.0)), dG, TYPE)
-        dX += _dot(tl.trans(tl.load(boundary, mask=real, other=0.0)), dG, TYPE)
-        tl.store(dx + xat, dX, mask=ok[None, :])
+        _put(dG_all, _stack(dK, dV, d_eta, d_alpha, C, D), held, tok, ok, 4 * D, row)
         if i % PER == 0:  # all that was generated in this chunk came from the weights at its start
             tl.debug_barrier()
             for j in range(0, PER):
-                more = (j * C + t[None, :]) * (4 * D) + kept * C * (4 * D) + row[:, None]
-                tok_j = begin + j * C + t
-                x_ok = tok_j < end
-                kat_j = (kept * C + j * C + t)[:, None] * D + i0[None, :]
-                xat_j = (n * T + tok_j)[:, None] * D + i0[None, :]
-                v_j = tl.load(V_kept + kat_j, mask=x_ok[:, None], other=0.0)
-                dw += _dot(tl.load(d_kept + more, mask=x_ok[None, :], other=0.0), v_j, TYPE)
-                x_j = tl.load(x + xat_j, mask=x_ok[:, None], other=0.0)
-                dw += _dot(tl.load(dG_kept + more, mask=x_ok[None, :], other=0.0), x_j, TYPE)
-        if i == (all_tiles - 1) // PER * PER:
-            dw += tl.load(d_last + n * size + at, mask=real, other=0.0)
-    tl.store(dW + n * size + at, dw, mask=real)
+                tok, ok, _ = _tile(i + j, T, chunk, PER, C)
+                v, xs = _get(V_kept, n * T, tok, ok, D, col), _get(x, n * T, tok, ok, D, col)
+                dw += _dot(_get(d_all, held, tok, ok, 4 * D, row), tl.trans(v), TYPE)
+                dw += _dot(_get(dG_all, held, tok, ok, 4 * D, row), tl.trans(xs), TYPE)
+        narrow = dw.to(TYPE)
+    _put_state(dW, dw, n, R, D, row, col)
 
 
-@triton.jit
-def _modify_starts(x, K_kept, V_kept, d_kept, dG_kept, dW0, T, chunk, PER, first, tiles,
-                   C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
-    """dW0 += d (v - k)^T + dG x^T over the tiles of one memory n, for the rows of block m."""
-    n, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row, i0, t = m * D + tl.arange(0, D), tl.arange(0, D), tl.arange(0, C)
-    at, real = n * (3 * D + 2) * D + row[:, None] * D + i0[None, :], (row < 3 * D + 2)[:, None]
-    total = tl.load(dW0 + at, mask=real, other=0.0)
-    for j in range(0, tiles):
-        i, kept = first + j, n * tiles + j
-        tok = i // PER * chunk + i % PER * C + t
-        ok = tok < tl.minimum(T, (i // PER + 1) * chunk)
-        rat, kat = (kept * C + t)[None, :] * (4 * D) + row[:, None], (kept * C + t)[:, None] * D + i0[None, :]
-        difference = tl.load(V_kept + kat).to(tl.float32) - tl.load(K_kept + kat).to(tl.float32)
-        total += _dot(tl.load(d_kept + rat), difference, TYPE)
-        xs = tl.load(x + (n * T + tok)[:, None] * D + i0[None, :], mask=ok[:, None], other=0.0)
-        total += _dot(tl.load(dG_kept + rat), xs, TYPE)
-    tl.store(dW0 + at, total, mask=real)
-
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches. Both operators take a list of tensors (absent: empty) and give a list: three results, then what the backward needs
 
 EVERY = 8  # tiles from one kept state to the next: 1/8 of what keeping all would take, and 1/8 of the backward's parallel work
 SPAN = 64  # tiles whose states the backward holds at once, a multiple of EVERY
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 STAGES = 1  # no loads ahead: shared memory is full of operands
 WARPS = {"scan forward": 4, "scan again": 4, "scan chain": 4, "scan local": 4,
-         "modify forward": 8, "modify again": 8, "modify chain": 8, "modify starts": 4}  # fmt: skip
+         "modify forward": 8, "modify again": 8, "modify chain": 8}  # fmt: skip
 
 
 def _launch(name):
@@ -593,91 +565,64 @@ def _padded(width, least=16):
     return max(least, triton.next_power_of_2(width))
 
 
-def _setting(W, k, u, q, theta, delta, delta_rule, tile):
-    """Sizes and compile-time constants of a scan, for W [N, dv, dk], k [N, T, dk]."""
-    N, dv, dk = W.shape
-    sizes = dict(C=min(_padded(tile), 32), DV=min(_padded(dv), 64), DK=_padded(dk), TYPE=TYPES[k.dtype])
-    sizes |= dict(MOMENTUM=theta is not None, DELTA=2 if delta is not None else int(delta_rule), READ=q is not None)
-    return N, k.shape[1], dv, dk, triton.cdiv(dv, sizes["DV"]), triton.cdiv(k.shape[1], sizes["C"]), sizes
+def _sizes(x, tile, delta):
+    """Sizes and compile-time constants of a scan of W, S, k, u, q, eta, alpha, theta, delta, or a like list."""
+    W, _, k, u, q, _, _, theta, series = x
+    N, T, dv, dk = *k.shape[:2], u.shape[2], k.shape[2]
+    constants = dict(C=min(_padded(tile), 32), DV=min(_padded(dv), 64), DK=_padded(dk), TYPE=TYPES[k.dtype], READ=q.numel() > 0,
+                     MOMENTUM=theta.numel() > 0, DELTA=2 if series.numel() else int(delta))  # fmt: skip
+    return N, T, dv, dk, triton.cdiv(dv, constants["DV"]), triton.cdiv(T, constants["C"]), constants
+
+
+def _spans(tiles, span):
+    """(first tile, tiles) of what the backward holds at once, last ones first."""
+    return [(first, min(span, tiles - first)) for first in reversed(range(0, tiles, span))]
 
 
 @torch.library.custom_op("nested_learning::scan", mutates_args=())
-def _scan(W: Tensor, k: Tensor, u: Tensor, eta: Tensor, alpha: Tensor, q: Tensor | None, theta: Tensor | None,
-          S: Tensor | None, delta: Tensor | None, delta_rule: bool,
-          tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, W_T, S_T, kept W, kept S) for W, S [N, dv, dk], k, q [N, T, dk], u [N, T, dv], series [N, T]; absent: empty."""
-    out = _scan_fake(W, k, u, eta, alpha, q, theta, S, delta, delta_rule, tile)
-    N, T, dv, dk, blocks, tiles, sizes = _setting(W, k, u, q, theta, delta, delta_rule, tile)
-    none = W
-    _scan_forward[(N, blocks)](W, S, k, u, q, eta, alpha, theta, delta, *out, none, none, T, dv, dk, EVERY, 0, tiles,
-                               AGAIN=False, **sizes, **_launch("scan forward"))  # fmt: skip
+def _scan(x: list[Tensor], tile: int, delta: float) -> list[Tensor]:
+    """y, W_T, S_T, kept W, kept S for W, S [N, dv, dk], k [N, T, dk], u [N, T, dv], q, then eta, alpha, theta, delta [N, T]."""
+    N, T, dv, dk, blocks, tiles, constants = _sizes(x, tile, delta)
+    out = _scan_fake(x, tile, delta)
+    _scan_forward[(N, blocks)](*x, *out, *out[:2], T, dv, dk, 1, EVERY, 0, tiles, **constants, AGAIN=False,
+                               **_launch("scan forward"))  # fmt: skip
     return out
 
 
 @_scan.register_fake
-def _scan_fake(W, k, u, eta, alpha, q, theta, S, delta, delta_rule, tile):
-    N, T, dv, dk, _, tiles, _ = _setting(W, k, u, q, theta, delta, delta_rule, tile)
-    kept, none = (N, triton.cdiv(tiles, EVERY), dv, dk), (0,)
-    W_T, W_kept = W.new_empty(N, dv, dk), W.new_empty(kept)
-    return (W.new_empty((N, T, dv) if q is not None else none), W_T, W.new_empty(W_T.shape if theta is not None else none),
-            W_kept, W.new_empty(kept if theta is not None else none))  # fmt: skip
+def _scan_fake(x, tile, delta):
+    W, S, k, u, q = x[:5]
+    N, T, dv, dk, _, tiles, _ = _sizes(x, tile, delta)
+    kept, momentum = triton.cdiv(tiles, EVERY), min(1, S.numel())
+    return [W.new_empty(N * min(1, q.numel()), T, dv), torch.empty_like(W), torch.empty_like(S),
+            W.new_empty(N, kept, dv, dk), W.new_empty(N * momentum, kept, dv, dk)]  # fmt: skip
 
 
 @torch.library.custom_op("nested_learning::scan_backward", mutates_args=())
-def _scan_backward(dy: Tensor, dW_T: Tensor, dS_T: Tensor, W_kept: Tensor, S_kept: Tensor, k: Tensor, u: Tensor, eta: Tensor,
-                   alpha: Tensor, q: Tensor | None, theta: Tensor | None, delta: Tensor | None, delta_rule: bool,
-                   tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of W, k, u, eta, alpha, q, theta, S, delta; absent: empty."""
-    N, T, dv, dk, blocks, all_tiles, sizes = _setting(dW_T, k, u, q, theta, delta, delta_rule, tile)
-    C, new, none = sizes["C"], dW_T.new_empty, dW_T
-    dW, dS, du = dW_T.clone(), dS_T.clone(), torch.empty_like(u)
+def _scan_backward(grads: list[Tensor], kept: list[Tensor], x: list[Tensor], tile: int, delta: float) -> list[Tensor]:
+    """Gradients of x, the arguments of `_scan`."""
+    N, T, dv, dk, blocks, all_tiles, constants = _sizes(x, tile, delta)
+    W, S, k, u, q, *series = x
+    dy, dW, dS = grads[0], grads[1].clone(), grads[2].clone()
+    C, du, new = constants["C"], torch.empty_like(u), W.new_empty
     # gradients that all blocks of rows share: one copy per block, added up at the end
-    shares = [new(blocks, *x.shape, dtype=torch.float32 if blocks > 1 else x.dtype) if x is not None else new(0)
-              for x in (k, eta, alpha, q, theta, delta)]  # fmt: skip
-    for first in reversed(range(0, all_tiles, SPAN)):
-        tiles = min(SPAN, all_tiles - first)
-        states = [new(N, tiles, dv, dk, dtype=k.dtype) for _ in range(4 if theta is not None else 2)]
-        W_all, dW_all, S_all, dS_all = states if theta is not None else [*states, none, none]
-        r_all, X_all = new(N, tiles, C, dv, dtype=k.dtype), new(N, tiles, C, C) if sizes["DELTA"] else none
-        inputs, size = (k, q, eta, alpha, theta, delta, dy), (T, dv, dk)
+    shares = [new(blocks, *t.shape, dtype=torch.float32 if blocks > 1 else t.dtype) for t in (k, q, *series)]
+    for first, tiles in _spans(all_tiles, SPAN):
+        states = [new(N * min(1, t.numel()), tiles, dv, dk, dtype=k.dtype) for t in (W, S, W, S)]
+        r, X = new(N, tiles * C, dv, dtype=k.dtype), new(N, tiles, C, C)
         _scan_forward[(N, blocks, triton.cdiv(tiles, EVERY))](
-            W_kept, S_kept, k, u, None, *inputs[2:6], none, none, none, W_all, S_all, r_all, X_all, *size, EVERY, first,
-            tiles, AGAIN=True, **(sizes | {"READ": False}), **_launch("scan again"),
+            *kept, k, u, q, *series, dy, dW, dS, *states[:2], r, X, T, dv, dk, kept[0].shape[1], EVERY, first, tiles,
+            **constants | dict(READ=False), AGAIN=True, **_launch("scan again"),
         )  # fmt: skip
-        _scan_chain[(N, blocks)](*inputs, X_all, dW, dS, dW_all, dS_all, du, *size, first, tiles, **sizes,
+        _scan_chain[(N, blocks)](k, q, *series, dy, X, dW, dS, *states[2:], du, T, dv, dk, first, tiles, **constants,
                                  **_launch("scan chain"))  # fmt: skip
-        dk_out, deta, dalpha, dq, dtheta, ddelta = shares
         _scan_local[(N, blocks, tiles)](
-            *inputs, du, W_all, S_all, r_all, dW_all, dS_all, dk_out, dq, deta, dalpha, dtheta, ddelta, *size, first,
-            tiles, **sizes, **_launch("scan local"),
+            k, q, *series, dy, du, *states[:2], r, *states[2:], *shares, T, dv, dk, dv, dv, C, 1, first, tiles,
+            **constants, WRITE=True, **_launch("scan local"),
         )  # fmt: skip
-    dk_out, deta, dalpha, dq, dtheta, ddelta = (
-        x if x.ndim == 1 else x.sum(0).to(like.dtype) if blocks > 1 else x.squeeze(0)
-        for x, like in zip(shares, (k, eta, alpha, q, theta, delta), strict=True)
-    )
-    return dW, dk_out, du, deta, dalpha, dq, dtheta, dS, ddelta
-
-
-@_scan_backward.register_fake
-def _(dy, dW_T, dS_T, W_kept, S_kept, k, u, eta, alpha, q, theta, delta, delta_rule, tile):
-    return tuple(dW_T.new_empty(0) if x is None else torch.empty_like(x)
-                 for x in (dW_T, k, u, eta, alpha, q, theta, None if theta is None else dW_T, delta))  # fmt: skip
-
-
-def _scan_save(ctx, inputs, output):
-    W, k, u, eta, alpha, q, theta, S, delta, ctx.delta_rule, ctx.tile = inputs
-    ctx.save_for_backward(*output[3:], k, u, eta, alpha, q, theta, delta)
-
-
-def _scan_gradients(ctx, dy, dW_T, dS_T, *_):
-    dy, dW_T, dS_T = (x.contiguous() for x in (dy, dW_T, dS_T))
-    gradients = _scan_backward(dy, dW_T, dS_T, *ctx.saved_tensors, ctx.delta_rule, ctx.tile)
-    present = [x is not None for x in ctx.saved_tensors[2:]]  # k, u, eta, alpha, q, theta, delta
-    wanted = [True, *present[:6], present[5], present[6]]
-    return *(g if given else None for g, given in zip(gradients, wanted, strict=True)), None, None
-
-
-_scan.register_autograd(_scan_gradients, setup_context=_scan_save)
+    dk_out, dq, *dseries = (g.sum(0).to(t.dtype) if blocks > 1 else g.squeeze(0)
+                            for g, t in zip(shares, (k, q, *series), strict=True))  # fmt: skip
+    return [dW, dS, dk_out, du, dq, *dseries]
 
 
 def unfit(x, width, chunk=1):
@@ -693,17 +638,15 @@ def unfit(x, width, chunk=1):
 def scan(W, k, u, eta, alpha, q, theta, S, delta, tile):
     """`memory.scan` with these kernels, for arguments aligned by it (equal leading dimensions) that are not `unfit`."""
     lead, same = W.shape[:-2], k.dtype if k.dtype == u.dtype and (q is None or q.dtype == k.dtype) else torch.float32
-    number = not torch.is_tensor(delta)
-    if number and delta not in (0, 1):
-        delta, number = torch.full_like(eta, delta), False
+    if not torch.is_tensor(delta) and delta not in (0, 1):
+        delta = torch.full_like(eta, delta)
+    number = 0.0 if torch.is_tensor(delta) else float(delta)
 
     def flat(x, n, dtype=torch.float32):
-        return None if x is None else x.to(dtype).reshape(-1, *x.shape[-n:]).contiguous()
+        return W.new_empty(0, dtype=dtype) if not torch.is_tensor(x) else x.to(dtype).reshape(-1, *x.shape[-n:]).contiguous()
 
-    y, W, S = _scan(
-        flat(W, 2), flat(k, 2, same), flat(u, 2, same), flat(eta, 1), flat(alpha, 1), flat(q, 2, same), flat(theta, 1),
-        flat(S, 2), None if number else flat(delta, 1), number and delta == 1, tile,
-    )[:3]  # fmt: skip
+    matrices = [flat(W, 2), flat(S, 2), flat(k, 2, same), flat(u, 2, same), flat(q, 2, same)]
+    y, W, S = _scan([*matrices, *(flat(x, 1) for x in (eta, alpha, theta, delta))], tile, number)[:3]
     return None if q is None else y.unflatten(0, lead), W.unflatten(0, lead), None if theta is None else S.unflatten(0, lead)
 
 
@@ -718,72 +661,73 @@ def _chunks(T, chunk):
 
 
 @torch.library.custom_op("nested_learning::modify", mutates_args=())
-def _modify(x: Tensor, q: Tensor, W: Tensor, W0: Tensor, b_eta: Tensor, b_alpha: Tensor, A: Tensor, chunk: int,
-            step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(W_t q_t, W_T, W at the last boundary, kept states) for x, q [N, T, d], W [N, 3d + 2, d], W0 [H, ...], gates [N]."""
-    out = _modify_fake(x, q, W, W0, b_eta, b_alpha, A, chunk, step)
-    (N, T, D), (C, per, tiles, every) = x.shape, _chunks(x.shape[1], chunk)
-    none = [W] * 10
-    _modify_forward[(N,)](x, q, W0, W, b_eta, b_alpha, A, *out, *none, T, len(W0), step, chunk, per, every, tiles, 0, tiles,
-                          C=C, D=D, TYPE=TYPES[x.dtype], AGAIN=False, **_launch("modify forward"))  # fmt: skip
+def _modify(x: list[Tensor], chunk: int, step: float) -> list[Tensor]:
+    """W_t q_t, W_T, W at the last boundary, kept W for x, q [N, T, d], W0 [H, 3d + 2, d], W [N, 3d + 2, d], gates [N]."""
+    out = _modify_fake(x, chunk, step)
+    (N, T, D), (C, per, tiles, every) = x[0].shape, _chunks(x[0].shape[1], chunk)
+    _modify_forward[(N,)](*x, *out, *out, *out[:3], T, len(x[2]), step, chunk, per, 1, every, 0, tiles, C=C, D=D,
+                          TYPE=TYPES[x[0].dtype], AGAIN=False, **_launch("modify forward"))  # fmt: skip
     return out
 
 
 @_modify.register_fake
-def _modify_fake(x, q, W, W0, b_eta, b_alpha, A, chunk, step):
-    _, _, tiles, every = _chunks(x.shape[1], chunk)
-    kept = W.new_empty(W.shape[0], triton.cdiv(tiles, every), *W.shape[1:])
-    return W.new_empty(x.shape), torch.empty_like(W), torch.empty_like(W), kept
+def _modify_fake(x, chunk, step):
+    q, W = x[1], x[3]
+    _, _, tiles, every = _chunks(q.shape[1], chunk)
+    return [W.new_empty(q.shape), torch.empty_like(W), torch.empty_like(W),
+            W.new_empty(len(W), triton.cdiv(tiles, every), *W.shape[1:])]  # fmt: skip
 
 
 @torch.library.custom_op("nested_learning::modify_backward", mutates_args=())
-def _modify_backward(dy: Tensor, dW_T: Tensor, d_last: Tensor, W_kept: Tensor, x: Tensor, q: Tensor, W0: Tensor,
-                     b_eta: Tensor, b_alpha: Tensor, A: Tensor, chunk: int,
-                     step: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, q, W, W0 [N, ...] and of (z_eta, z_alpha, A) [3, N, T], token by token."""
-    (N, T, D), (C, per, all_tiles, every) = x.shape, _chunks(x.shape[1], chunk)
-    dx, dq, dgates = torch.empty_like(x), torch.empty_like(q), dW_T.new_empty(3, N, T)
-    dW, dW0 = dW_T.clone(), torch.zeros_like(dW_T)
-    sizes, none = dict(C=C, D=D, TYPE=TYPES[x.dtype]), dW_T
-    span = every * max(1, SPAN // every)
-    for first in reversed(range(0, all_tiles, span)):
-        tiles = min(span, all_tiles - first)
-
-        def new(*shape, dtype=x.dtype, tiles=tiles):
-            return dW_T.new_empty(N, tiles, *shape, dtype=dtype)
-
-        W_all, K, V, r, dK, dr, d, dG = new(3 * D + 2, D), *(new(C, n) for n in (D, D, 4 * D, D, D, 4 * D, 4 * D))
-        X, z, g = (new(n, C, dtype=torch.float32) for n in (C, 4, 2))
+def _modify_backward(grads: list[Tensor], kept: list[Tensor], inputs: list[Tensor], chunk: int, step: float) -> list[Tensor]:
+    """Gradients of the inputs of `_modify`."""
+    x, q, W0, W, b_eta, b_alpha, A = inputs
+    (dy, dW, d_last), (W_last, W_kept) = (grads[0], grads[1].clone(), grads[2]), kept
+    (N, T, D), (C, per, all_tiles, every), R, H = x.shape, _chunks(x.shape[1], chunk), W.shape[1], len(W0)
+    dx, dq, dW0 = torch.empty_like(x), torch.empty_like(q), torch.zeros_like(W)
+    K, V, dr, dk = (torch.empty_like(x) for _ in range(4))
+    g, dg, none = W.new_empty(6, N, T), W.new_empty(2, N, T), W
+    constants = dict(C=C, D=D, TYPE=TYPES[x.dtype])
+    tail = (all_tiles - 1) // per * per  # the last chunk goes by itself: the gradient of the weights at its start joins there
+    for first, tiles in [(tail, all_tiles - tail), *_spans(tail, every * max(1, SPAN // every))]:
+        states = W_last[:, None] if first == tail else W_kept
+        lo, hi = first // per * chunk, min(T, -(-(first + tiles) // per) * chunk)
+        W_all, X = x.new_empty(N, tiles, R, D), W.new_empty(N, tiles, C, C)
+        r, d, dG = (x.new_empty(N, hi - lo, 4 * D) for _ in range(3))
         _modify_forward[(N, triton.cdiv(tiles, every))](
-            x, q, W0, W_kept, b_eta, b_alpha, A, none, none, none, W_all, dy, K, V, r, X, z, g, dr, dK, dq,
-            T, len(W0), step, chunk, per, every, all_tiles, first, tiles, AGAIN=True, **sizes,
-            **_launch("modify again"),
+            x, q, W0, states, b_eta, b_alpha, A, none, none, none, W_all, K, V, g, r, X, dy, dr, T, H, step, chunk, per,
+            states.shape[1], every, first, tiles, **constants, AGAIN=True, **_launch("modify again"),
         )  # fmt: skip
-        _modify_chain[(N,)](x, q, W0, A, dy, K, V, W_all, r, X, z, g, dr, dK, dW, d_last, dx, d, dG, dgates,
-                            T, len(W0), step, chunk, per, all_tiles, first, tiles, **sizes,
-                            **_launch("modify chain"))  # fmt: skip
-        _modify_starts[(N, 4)](x, K, V, d, dG, dW0, T, chunk, per, first, tiles, **sizes, **_launch("modify starts"))
-    return dx, dq, dW, dW0, dgates
+        _scan_local[(N, 1, tiles)](
+            K, q, g[0], g[1], none, none, dy, none, W_all, none, r, none, none, dk, dq, dg[0], dg[1], none, none,
+            T, D, D, R, 4 * D, chunk, per, first, tiles, C=C, DV=D, DK=D, TYPE=TYPES[x.dtype], MOMENTUM=False, DELTA=0,
+            READ=True, WRITE=False, **_launch("scan local"),
+        )  # fmt: skip
+        _modify_chain[(N,)](x, q, W0, A, dy, W_all, K, V, g, r, X, dr, dk, dg, dW, d, dG, T, H, step, chunk, per,
+                            first, tiles, **constants, **_launch("modify chain"))  # fmt: skip
+        # what is left are plain products, for all chunks at once
+        now, B = slice(lo, hi), W0.repeat(N // H, 1, 1)[:, None] + W_all[:, ::per]
+        dx[:, now] = (dG[..., :R].unflatten(1, (B.shape[1], -1)) @ B).flatten(1, 2) + dG[..., D : 3 * D].unflatten(2, (2, D)).sum(2)
+        dW0 += (d.mT @ (V[:, now] - K[:, now]) + dG.mT @ x[:, now])[:, :R]
+        if first == tail:
+            dW += d_last
+    z_alpha, d_alpha = g[3], -step * dg[1]
+    db_alpha, dA = A * (d_alpha * z_alpha.sigmoid()).sum(1), (d_alpha * F.softplus(z_alpha)).sum(1)
+    return [dx, dq, dW0.unflatten(0, (-1, H)).sum(0).to(W0.dtype), dW, dg[0].sum(1), db_alpha, dA]
 
 
-@_modify_backward.register_fake
-def _(dy, dW_T, d_last, W_kept, x, q, W0, b_eta, b_alpha, A, chunk, step):
-    return *(torch.empty_like(like) for like in (x, q, dW_T, dW_T)), dW_T.new_empty(3, *x.shape[:2])
+for operator, gradients in ((_scan, _scan_backward), (_modify, _modify_backward)):
 
+    def save(ctx, inputs, output):
+        x, *ctx.numbers = inputs
+        ctx.save_for_backward(*output[-2:], *x)
 
-def _modify_save(ctx, inputs, output):
-    x, q, W, W0, b_eta, b_alpha, A, ctx.chunk, ctx.step = inputs
-    ctx.save_for_backward(output[3], x, q, W0, b_eta, b_alpha, A)
+    def backward(ctx, grads, gradients=gradients):
+        kept, x = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+        return gradients([g.contiguous() for g in grads[:3]], list(kept), list(x), *ctx.numbers), None, None
 
-
-def _modify_gradients(ctx, dy, dW_T, d_last, _):
-    dy, dW_T, d_last = (g.contiguous() for g in (dy, dW_T, d_last))
-    W0 = ctx.saved_tensors[3]
-    dx, dq, dW, dW0, dgates = _modify_backward(dy, dW_T, d_last, *ctx.saved_tensors, ctx.chunk, ctx.step)
-    return dx, dq, dW, dW0.unflatten(0, (-1, len(W0))).sum(0).to(W0.dtype), *dgates.sum(-1), None, None
-
-
-_modify.register_autograd(_modify_gradients, setup_context=_modify_save)
+    operator.register_autograd(backward, setup_context=save)
+    gradients.register_fake(lambda grads, kept, x, *numbers: [torch.empty_like(t) for t in x])
 
 
 def self_modify(x, q, W, W0, b_eta, b_alpha, A, chunk, step):
@@ -792,6 +736,5 @@ def self_modify(x, q, W, W0, b_eta, b_alpha, A, chunk, step):
     x, q [N, T, d] (N = batch x heads), W [N, 3d + 2, d], W0 [H, 3d + 2, d] with H heads, b_eta, b_alpha, A [N]
     -> W_t q_t [N, T, d], W_T, W at the last boundary.
     """
-    gates = (t.float().contiguous() for t in (b_eta, b_alpha, A))
-    x, q, W0 = (t.to(x.dtype).contiguous() for t in (x, q, W0))
-    return _modify(x, q, W.float().contiguous(), W0, *gates, chunk, float(step))[:3]
+    narrow, wide = (t.to(x.dtype).contiguous() for t in (x, q, W0)), (t.float().contiguous() for t in (W, b_eta, b_alpha, A))
+    return tuple(_modify([*narrow, *wide], chunk, float(step))[:3])

@@ -7,6 +7,7 @@ own (`python tests/test_kernels.py` prints what each takes). With a GPU the same
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -20,6 +21,9 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
 import kernels  # noqa: E402
 import memory  # noqa: E402
 import titans  # noqa: E402
@@ -30,6 +34,16 @@ DEVICE = "cuda" if GPU else "cpu"  # interpreted, see conftest.py
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # norm of the difference over the norm of the expected
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+def nearest(x, source, target, rounding, convert=interpreter._convert_float):
+    """Triton's interpreter cuts float32 off to bfloat16 (0.27% too small on average); the hardware rounds to nearest."""
+    if (source, target) == (tl.float32, tl.bfloat16):
+        return torch.from_numpy(x.copy()).bfloat16().view(torch.uint16).numpy()
+    return convert(x, source, target, rounding)
+
+
+interpreter._convert_float = nearest
 
 
 def scan_problem(seed, N, T, dk, dv, momentum, delta, q=True, dtype=torch.float32):
@@ -82,8 +96,6 @@ def results(f, args):
     loss = sum((y * torch.randn(y.shape, generator=rng).to(y)).sum() for y in outputs)
     leaves = [x for x in args if torch.is_tensor(x)]
     gradients = torch.autograd.grad(loss, leaves)
-    if len(leaves) == 7:  # of self_modify: gates are numbers, sums over all tokens that may cancel, so they count together
-        gradients = [*gradients[:4], torch.cat(gradients[4:])]
     return {f"output {i}": y for i, y in enumerate(outputs)} | {f"gradient {i}": g for i, g in enumerate(gradients)}
 
 
@@ -100,24 +112,27 @@ def scan_with(backend, tile=16):
     )
 
 
-# T is no multiple of the tile, dk and dv differ and are no powers of two
-SCANS = {
-    "delta rule": dict(N=2, T=37, dk=16, dv=24, momentum=False, delta=1.0),
-    "everything": dict(N=1, T=21, dk=20, dv=12, momentum=True, delta="series"),
-    "plain write with momentum": dict(N=2, T=9, dk=16, dv=16, momentum=True, delta=0.0),
-    "two blocks of rows, delta 0.5, no reads": dict(N=1, T=18, dk=16, dv=80, momentum=False, delta=0.5, q=False),
-    "one token": dict(N=1, T=1, dk=16, dv=16, momentum=True, delta=1.0),
-}
+def random_scan(seed):
+    """Sizes and switches of a scan; T is rarely a multiple of the tile, widths are rarely powers of two, and some are 1."""
+    draw = random.Random(seed)
+    return dict(N=draw.randint(1, 3), T=draw.randint(1, 40), dk=draw.randint(1, 40), dv=draw.choice([draw.randint(1, 40), 80]),
+                momentum=draw.random() < 0.5, delta=draw.choice([0.0, 0.5, 1.0, "series"]), q=draw.random() < 0.8)  # fmt: skip
 
 
 @both
-@pytest.mark.parametrize("case", SCANS)
-def test_the_fused_scan_and_every_gradient_equal_torch(case, dtype):
-    problem = list(scan_problem(0, **SCANS[case], dtype=dtype).values())
-    ours, expected = results(scan_with("triton"), problem), results(scan_with("torch"), exact(problem))
+@pytest.mark.parametrize("seed", range(6))
+def test_the_fused_scan_and_every_gradient_equal_torch(seed, dtype):
+    problem, tile = list(scan_problem(seed, **random_scan(seed), dtype=dtype).values()), random.Random(seed).choice([16, 32])
+    ours, expected = results(scan_with("triton", tile), problem), results(scan_with("torch"), exact(problem))
     assert all(g.dtype == x.dtype for g, x in zip([v for n, v in ours.items() if n.startswith("g")],
                                                   [x for x in problem if torch.is_tensor(x)], strict=True))  # fmt: skip
     assert_equal_up_to(TOLERANCE[dtype], ours, expected)
+
+
+def test_random_scans_cover_every_switch():
+    cases = [random_scan(seed) for seed in range(6)]
+    assert {c["delta"] for c in cases} == {0.0, 0.5, 1.0, "series"} and {c["momentum"] for c in cases} == {True, False}
+    assert {c["q"] for c in cases} == {True, False} and any(c["dv"] == 80 for c in cases) and any(c["T"] < 16 for c in cases)
 
 
 def test_states_between_kept_ones_are_computed_again(monkeypatch):
@@ -146,12 +161,19 @@ def test_vanishing_retention_and_momentum_keep_exact_gradients():
     assert_equal_up_to(1e-5, results(scan_with("triton"), problem), results(scan_with("torch"), exact(problem)))
 
 
+def random_modify(seed):
+    """(N, heads, T, d), chunk, inner step; four heads at least, for a gradient of one number may be a sum that cancels."""
+    draw = random.Random(seed)
+    return (4, draw.choice([2, 4]), draw.randint(1, 28), draw.choice([16, 32])), draw.randint(1, 28), draw.uniform(0.5, 1)
+
+
 @both
-@pytest.mark.parametrize("chunk, N, heads, T", [(16, 2, 2, 21), (24, 1, 1, 29)])
-def test_the_fused_chunk_step_and_every_gradient_equal_torch(chunk, N, heads, T, dtype):
-    problem = modify_problem(0, N, heads, T, 16 if dtype == torch.float32 else 64, dtype)
-    ours = results(lambda *args: kernels.self_modify(*args, chunk, 0.9), problem)
-    assert_equal_up_to(TOLERANCE[dtype], ours, results(lambda *args: modify_in_torch(*args, chunk, 0.9), exact(problem)))
+@pytest.mark.parametrize("seed", range(3))
+def test_the_fused_chunk_step_and_every_gradient_equal_torch(seed, dtype):
+    sizes, *rest = random_modify(seed)
+    problem = modify_problem(seed, *sizes, dtype)
+    ours = results(lambda *args: kernels.self_modify(*args, *rest), problem)
+    assert_equal_up_to(TOLERANCE[dtype], ours, results(lambda *args: modify_in_torch(*args, *rest), exact(problem)))
 
 
 def test_the_layer_takes_the_kernels_and_stays_itself():
@@ -237,7 +259,7 @@ def test_backend_triton_says_why_it_cannot(change, told):
 
 
 COMPILED = ["scan forward", "scan again", "scan chain", "scan local",
-            "modify forward", "modify again", "modify chain", "modify starts"]  # fmt: skip
+            "modify forward", "modify again", "modify chain"]  # fmt: skip
 
 
 def compiled(name, dtype="bf16", **changes):
@@ -252,18 +274,15 @@ def compiled(name, dtype="bf16", **changes):
     constants = dict(TYPE=tl.bfloat16 if dtype == "bf16" else tl.float32)
     if family == "scan":
         constants |= dict(C=32, DV=64, DK=64, MOMENTUM=False, DELTA=1, READ=part != "again")
+        constants |= {"WRITE": True} if part == "local" else {}
     else:
         constants |= dict(C=16, D=64)
     constants |= ({"AGAIN": part == "again"} if part in ("forward", "again") else {}) | changes
-    if family == "scan":  # what is absent is None
-        absent = {"theta": not constants["MOMENTUM"], "S": not constants["MOMENTUM"], "delta": constants["DELTA"] != 2,
-                  "q": not constants["READ"]}  # fmt: skip
-        constants |= {p: None for p, is_absent in absent.items() if is_absent and p in function.arg_names}
-    narrow = {"k", "u", "q", "x", "dq", "dx", "du", "dk_out", "W0"}
-    narrow |= {f"{name}_kept" for name in ("r", "K", "V", "dK", "dr", "d", "dG", "dW", "dS")}
+    narrow = {"k", "u", "q", "x", "dq", "du", "dk_out", "W0", "d_all", "dG_all", "dr_read", "dk_read"}
+    narrow |= {f"{name}_kept" for name in ("r", "K", "V", "dW", "dS")}
     if part != "forward":
         narrow |= {"W_kept", "S_kept"}
-    whole = {"T", "dv", "dk", "EVERY", "first", "tiles", "H", "chunk", "PER", "all_tiles"}
+    whole = {"T", "dv", "dk", "rows", "wide", "H", "chunk", "PER", "segments", "EVERY", "first", "tiles"}
 
     def kind(p):
         if p in constants:
@@ -271,7 +290,7 @@ def compiled(name, dtype="bf16", **changes):
         return "i32" if p in whole else "fp32" if p == "step" else f"*{dtype}" if p in narrow else "*fp32"
 
     signature = {p: kind(p) for p in function.arg_names}
-    aligned = [i for i, (p, k) in enumerate(signature.items()) if k.startswith("*") or p in ("dk", "dv")]
+    aligned = [i for i, (p, k) in enumerate(signature.items()) if k.startswith("*") or p in ("dk", "dv", "wide")]
     source = ASTSource(function, signature, {(function.arg_names.index(p),): v for p, v in constants.items()},
                        {(i,): [["tt.divisibility", 16]] for i in aligned})  # fmt: skip
     options = dict(num_warps=kernels.WARPS[name], num_stages=kernels.STAGES)
