@@ -238,8 +238,9 @@ def speed(args) -> dict:
 # Quality. A cell is one training run: its settings are a TrainConfig, its result a line of the .jsonl.
 
 
-def train_cell(config: TrainConfig) -> dict:
+def train_cell(cell: tuple[str, TrainConfig]) -> dict:
     """Train and validate one model. A loss that is not finite is a result too: bits_per_byte None, and the error."""
+    _, config = cell
     torch.set_num_threads(config.threads)
     encoding, corpus, device = tokenizer(), load_corpus(config.data), device_for(config.device)
     torch.manual_seed(config.seed)
@@ -324,29 +325,42 @@ def workers(jobs: int):
         pool.shutdown(cancel_futures=True)
 
 
-def run_cells(wanted: list[tuple[str, TrainConfig]], path: Path, corpus: dict, pool) -> list[dict]:
-    """Results of (spec, settings), in order: read from `path`, or trained by the pool and appended to it."""
-    finished, keys = read_cells(path), [cell_key(config, corpus) for _, config in wanted]
-    missing = {key: cell for key, cell in zip(keys, wanted, strict=True) if key not in finished}
+def run_cells(wanted: dict[str, object], train, facts, told, path: Path, finished: dict[str, dict], pool) -> dict[str, dict]:
+    """{key: result} of {key: cell}: those in `finished`, and the rest, trained by the pool, each at once a line of `path`.
+
+    train: cell -> result; facts: cell -> what stands before it in the line; told: line -> what is printed.
+    """
+    missing = {key: cell for key, cell in wanted.items() if key not in finished}
     if len(missing) < len(wanted):
         print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are in {path} already", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as log:
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             log.write("\n")  # after the line torn by a kill
-        futures = {pool.submit(train_cell, config): key for key, (_, config) in missing.items()}
+        futures = {pool.submit(train, cell): key for key, cell in missing.items()}
         for done, future in enumerate(as_completed(futures), 1):
             key = futures[future]
-            spec, config = missing[key]
-            cell = {"spec": spec, "lr": config.lr, "seed": config.seed, "threads": config.threads,
-                    "tokens": config.steps * config.tokens_per_step,
-                    "parameters": parameters(cell_model(config)), **future.result(), "key": key}  # fmt: skip
-            finished[key] = cell
-            log.write(json.dumps(cell) + "\n")
+            line = finished[key] = {**facts(missing[key]), **future.result(), "key": key}
+            log.write(json.dumps(line) + "\n")
             log.flush()
-            print(f"[{done}/{len(missing)}] {spec}  lr {config.lr:g}  seed {config.seed}  {cell['tokens']:,} tokens: "
-                  f"{bits(cell)} bits per byte, {cell['train_seconds']:.0f} s", flush=True)  # fmt: skip
-    return [{**finished[key], "spec": spec} for key, (spec, _) in zip(keys, wanted, strict=True)]
+            print(f"[{done}/{len(missing)}] {told(line)}", flush=True)
+    return {key: finished[key] for key in wanted}
+
+
+def quality_cells(wanted: list[tuple[str, TrainConfig]], path: Path, corpus: dict, pool) -> list[dict]:
+    """Results of (spec, settings), in order."""
+    def facts(cell):
+        spec, config = cell
+        return {"spec": spec, "lr": config.lr, "seed": config.seed, "threads": config.threads,
+                "tokens": config.steps * config.tokens_per_step, "parameters": parameters(cell_model(config))}  # fmt: skip
+
+    def told(cell):
+        return (f"{cell['spec']}  lr {cell['lr']:g}  seed {cell['seed']}  {cell['tokens']:,} tokens: "
+                f"{bits(cell)} bits per byte, {cell['train_seconds']:.0f} s")  # fmt: skip
+
+    keys = [cell_key(config, corpus) for _, config in wanted]
+    done = run_cells(dict(zip(keys, wanted, strict=True)), train_cell, facts, told, path, read_cells(path), pool)
+    return [{**done[key], "spec": spec} for key, (spec, _) in zip(keys, wanted, strict=True)]
 
 
 def bits(cell: dict) -> str:
@@ -430,7 +444,7 @@ def compare(args, pool) -> dict:
     path, fingerprint = Path(args.out).with_suffix(".jsonl"), corpus.fingerprint()
     print(f"{len(search)} learning-rate runs, {len(specs) * len(seeds) * (2 if args.minutes else 1)} others, in "
           f"{args.jobs} processes on {where(device, threads)}", flush=True)  # fmt: skip
-    searched = run_cells(search, path, fingerprint, pool)
+    searched = quality_cells(search, path, fingerprint, pool)
     best = {}
     for spec in specs:
         own = [c for c in searched if c["spec"] == spec and c["bits_per_byte"] is not None]
@@ -439,7 +453,7 @@ def compare(args, pool) -> dict:
         best[spec] = min(own, key=lambda c: c["bits_per_byte"])["lr"]
     # Seed by seed, so that a benchmark stopped half way has compared all models.
     at_tokens = [cell(spec, best[spec], seed, args.tokens) for seed in seeds for spec in specs]
-    cells = run_cells(at_tokens, path, fingerprint, pool)
+    cells = quality_cells(at_tokens, path, fingerprint, pool)
     result = {"best_lr": best, "equal_tokens": summary("after equal tokens", cells)}
     if args.minutes:
         tokens = {}
@@ -448,7 +462,7 @@ def compare(args, pool) -> dict:
             steps = max(1, round(rate * 60 * args.minutes / (args.batch * args.seq_len)))
             tokens[spec] = steps * args.batch * args.seq_len
         at_time = [cell(spec, best[spec], seed, tokens[spec]) for seed in seeds for spec in specs]
-        timed = run_cells(at_time, path, fingerprint, pool)
+        timed = quality_cells(at_time, path, fingerprint, pool)
         cells = cells + timed
         result["equal_time"] = summary(f"after equal time ({args.minutes:g} minutes)", timed)
     edges = [f"{spec} {lr:g}" for spec, lr in best.items() if len(lrs) > 1 and lr in (min(lrs), max(lrs))]
