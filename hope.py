@@ -59,7 +59,8 @@ UPDATES = ("off", "first_order", "full")  # of the CMS levels on the token clock
 
 MIXERS = {
     "hope": lambda c: SelfModifyingTitans(
-        c.d_model, c.n_heads, c.chunk, c.memory, tuple(c.adaptive), c.momentum, c.inner_step, c.width, out_scale=c.out_scale
+        c.d_model, c.n_heads, c.chunk, c.memory, tuple(c.adaptive), c.momentum, c.inner_step, c.width, c.gate, c.mode, c.dgd,
+        c.retention, c.out_scale,
     ),
     "hope_attention": lambda c: Attention(c.d_model, c.n_heads, c.width, c.rope_base, c.out_scale),
     "titans": lambda c: NeuralMemory(c.d_model, c.n_heads, c.chunk, c.depth, c.width, c.out_scale),
@@ -123,6 +124,10 @@ class HopeConfig:
     adaptive: list = dataclasses.field(default_factory=lambda: ["k", "v"])
     momentum: bool = False
     inner_step: float = 1.0
+    mode: str = "token"
+    dgd: bool = True
+    retention: bool = True
+    gate: bool = True
     depth: int = 2
     expand: int | None = None
     window: int = 128
@@ -133,6 +138,7 @@ class HopeConfig:
     def __post_init__(self):
         one_of("model", self.model, MIXERS)
         one_of("memory", self.memory, ("matrix", "mlp"))
+        one_of("mode", self.mode, ("token", "boundary"))
         one_of("variant", self.variant, VARIANTS)
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "chunk", "depth", "window"):
             value = getattr(self, name)
@@ -152,7 +158,7 @@ class HopeConfig:
             raise ValueError(f"levels must hold integers of at least 1 token, None only last, got {self.levels!r}")
         if not isinstance(self.adaptive, (list, tuple)) or not set(self.adaptive) <= {"k", "v", "q"}:
             raise ValueError(f"adaptive must be a list out of 'k', 'v', 'q', got {self.adaptive!r}")
-        for name in ("momentum", "tied"):
+        for name in ("momentum", "dgd", "retention", "gate", "tied"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("norm_eps", "rope_base"):
