@@ -6,6 +6,7 @@
     python bench.py quality                                            # bits per byte after equal tokens: 36 runs
     python bench.py quality --models hope,transformer --seeds 0 --minutes 5      # and after equal time
     python bench.py optimizers                                         # optimizers on hope and on the transformer
+    python bench.py ablation                                           # Hope without its parts (NL table 6)
     python bench.py digits                                             # and on a small vision transformer (scikit-learn)
     python bench.py kernels                                            # the fused kernels on a GPU: 15 minutes
 
@@ -26,6 +27,10 @@ beside --out, and the same command goes on where an earlier one was stopped.
 
 optimizers: quality of every model with every optimizer, each with its best learning rate of the same grid, and the time of
 an optimizer's step: ten steps of one, then of the next, round after round.
+
+ablation: quality of Hope with one part taken away or changed at a time, beside the perplexities of NL table 6. Hope of this
+repository has no momentum and static queries by default, so there the paper's "without" is ours "with". 22 million tokens of
+training with the defaults: 1.5 hours of one CPU core, half of them for the MLP memories.
 
 digits: 8 x 8 images of scikit-learn, a ViT of patches of 2 x 2; the learning rate is chosen on a tenth of the training
 images with seed 100, and every optimizer takes the same number of steps on the same batches.
@@ -65,6 +70,7 @@ import torch
 from data import batch, load_corpus, n_bytes, tokenizer
 from hope import Hope, HopeConfig, device_for, first_line
 from optimizers import OPTIMIZERS, optimizer_by_name
+from tables import markdown, published
 from train import (
     NonFinite,
     Parser,
@@ -475,6 +481,44 @@ def compare(args, pool) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Ablation
+
+ABLATION = {  # fields of hope: what it is, the row of NL table 6
+    "": ("Hope", "Hope"),
+    "dgd=false": ("plain gradient instead of DGD (delta 0)", "w/o DGD (plain GD inside self-modifying Titans)"),
+    "momentum=true": ("with momentum (the paper: without)", "w/o momentum"),
+    "retention=false": ("without retention", "w/o weight decay"),
+    "levels=[null]": ("without CMS: one level", "w/o CMS"),
+    'adaptive=["v"]': ("static k", "w/o inner projection k"),
+    'adaptive=["k"]': ("static v", "w/o inner projection v"),
+    'adaptive=["k","v","q"]': ("learned q (the paper: static q)", "w/o inner projection q"),
+    "mode=boundary": ("reads of the boundary weights", None),
+    "conv=0": ("without convolution", None),
+    "gate=false": ("without output gate", None),
+    "memory=mlp": ("MLP memories", None),
+    "inner_step=0": ("memories that never learn", None),
+}
+
+
+def ablation(args) -> dict:
+    """`compare` of Hope and what is left of it, and a table beside the paper's; returns all."""
+    if parse_spec(args.model)[0] != "hope":
+        raise ValueError(f"model is {args.model!r}: legal is hope, with fields")
+    specs = {":".join(filter(None, (args.model, fields))): names for fields, names in ABLATION.items()}
+    args.models = ",".join(specs)
+    with workers(args.jobs) as pool:
+        result = compare(args, pool)
+    paper = {row["model"]: row["values"][0] for row in published("table6")["rows"]}
+    found, lines = {row["model"]: row for row in result["equal_tokens"]}, []
+    for spec, (what, row) in specs.items():
+        own = found[spec]
+        values = (f"{x:{sign}.3f}" if x is not None else "-" for x, sign in ((own["mean"], ""), (own["difference"], "+")))
+        lines.append([what, f"`{spec}`", *values, paper.get(row, "-")])
+    print("\n" + markdown(["Hope", "model", "bits per byte", "difference", "published, 1.3B: mean perplexity"], lines))
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Optimizers
 
 
@@ -827,6 +871,7 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", title=title)
     s = commands.add_parser("speed", formatter_class=defaults, help="time and peak memory of a training step")
     q = commands.add_parser("quality", formatter_class=defaults, help="bits per byte after equal tokens and equal time")
+    a = commands.add_parser("ablation", formatter_class=defaults, help="the same, of Hope without its parts (NL table 6)")
     o = commands.add_parser("optimizers", formatter_class=defaults, help="the same, of models under several optimizers")
     d = commands.add_parser("digits", formatter_class=defaults, help="optimizers on a small vision transformer")
     s.add_argument("--models", default="hope,hope:inner_step=0", help="comma-separated; transformer is always measured")
@@ -838,7 +883,8 @@ def parser() -> Parser:
     s.add_argument("--profile", metavar="MODEL", help="only print where the time of this model's training step goes")
     q.add_argument("--models", default="hope,hope:inner_step=0,transformer,transformer:conv=4,gated_deltanet,titans")
     o.add_argument("--models", default="hope,transformer", help="comma-separated")
-    for command, tokens, seeds in ((q, 1_000_000, "0,1,2"), (o, 500_000, "0")):
+    a.add_argument("--model", default="hope", help="Hope, with fields that all have")
+    for command, tokens, seeds in ((q, 1_000_000, "0,1,2"), (o, 500_000, "0"), (a, 1_000_000, "0")):
         command.add_argument("--tokens", type=whole, default=tokens, help="of each run, rounded up to whole steps")
         command.add_argument("--seeds", default=seeds, help="of weights and batches")
         command.add_argument("--lrs", default="1.5e-3,3e-3,6e-3", help="grid of learning rates")
@@ -863,11 +909,11 @@ def parser() -> Parser:
     k.add_argument("--chunk", type=whole, default=64, help="tokens that self-modifying memories generate at once")
     k.add_argument("--preset", default="340m", help="size of the models whose training steps are timed; none: leave them out")
     k.add_argument("--models", default="hope", help="comma-separated; transformer is always measured")
-    for command in (s, q, o, d):
+    for command in (s, q, a, o, d):
         command.add_argument("--threads", type=lambda text: whole(text, 0), default=0, help="CPU threads of a process; 0: all")
-    for command in (s, q, o):
+    for command in (s, q, a, o):
         command.add_argument("--batch", type=whole, default=4, help="rows in a batch")
-    for command in (s, q, o, k):
+    for command in (s, q, a, o, k):
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         command.add_argument("--out", default=f"results/{command.prog.split()[-1]}.json", help="the result as JSON")
     return top
@@ -882,8 +928,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.command is None:
             top.print_help()
             return 0
-        commands = {"speed": speed, "quality": quality, "optimizers": compare_optimizers, "digits": digits,
-                    "kernels": kernel_speed}  # fmt: skip
+        commands = {"speed": speed, "quality": quality, "ablation": ablation, "optimizers": compare_optimizers,
+                    "digits": digits, "kernels": kernel_speed}  # fmt: skip
         result = commands[args.command](args)
         if result:
             machine = {"cpu": processor(), "cores": cores(), "torch": torch.__version__,

@@ -40,7 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from baselines import TTT, Attention, DeltaNet, GatedDeltaNet, Mamba, RetNet, TitansMAC, TitansMAG, TitansMAL
+from baselines import TTT, Attention, DeltaNet, GatedDeltaNet, LinearAttention, Mamba, RetNet, TitansMAC, TitansMAG, TitansMAL
 from cms import CMS, VARIANTS, Level
 from memory import full_precision
 from titans import NeuralMemory, SelfModifyingTitans
@@ -68,6 +68,7 @@ MIXERS = {
     "titans_mag": lambda c: TitansMAG(c.d_model, c.n_heads, c.chunk, c.window, c.depth, c.width, out_scale=c.out_scale),
     "titans_mal": lambda c: TitansMAL(c.d_model, c.n_heads, c.chunk, c.window, c.depth, c.width, out_scale=c.out_scale),
     "transformer": lambda c: Attention(c.d_model, c.n_heads, c.width, out_scale=c.out_scale),
+    "linear_attention": lambda c: LinearAttention(c.d_model, c.n_heads, c.width, c.out_scale),
     "retnet": lambda c: RetNet(c.d_model, c.n_heads, c.width, c.expand or 2, c.out_scale),
     "deltanet": lambda c: DeltaNet(c.d_model, c.n_heads, c.width, c.expand or 1, c.out_scale),
     "gated_deltanet": lambda c: GatedDeltaNet(c.d_model, c.n_heads, c.width, c.expand or 1, c.out_scale),
@@ -101,8 +102,9 @@ class HopeConfig:
 
     levels: chunk lengths of the CMS from fast to slow, in tokens, None = never updates. hidden: width of the feed-forward
     block, all levels together; None = solved for equal parameters. conv: width of the short convolution in tokens, 0 =
-    none; None = 4, but none for attention and RetNet. expand: width of values over that of keys in RetNet, DeltaNet and Gated
-    DeltaNet; None = 2 for RetNet, else 1. window: tokens that the attention of Samba, MAG and MAL sees, and a segment of MAC.
+    none; None = 4, but none for attention, also linear, and RetNet. expand: width of values over that of keys in RetNet,
+    DeltaNet and Gated DeltaNet; None = 2 for RetNet, else 1. window: tokens that the attention of Samba, MAG and MAL sees, and
+    a segment of MAC.
     cms_step: initial inner step size of the CMS levels on the token clock, a number or one for each level that updates,
     learned from there on; None = not learned: `learn` is then given one. norm_eps, tied (one table for tokens in and out) and
     rope_base (of hope_attention) are what pre-trained models differ in. The remaining fields belong to the mixers in
@@ -194,7 +196,8 @@ class HopeConfig:
     @property
     def width(self):
         """Width of the short convolution in tokens, 0 for none."""
-        return self.conv if self.conv is not None else 0 if self.model in ("transformer", "hope_attention", "retnet") else 4
+        without = ("transformer", "hope_attention", "linear_attention", "retnet")
+        return self.conv if self.conv is not None else 0 if self.model in without else 4
 
     @property
     def out_scale(self):
@@ -422,7 +425,7 @@ class Hope(nn.Module):
             rows.append((1, f"memories ({made})", f"every token, generated every {chunk}", targets, starts))
         if c.model in ("transformer", "hope_attention", "samba", "titans_mac", "titans_mag", "titans_mal"):
             rows.append((1, "attention (non-parametric)", "every token", "keys and values, in context", 0))
-        if c.model in ("retnet", "deltanet", "gated_deltanet", "samba"):
+        if c.model in ("linear_attention", "retnet", "deltanet", "gated_deltanet", "samba"):
             what = "state space" if c.model == "samba" else "matrix memory"
             rows.append((1, what, "every token", "keys and values, in context", 0))
         for i, level in enumerate(self.blocks[0].cms.levels):

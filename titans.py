@@ -297,7 +297,8 @@ class SelfModifyingTitans(nn.Module):
     adaptive: which of "k", "v", "q" have a memory of their own; the others are static projections of the token.
     momentum: adds theta, one more self-generated row. chunk: tokens that share the weights everything is generated from.
     dgd: the delta rule at the running weights; False: plain gradient descent, all gradients at the boundary weights, with
-    eta = sigmoid(.) / chunk, because all tokens of a chunk repeat the same step for equal keys. retention: False fixes alpha = 1.
+    eta = sigmoid(.) / chunk, because all tokens of a chunk repeat the same step for equal keys.
+    retention: False fixes alpha = 1.
     inner_step: 1; 0 freezes every memory at its learned start (the control: memories that never learn).
     gate, conv: the output gate; the width of the short convolution (0: none).
 
