@@ -27,6 +27,7 @@ The cost is printed first.
 """
 
 import argparse
+import inspect
 import json
 import math
 import statistics
@@ -84,7 +85,8 @@ class Cell:
     def vocab(self) -> int:
         if self.suite == "formal":
             return sum(map(len, LANGUAGES[self.task]))
-        return self.generator()[1].get("vocab", {"memorization": 256, "mqar": 8192}.get(self.task, 16))
+        function, settings = self.generator()
+        return settings.get("vocab", inspect.signature(function).parameters["vocab"].default)
 
     def generator(self) -> tuple:
         """(function, its settings)."""
