@@ -101,7 +101,7 @@ class Cell:
 
 
 SMALL, LARGE = ({"d_model": d, "n_layers": 2, "n_heads": d // 64, "chunk": 16} for d in (64, 128))
-_QUICK = {"sizes": SMALL, "lr": 3e-3, "steps": 600, "batch": 32, "check": 0, "examples": 12_800, "tests": 320}
+_QUICK = {"sizes": SMALL, "lr": 3e-3, "steps": 500, "batch": 16, "check": 0, "examples": 12_800, "tests": 320}
 _FULL = {"sizes": LARGE, "batch": 128, "check": 0}
 QUICK = {"formal": {"batch": 32, "check": 100, "tests": 300}, "mad": _QUICK, "mqar": _QUICK | {"settings": {"vocab": 256}}}
 FULL = {
