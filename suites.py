@@ -264,8 +264,8 @@ def run(args) -> dict:
     lrs, decays = ((), ()) if args.quick else GRIDS.get(suite, ((), ()))
     lrs = numbers(args.lrs, float) if args.lrs else lrs
     changes = {name: value for name in ("steps", "batch", "examples", "tests") if (value := getattr(args, name))}
-    kinds = [Cell(suite, task, model, **(one | changes)) for model in models for task in tasks
-             for one in protocol(suite, task, args.quick)]  # fmt: skip
+    kinds = [Cell(suite, task, model, **(one | changes)) for task in tasks for one in protocol(suite, task, args.quick)
+             for model in models]  # fmt: skip
     for cell in kinds:  # everything that can be wrong is found here, before anything is written
         cell.config()
         data_sets(replace(cell, examples=1, tests=1))

@@ -338,11 +338,12 @@ class SelfModifyingTitans(nn.Module):
         self.b_eta = nn.Parameter(torch.zeros(n_heads))
         # A short memory disturbs least what the rest must learn first (0.9 against 0.98: 0.05 bits per byte at 0.4M
         # tokens of the nano run); training lengthens it where that pays.
-        self.b_alpha = nn.Parameter(torch.full((n_heads,), retention_bias(0.9)))
+        b_alpha, log_A = torch.full((n_heads,), retention_bias(0.9)), torch.zeros(n_heads)
         if retention:
-            self.log_A = nn.Parameter(torch.zeros(n_heads))
-        else:  # exp(-0 softplus(.)) = 1
-            self.register_buffer("log_A", torch.full((n_heads,), -math.inf))
+            self.b_alpha, self.log_A = nn.Parameter(b_alpha), nn.Parameter(log_A)
+        else:  # exp(-0 softplus(.)) = 1, whatever else there is
+            self.register_buffer("b_alpha", b_alpha)
+            self.register_buffer("log_A", log_A - math.inf)
         self.b_theta = nn.Parameter(torch.zeros(n_heads)) if momentum else None
         self.norm = nn.RMSNorm(d, eps=EPS)
         self.out_proj = linear(d_model, d_model, out_scale)
