@@ -6,6 +6,7 @@ Attention (Transformer++): an exact memory of everything, whose state grows with
 
 A matrix of fixed size per head, settings of memory.scan in its symbols:
 
+    linear attention W_t = W_{t-1} + v_t phi(k_t)^T                            read over its sum of weights
     RetNet           W_t = alpha W_{t-1} + v_t k_t^T                                               alpha fixed per head
     DeltaNet         W_t = W_{t-1} (I - eta_t k_t k_t^T) + eta_t v_t k_t^T
     Gated DeltaNet   W_t = alpha_t W_{t-1} (I - eta_t k_t k_t^T) + eta_t v_t k_t^T
@@ -28,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memory import delta_net, full_precision, gated_delta_net, l2norm, retention, scan
+from memory import delta_net, full_precision, gated_delta_net, l2norm, linear_attention, retention, scan
 from titans import NeuralMemory, ShortConvolution, by_chunk, head_width, heads, linear, retention_of
 
 
@@ -155,6 +156,23 @@ class Recurrent(nn.Module):
         y = self.norm(y).to(x.dtype).transpose(1, 2).flatten(2)
         y = self.out(y * F.silu(gate) if self.gate else y)
         return y, memory | {"conv": tail, "position": x.shape[1] + (state["position"] if state else 0)}
+
+
+class LinearAttention(Recurrent):
+    """Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236): softmax's exp(q k) becomes phi(q) phi(k), phi = elu + 1.
+
+        y_t = sum_{s <= t} phi(q_t) phi(k_s) v_s / sum_{s <= t} phi(q_t) phi(k_s)
+
+    No norm, no gate, no position. The last row of W [B, H, dk + 1, dk], written by values of 1, reads the sum of the weights.
+    """
+
+    def __init__(self, d_model, n_heads, conv=0, out_scale=1.0):
+        super().__init__(d_model, n_heads, conv, gate=False, out_scale=out_scale)
+        self.norm = nn.Identity()
+
+    def remember(self, q, k, v, rates, state):
+        y, W, _ = linear_attention(F.elu(q) + 1, F.elu(k) + 1, with_one(v), state["W"] if state else None)
+        return y[..., :-1] / y[..., -1:], {"W": W}
 
 
 class RetNet(Recurrent):
@@ -467,6 +485,7 @@ def main():
         "Attention, conv 4": Attention(d_model, n_heads, conv=4),
         "Attention, window 128": Attention(d_model, n_heads, window=128),
         "Mamba": Mamba(d_model),
+        "LinearAttention": LinearAttention(d_model, n_heads),
         "RetNet": RetNet(d_model, n_heads),
         "DeltaNet": DeltaNet(d_model, n_heads),
         "GatedDeltaNet": GatedDeltaNet(d_model, n_heads),

@@ -6,6 +6,7 @@
     python bench.py quality                                            # bits per byte after equal tokens: 36 runs
     python bench.py quality --models hope,transformer --seeds 0 --minutes 5      # and after equal time
     python bench.py optimizers                                         # optimizers on hope and on the transformer
+    python bench.py ablation                                           # Hope without its parts (NL table 6)
     python bench.py digits                                             # and on a small vision transformer (scikit-learn)
     python bench.py kernels                                            # the fused kernels on a GPU: 15 minutes
 
@@ -26,6 +27,10 @@ beside --out, and the same command goes on where an earlier one was stopped.
 
 optimizers: quality of every model with every optimizer, each with its best learning rate of the same grid, and the time of
 an optimizer's step: ten steps of one, then of the next, round after round.
+
+ablation: quality of Hope with one part taken away or changed at a time, beside the perplexities of NL table 6. Hope of this
+repository has no momentum and static queries by default, so there the paper's "without" is ours "with". 22 million tokens of
+training with the defaults: 1.5 hours of one CPU core, half of them for the MLP memories.
 
 digits: 8 x 8 images of scikit-learn, a ViT of patches of 2 x 2; the learning rate is chosen on a tenth of the training
 images with seed 100, and every optimizer takes the same number of steps on the same batches.
@@ -65,6 +70,7 @@ import torch
 from data import batch, load_corpus, n_bytes
 from hope import Hope, HopeConfig, device_for, first_line
 from optimizers import OPTIMIZERS, optimizer_by_name
+from tables import markdown, published
 from train import (
     NonFinite,
     Parser,
@@ -238,8 +244,9 @@ def speed(args) -> dict:
 # Quality. A cell is one training run: its settings are a TrainConfig, its result a line of the .jsonl.
 
 
-def train_cell(config: TrainConfig) -> dict:
+def train_cell(cell: tuple[str, TrainConfig]) -> dict:
     """Train and validate one model. A loss that is not finite is a result too: bits_per_byte None, and the error."""
+    _, config = cell
     torch.set_num_threads(config.threads)
     corpus, device = load_corpus(config.data), device_for(config.device)
     encoding = corpus.encoding
@@ -326,29 +333,42 @@ def workers(jobs: int):
         pool.shutdown(cancel_futures=True)
 
 
-def run_cells(wanted: list[tuple[str, TrainConfig]], path: Path, corpus: dict, pool) -> list[dict]:
-    """Results of (spec, settings), in order: read from `path`, or trained by the pool and appended to it."""
-    finished, keys = read_cells(path), [cell_key(config, corpus) for _, config in wanted]
-    missing = {key: cell for key, cell in zip(keys, wanted, strict=True) if key not in finished}
+def run_cells(wanted: dict[str, object], train, facts, told, path: Path, finished: dict[str, dict], pool) -> dict[str, dict]:
+    """{key: result} of {key: cell}: those in `finished`, and the rest, trained by the pool, each at once a line of `path`.
+
+    train: cell -> result; facts: cell -> what stands before it in the line; told: line -> what is printed.
+    """
+    missing = {key: cell for key, cell in wanted.items() if key not in finished}
     if len(missing) < len(wanted):
         print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are in {path} already", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as log:
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             log.write("\n")  # after the line torn by a kill
-        futures = {pool.submit(train_cell, config): key for key, (_, config) in missing.items()}
+        futures = {pool.submit(train, cell): key for key, cell in missing.items()}
         for done, future in enumerate(as_completed(futures), 1):
             key = futures[future]
-            spec, config = missing[key]
-            cell = {"spec": spec, "lr": config.lr, "seed": config.seed, "threads": config.threads,
-                    "tokens": config.steps * config.tokens_per_step,
-                    "parameters": parameters(cell_model(config)), **future.result(), "key": key}  # fmt: skip
-            finished[key] = cell
-            log.write(json.dumps(cell) + "\n")
+            line = finished[key] = {**facts(missing[key]), **future.result(), "key": key}
+            log.write(json.dumps(line) + "\n")
             log.flush()
-            print(f"[{done}/{len(missing)}] {spec}  lr {config.lr:g}  seed {config.seed}  {cell['tokens']:,} tokens: "
-                  f"{bits(cell)} bits per byte, {cell['train_seconds']:.0f} s", flush=True)  # fmt: skip
-    return [{**finished[key], "spec": spec} for key, (spec, _) in zip(keys, wanted, strict=True)]
+            print(f"[{done}/{len(missing)}] {told(line)}", flush=True)
+    return {key: finished[key] for key in wanted}
+
+
+def quality_cells(wanted: list[tuple[str, TrainConfig]], path: Path, corpus: dict, pool) -> list[dict]:
+    """Results of (spec, settings), in order."""
+    def facts(cell):
+        spec, config = cell
+        return {"spec": spec, "lr": config.lr, "seed": config.seed, "threads": config.threads,
+                "tokens": config.steps * config.tokens_per_step, "parameters": parameters(cell_model(config))}  # fmt: skip
+
+    def told(cell):
+        return (f"{cell['spec']}  lr {cell['lr']:g}  seed {cell['seed']}  {cell['tokens']:,} tokens: "
+                f"{bits(cell)} bits per byte, {cell['train_seconds']:.0f} s")  # fmt: skip
+
+    keys = [cell_key(config, corpus) for _, config in wanted]
+    done = run_cells(dict(zip(keys, wanted, strict=True)), train_cell, facts, told, path, read_cells(path), pool)
+    return [{**done[key], "spec": spec} for key, (spec, _) in zip(keys, wanted, strict=True)]
 
 
 def bits(cell: dict) -> str:
@@ -433,7 +453,7 @@ def compare(args, pool) -> dict:
     path, fingerprint = Path(args.out).with_suffix(".jsonl"), corpus.fingerprint()
     print(f"{len(search)} learning-rate runs, {len(specs) * len(seeds) * (2 if args.minutes else 1)} others, in "
           f"{args.jobs} processes on {where(device, threads)}", flush=True)  # fmt: skip
-    searched = run_cells(search, path, fingerprint, pool)
+    searched = quality_cells(search, path, fingerprint, pool)
     best = {}
     for spec in specs:
         own = [c for c in searched if c["spec"] == spec and c["bits_per_byte"] is not None]
@@ -442,7 +462,7 @@ def compare(args, pool) -> dict:
         best[spec] = min(own, key=lambda c: c["bits_per_byte"])["lr"]
     # Seed by seed, so that a benchmark stopped half way has compared all models.
     at_tokens = [cell(spec, best[spec], seed, args.tokens) for seed in seeds for spec in specs]
-    cells = run_cells(at_tokens, path, fingerprint, pool)
+    cells = quality_cells(at_tokens, path, fingerprint, pool)
     result = {"best_lr": best, "equal_tokens": summary("after equal tokens", cells)}
     if args.minutes:
         tokens = {}
@@ -451,7 +471,7 @@ def compare(args, pool) -> dict:
             steps = max(1, round(rate * 60 * args.minutes / (args.batch * args.seq_len)))
             tokens[spec] = steps * args.batch * args.seq_len
         at_time = [cell(spec, best[spec], seed, tokens[spec]) for seed in seeds for spec in specs]
-        timed = run_cells(at_time, path, fingerprint, pool)
+        timed = quality_cells(at_time, path, fingerprint, pool)
         cells = cells + timed
         result["equal_time"] = summary(f"after equal time ({args.minutes:g} minutes)", timed)
     edges = [f"{spec} {lr:g}" for spec, lr in best.items() if len(lrs) > 1 and lr in (min(lrs), max(lrs))]
@@ -461,6 +481,44 @@ def compare(args, pool) -> dict:
     if len(versions) > 1:
         print(f"\nnote: cells of {len(versions)} versions of the code; a fresh --out trains all again")
     return result | {"cells": [{k: v for k, v in c.items() if k != "key"} for c in searched + cells]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ablation
+
+ABLATION = {  # fields of hope: what it is, the row of NL table 6
+    "": ("Hope", "Hope"),
+    "dgd=false": ("plain gradient instead of DGD (delta 0)", "w/o DGD (plain GD inside self-modifying Titans)"),
+    "momentum=true": ("with momentum (the paper: without)", "w/o momentum"),
+    "retention=false": ("without retention", "w/o weight decay"),
+    "levels=[null]": ("without CMS: one level", "w/o CMS"),
+    'adaptive=["v"]': ("static k", "w/o inner projection k"),
+    'adaptive=["k"]': ("static v", "w/o inner projection v"),
+    'adaptive=["k","v","q"]': ("learned q (the paper: static q)", "w/o inner projection q"),
+    "mode=boundary": ("reads of the boundary weights", None),
+    "conv=0": ("without convolution", None),
+    "gate=false": ("without output gate", None),
+    "memory=mlp": ("MLP memories", None),
+    "inner_step=0": ("memories that never learn", None),
+}
+
+
+def ablation(args) -> dict:
+    """`compare` of Hope and what is left of it, and a table beside the paper's; returns all."""
+    if parse_spec(args.model)[0] != "hope":
+        raise ValueError(f"model is {args.model!r}: legal is hope, with fields")
+    specs = {":".join(filter(None, (args.model, fields))): names for fields, names in ABLATION.items()}
+    args.models = ",".join(specs)
+    with workers(args.jobs) as pool:
+        result = compare(args, pool)
+    paper = {row["model"]: row["values"][0] for row in published("table6")["rows"]}
+    found, lines = {row["model"]: row for row in result["equal_tokens"]}, []
+    for spec, (what, row) in specs.items():
+        own = found[spec]
+        values = (f"{x:{sign}.3f}" if x is not None else "-" for x, sign in ((own["mean"], ""), (own["difference"], "+")))
+        lines.append([what, f"`{spec}`", *values, paper.get(row, "-")])
+    print("\n" + markdown(["Hope", "model", "bits per byte", "difference", "published, 1.3B: mean perplexity"], lines))
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -817,6 +875,7 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", title=title)
     s = commands.add_parser("speed", formatter_class=defaults, help="time and peak memory of a training step")
     q = commands.add_parser("quality", formatter_class=defaults, help="bits per byte after equal tokens and equal time")
+    a = commands.add_parser("ablation", formatter_class=defaults, help="the same, of Hope without its parts (NL table 6)")
     o = commands.add_parser("optimizers", formatter_class=defaults, help="the same, of models under several optimizers")
     d = commands.add_parser("digits", formatter_class=defaults, help="optimizers on a small vision transformer")
     s.add_argument("--models", default="hope,hope:inner_step=0", help="comma-separated; transformer is always measured")
@@ -828,7 +887,8 @@ def parser() -> Parser:
     s.add_argument("--profile", metavar="MODEL", help="only print where the time of this model's training step goes")
     q.add_argument("--models", default="hope,hope:inner_step=0,transformer,transformer:conv=4,gated_deltanet,titans")
     o.add_argument("--models", default="hope,transformer", help="comma-separated")
-    for command, tokens, seeds in ((q, 1_000_000, "0,1,2"), (o, 500_000, "0")):
+    a.add_argument("--model", default="hope", help="Hope, with fields that all have")
+    for command, tokens, seeds in ((q, 1_000_000, "0,1,2"), (o, 500_000, "0"), (a, 1_000_000, "0")):
         command.add_argument("--tokens", type=whole, default=tokens, help="of each run, rounded up to whole steps")
         command.add_argument("--seeds", default=seeds, help="of weights and batches")
         command.add_argument("--lrs", default="1.5e-3,3e-3,6e-3", help="grid of learning rates")
@@ -853,11 +913,11 @@ def parser() -> Parser:
     k.add_argument("--chunk", type=whole, default=64, help="tokens that self-modifying memories generate at once")
     k.add_argument("--preset", default="340m", help="size of the models whose training steps are timed; none: leave them out")
     k.add_argument("--models", default="hope", help="comma-separated; transformer is always measured")
-    for command in (s, q, o, d):
+    for command in (s, q, a, o, d):
         command.add_argument("--threads", type=lambda text: whole(text, 0), default=0, help="CPU threads of a process; 0: all")
-    for command in (s, q, o):
+    for command in (s, q, a, o):
         command.add_argument("--batch", type=whole, default=4, help="rows in a batch")
-    for command in (s, q, o, k):
+    for command in (s, q, a, o, k):
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         command.add_argument("--out", default=f"results/{command.prog.split()[-1]}.json", help="the result as JSON")
     return top
@@ -872,8 +932,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.command is None:
             top.print_help()
             return 0
-        commands = {"speed": speed, "quality": quality, "optimizers": compare_optimizers, "digits": digits,
-                    "kernels": kernel_speed}  # fmt: skip
+        commands = {"speed": speed, "quality": quality, "ablation": ablation, "optimizers": compare_optimizers,
+                    "digits": digits, "kernels": kernel_speed}  # fmt: skip
         result = commands[args.command](args)
         if result:
             machine = {"cpu": processor(), "cores": cores(), "torch": torch.__version__,

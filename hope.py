@@ -41,7 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as computed_again
 
 import checkpoint
-from baselines import TTT, Attention, DeltaNet, GatedDeltaNet, Mamba, RetNet, TitansMAC, TitansMAG, TitansMAL
+from baselines import TTT, Attention, DeltaNet, GatedDeltaNet, LinearAttention, Mamba, RetNet, TitansMAC, TitansMAG, TitansMAL
 from checkpoint import first_line, load_file, write_beside
 from cms import CMS, VARIANTS, Level
 from data import tokenizer_of
@@ -62,7 +62,8 @@ UPDATES = ("off", "first_order", "full")  # of the CMS levels on the token clock
 
 MIXERS = {
     "hope": lambda c: SelfModifyingTitans(
-        c.d_model, c.n_heads, c.chunk, c.memory, tuple(c.adaptive), c.momentum, c.inner_step, c.width, out_scale=c.out_scale
+        c.d_model, c.n_heads, c.chunk, c.memory, tuple(c.adaptive), c.momentum, c.inner_step, c.width, c.gate, c.mode, c.dgd,
+        c.retention, c.out_scale,
     ),
     "hope_attention": lambda c: Attention(c.d_model, c.n_heads, c.width, c.rope_base, c.out_scale),
     "titans": lambda c: NeuralMemory(c.d_model, c.n_heads, c.chunk, c.depth, c.width, c.out_scale),
@@ -70,6 +71,7 @@ MIXERS = {
     "titans_mag": lambda c: TitansMAG(c.d_model, c.n_heads, c.chunk, c.window, c.depth, c.width, out_scale=c.out_scale),
     "titans_mal": lambda c: TitansMAL(c.d_model, c.n_heads, c.chunk, c.window, c.depth, c.width, out_scale=c.out_scale),
     "transformer": lambda c: Attention(c.d_model, c.n_heads, c.width, out_scale=c.out_scale),
+    "linear_attention": lambda c: LinearAttention(c.d_model, c.n_heads, c.width, c.out_scale),
     "retnet": lambda c: RetNet(c.d_model, c.n_heads, c.width, c.expand or 2, c.out_scale),
     "deltanet": lambda c: DeltaNet(c.d_model, c.n_heads, c.width, c.expand or 1, c.out_scale),
     "gated_deltanet": lambda c: GatedDeltaNet(c.d_model, c.n_heads, c.width, c.expand or 1, c.out_scale),
@@ -103,8 +105,9 @@ class HopeConfig:
 
     levels: chunk lengths of the CMS from fast to slow, in tokens, None = never updates. hidden: width of the feed-forward
     block, all levels together; None = solved for equal parameters. conv: width of the short convolution in tokens, 0 =
-    none; None = 4, but none for attention and RetNet. expand: width of values over that of keys in RetNet, DeltaNet and Gated
-    DeltaNet; None = 2 for RetNet, else 1. window: tokens that the attention of Samba, MAG and MAL sees, and a segment of MAC.
+    none; None = 4, but none for attention, also linear, and RetNet. expand: width of values over that of keys in RetNet,
+    DeltaNet and Gated DeltaNet; None = 2 for RetNet, else 1. window: tokens that the attention of Samba, MAG and MAL sees, and
+    a segment of MAC.
     cms_step: initial inner step size of the CMS levels on the token clock, a number or one for each level that updates,
     learned from there on; None = not learned: `learn` is then given one. norm_eps, tied (one table for tokens in and out) and
     rope_base (of hope_attention) are what pre-trained models differ in. The remaining fields belong to the mixers in
@@ -126,6 +129,10 @@ class HopeConfig:
     adaptive: list = dataclasses.field(default_factory=lambda: ["k", "v"])
     momentum: bool = False
     inner_step: float = 1.0
+    mode: str = "token"
+    dgd: bool = True
+    retention: bool = True
+    gate: bool = True
     depth: int = 2
     expand: int | None = None
     window: int = 128
@@ -136,6 +143,7 @@ class HopeConfig:
     def __post_init__(self):
         one_of("model", self.model, MIXERS)
         one_of("memory", self.memory, ("matrix", "mlp"))
+        one_of("mode", self.mode, ("token", "boundary"))
         one_of("variant", self.variant, VARIANTS)
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "chunk", "depth", "window"):
             value = getattr(self, name)
@@ -155,7 +163,7 @@ class HopeConfig:
             raise ValueError(f"levels must hold integers of at least 1 token, None only last, got {self.levels!r}")
         if not isinstance(self.adaptive, (list, tuple)) or not set(self.adaptive) <= {"k", "v", "q"}:
             raise ValueError(f"adaptive must be a list out of 'k', 'v', 'q', got {self.adaptive!r}")
-        for name in ("momentum", "tied"):
+        for name in ("momentum", "dgd", "retention", "gate", "tied"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("norm_eps", "rope_base"):
@@ -191,7 +199,8 @@ class HopeConfig:
     @property
     def width(self):
         """Width of the short convolution in tokens, 0 for none."""
-        return self.conv if self.conv is not None else 0 if self.model in ("transformer", "hope_attention", "retnet") else 4
+        without = ("transformer", "hope_attention", "linear_attention", "retnet")
+        return self.conv if self.conv is not None else 0 if self.model in without else 4
 
     @property
     def out_scale(self):
@@ -432,7 +441,7 @@ class Hope(nn.Module):
             rows.append((1, f"memories ({made})", f"every token, generated every {chunk}", targets, starts))
         if c.model in ("transformer", "hope_attention", "samba", "titans_mac", "titans_mag", "titans_mal"):
             rows.append((1, "attention (non-parametric)", "every token", "keys and values, in context", 0))
-        if c.model in ("retnet", "deltanet", "gated_deltanet", "samba"):
+        if c.model in ("linear_attention", "retnet", "deltanet", "gated_deltanet", "samba"):
             what = "state space" if c.model == "samba" else "matrix memory"
             rows.append((1, what, "every token", "keys and values, in context", 0))
         for i, level in enumerate(self.blocks[0].cms.levels):

@@ -296,6 +296,9 @@ class SelfModifyingTitans(nn.Module):
     memory: "matrix", or "mlp" for M(z) = z + W1 silu(W2 z) with hidden width = head width (NL eq. 89).
     adaptive: which of "k", "v", "q" have a memory of their own; the others are static projections of the token.
     momentum: adds theta, one more self-generated row. chunk: tokens that share the weights everything is generated from.
+    dgd: the delta rule at the running weights; False: plain gradient descent, all gradients at the boundary weights, with
+    eta = sigmoid(.) / chunk, because all tokens of a chunk repeat the same step for equal keys.
+    retention: False fixes alpha = 1.
     inner_step: 1; 0 freezes every memory at its learned start (the control: memories that never learn).
     gate, conv: the output gate; the width of the short convolution (0: none).
 
@@ -306,7 +309,7 @@ class SelfModifyingTitans(nn.Module):
     """
 
     def __init__(self, d_model, n_heads, chunk=64, memory="matrix", adaptive=("k", "v"), momentum=False, inner_step=1.0,
-                 conv=4, gate=True, mode="token", out_scale=1.0):  # fmt: skip
+                 conv=4, gate=True, mode="token", dgd=True, retention=True, out_scale=1.0):  # fmt: skip
         super().__init__()
         d = head_width(d_model, n_heads)
         if chunk < 1:
@@ -318,12 +321,12 @@ class SelfModifyingTitans(nn.Module):
         if mode not in ("token", "boundary"):
             raise ValueError(f"mode must be 'token' or 'boundary', got {mode!r}")
         self.n_heads, self.d, self.chunk, self.momentum, self.mode = n_heads, d, chunk, momentum, mode
-        self.inner_step, self.backend = inner_step, "auto"  # backend: see memory.scan
+        self.inner_step, self.dgd, self.backend = inner_step, dgd, "auto"  # backend: see memory.scan
         self.adaptive = [name for name in ("k", "v", "q") if name in adaptive]
         self.static = [name for name in ("k", "v", "q") if name not in adaptive]
         n = 1 + len(self.adaptive)  # memories with an output of width d
         gates = 3 if momentum else 2
-        self.fused = memory == "matrix" and self.adaptive == ["k", "v"] and not momentum and mode == "token"
+        self.fused = memory == "matrix" and self.adaptive == ["k", "v"] and not momentum and mode == "token" and dgd
 
         self.in_proj = linear(d_model, (1 + len(self.static)) * d_model)
         self.gate_proj = linear(d_model, d_model) if gate else None
@@ -335,8 +338,12 @@ class SelfModifyingTitans(nn.Module):
         self.b_eta = nn.Parameter(torch.zeros(n_heads))
         # A short memory disturbs least what the rest must learn first (0.9 against 0.98: 0.05 bits per byte at 0.4M
         # tokens of the nano run); training lengthens it where that pays.
-        self.b_alpha = nn.Parameter(torch.full((n_heads,), retention_bias(0.9)))
-        self.log_A = nn.Parameter(torch.zeros(n_heads))
+        b_alpha, log_A = torch.full((n_heads,), retention_bias(0.9)), torch.zeros(n_heads)
+        if retention:
+            self.b_alpha, self.log_A = nn.Parameter(b_alpha), nn.Parameter(log_A)
+        else:  # exp(-0 softplus(.)) = 1, whatever else there is
+            self.register_buffer("b_alpha", b_alpha)
+            self.register_buffer("log_A", log_A - math.inf)
         self.b_theta = nn.Parameter(torch.zeros(n_heads)) if momentum else None
         self.norm = nn.RMSNorm(d, eps=EPS)
         self.out_proj = linear(d_model, d_model, out_scale)
@@ -417,12 +424,14 @@ class SelfModifyingTitans(nn.Module):
         k, v, q = made["k"], made["v"], made["q"]
         z_alpha = gates[..., 1] + self.b_alpha[:, None]
         alpha = retention_of(z_alpha, self.inner_step * self.log_A.exp()[:, None])
-        eta = self.inner_step * (1 + alpha) * torch.sigmoid(gates[..., 0] + self.b_eta[:, None])
+        eta = self.inner_step * torch.sigmoid(gates[..., 0] + self.b_eta[:, None])
+        eta = eta * (1 + alpha) if self.dgd else eta / self.chunk
         theta = None
         if self.momentum:
             theta = torch.sigmoid(gates[..., 2] + self.b_theta[:, None])
             eta = eta * (1 - theta)  # so that a lasting surprise is written at the same rate
-        rates = dict(eta=eta, alpha=alpha, theta=theta)
+        rates = dict(eta=eta, alpha=alpha, theta=theta, delta=float(self.dgd))
+        at = starts if self.dgd else boundary  # what the scan does not know of M(k)
         targets, gate_targets = self._outputs(boundary, v)
         u = targets - k.unsqueeze(-3)
         second = len(running) > 1
@@ -432,8 +441,8 @@ class SelfModifyingTitans(nn.Module):
             g = ((h @ boundary[1].mT - u) @ boundary[1]) * silu_derivative(z)
             u1 = -g / (1 + boundary[1].square().sum((-2, -1), keepdim=True))
         else:
-            u1 = u - (k @ starts[0][:, : n * d].mT).unflatten(-1, (n, d)).transpose(-3, -2)
-        u1 = torch.cat([u1.transpose(-3, -2).flatten(-2), gate_targets - k @ starts[0][:, n * d :].mT], -1)
+            u1 = u - (k @ at[0][..., : n * d, :].mT).unflatten(-1, (n, d)).transpose(-3, -2)
+        u1 = torch.cat([u1.transpose(-3, -2).flatten(-2), gate_targets - k @ at[0][..., n * d :, :].mT], -1)
         # all rows are read at q, though only memory's own are needed: a second scan for the others would cost more
         y, W, S = scan(running[0], k, u1, q=q, S=momentum[0] if momentum else None, **rates)
         y = y[..., :d] + q @ starts[0][:, :d].mT
@@ -441,11 +450,11 @@ class SelfModifyingTitans(nn.Module):
         if self.mode == "boundary":
             y = q @ boundary[0][..., :d, :].mT
         if second:  # a memory from h to what is left of the targets; h is not of unit length, see memory.write
-            rates = {name: rate if rate is None else rate.unsqueeze(-2) for name, rate in rates.items()}
+            rates = {name: rate.unsqueeze(-2) if torch.is_tensor(rate) else rate for name, rate in rates.items()}
             rates["eta"] = rates["eta"] / (1 + rates["eta"] * h.square().sum(-1))
             S = momentum[1] if momentum else None
             hq = F.silu(y)
-            y, W, S = scan(running[1], h, u - h @ starts[1].mT, q=hq.unsqueeze(-3).expand_as(h), S=S, **rates)
+            y, W, S = scan(running[1], h, u - h @ at[1].mT, q=hq.unsqueeze(-3).expand_as(h), S=S, **rates)
             y = y[..., 0, :, :] + hq @ starts[1][:, 0].mT
             running, momentum = [running[0], W], momentum and [momentum[0], S]
             if self.mode == "boundary":

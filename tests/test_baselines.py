@@ -7,7 +7,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from baselines import TTT, Attention, DeltaNet, GatedDeltaNet, Mamba, RetNet, TitansMAC, TitansMAG, TitansMAL, rotate
+from baselines import (
+    TTT,
+    Attention,
+    DeltaNet,
+    GatedDeltaNet,
+    LinearAttention,
+    Mamba,
+    RetNet,
+    TitansMAC,
+    TitansMAG,
+    TitansMAL,
+    rotate,
+)
 from hope import map_state
 from memory import delta_net, gated_delta_net, l2norm, read
 
@@ -15,6 +27,7 @@ D, H = 16, 2
 MIXERS = {
     "attention": lambda: Attention(D, H),
     "attention_conv": lambda: Attention(D, H, conv=4),
+    "linear_attention": lambda: LinearAttention(D, H),
     "retnet": lambda: RetNet(D, H),
     "deltanet": lambda: DeltaNet(D, H),
     "gated_deltanet": lambda: GatedDeltaNet(D, H),
@@ -225,6 +238,15 @@ def by_hand(mixer, x, step, normalize):
                 y[b, t, values] = normalize(read) * (F.silu(gate[b, t, values]) if mixer.gate else 1)
             finals[b, h] = S
     return y @ mixer.out.weight.T, finals
+
+
+def test_linear_attention_is_a_weighted_mean_with_weights_of_elu_plus_one():
+    mixer, x = LinearAttention(D, H), torch.randn(2, 9, D)
+    q, k, v = (z.unflatten(-1, (H, -1)).transpose(1, 2) for z in (x @ mixer.proj.weight.T).chunk(3, -1))
+    phi = lambda z: torch.where(z > 0, z + 1, z.exp())  # noqa: E731
+    weights = (phi(q) @ phi(k).mT).tril()
+    y = (weights / weights.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(mixer(x)[0], y @ mixer.out.weight.T, rtol=0, atol=1e-10)
 
 
 def retnet_by_hand(mixer, x):

@@ -48,6 +48,7 @@ def test_a_spec_is_a_name_and_fields():
     (["digits", "--optimizers", "adam"], "optimizer is adam: legal is adamw, muon, m3"),
     (["digits", "--lrs", "0"], "lr is 0.0: legal is above 0"),
     (["quality", "--data", "nowhere"], "'nowhere' does not exist"),
+    (["ablation", "--model", "transformer"], "model is 'transformer': legal is hope, with fields"),
     (["kernels", "--device", "cpu"], "measured on a CUDA GPU"),
     (["kernels", "--chunk", "0"], "at least 1"),
 ])  # fmt: skip
@@ -130,6 +131,25 @@ def test_optimizers_are_compared_on_every_model(here, capsys):
         assert {row["model"] for row in rows} == {f"{model}@adamw", f"{model}@m3"}
         assert {len(rounds) for rounds in result[model]["step_seconds"].values()} == {2}
     assert {json.loads(key)["train"]["optimizer"] for key in read_cells(Path("out/q.jsonl"))} == {"adamw", "m3"}
+
+
+def test_the_ablation_takes_one_part_away_at_a_time(here, capsys, monkeypatch):
+    def parts(fields):
+        return bench.spec_config(f"hope:{fields}" if fields else "hope").to_dict()
+
+    whole = parts("")
+    for fields, (_, row) in bench.ABLATION.items():
+        changed = {name for name, value in parts(fields).items() if value != whole[name]} - {"hidden"}
+        assert changed == ({fields.partition("=")[0]} if fields else set())
+        assert row is None or row in {line["model"] for line in bench.published("table6")["rows"]}
+    monkeypatch.setattr(bench, "ABLATION", {name: bench.ABLATION[name] for name in ("", "dgd=false")})
+    flags = ["--tokens", "64", "--lrs", "1e-3", "--lr-tokens", "32", *QUALITY[QUALITY.index("--batch") :]]
+    assert main(["ablation", "--model", f"hope{TINY}:chunk=8", *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("| plain gradient")]
+    assert f"`hope{TINY}:chunk=8:dgd=false`" in line and line.endswith("| 13.41 |")
+    rows = {row["model"]: row for row in json.loads(Path("out/q.json").read_text())["equal_tokens"]}
+    assert len(rows) == 2 and all(0 < row["mean"] < 16 for row in rows.values())
 
 
 def test_digits_are_learned_with_every_optimizer(here, capsys):

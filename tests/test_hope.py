@@ -36,6 +36,7 @@ VARIANTS = {
     "hope, nested": dict(levels=[4, 16, 64], variant="nested"),
     "hope, independent": dict(levels=[8, None], variant="independent"),
     "hope, never learns": dict(inner_step=0.0),
+    "hope, plain gradient": dict(dgd=False, retention=False, gate=False, mode="boundary"),
     "titans, depth 3": dict(model="titans", depth=3),
     "transformer, convolution": dict(model="transformer", conv=4),
 }
@@ -355,6 +356,8 @@ def test_bad_generation_arguments_are_refused_at_the_call(arguments, message):
         (lambda: HopeConfig.preset("12m"), r"unknown preset '12m'.*nano, 30m, 125m.*did you mean '125m'"),
         (lambda: HopeConfig.preset("nano", chunks=8), r"unknown field of HopeConfig 'chunks'.*did you mean 'chunk'"),
         (lambda: HopeConfig(memory="mpl"), r"unknown memory 'mpl'.*matrix, mlp.*did you mean 'mlp'"),
+        (lambda: HopeConfig(mode="tokens"), r"unknown mode 'tokens'.*token, boundary.*did you mean 'token'"),
+        (lambda: HopeConfig(dgd=0), r"dgd must be true or false, got 0"),
         (lambda: HopeConfig(variant="nestd"), r"unknown variant 'nestd'.*did you mean 'nested'"),
         (lambda: HopeConfig(chunk=0), r"chunk must be an integer of at least 1, got 0"),
         (lambda: HopeConfig(chunk=2.5), r"chunk must be an integer of at least 1, got 2.5"),

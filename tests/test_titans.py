@@ -29,6 +29,10 @@ VARIANTS = {
     "mlp, no convolution, no gate": dict(memory="mlp", conv=0, gate=False),
     "convolution of 1": dict(conv=1),
     "half inner step": dict(inner_step=0.5),
+    "plain gradient": dict(dgd=False),
+    "mlp, plain gradient, momentum": dict(dgd=False, memory="mlp", momentum=True),
+    "no retention": dict(retention=False),
+    "mlp, no retention": dict(retention=False, memory="mlp"),
     "chunk 1": dict(chunk=1),
     "mlp, chunk 1": dict(chunk=1, memory="mlp"),
     "titans, depth 1": dict(depth=1),
@@ -173,8 +177,11 @@ class Memory:
             h = F.silu(W @ h)
         return weights[-1] @ h + (z if self.residual else 0)
 
-    def write(self, k, target, eta, alpha, theta):
-        """W <- alpha W - eta (M(k) - target) k^T in the last layer; below it, the surprise at the boundary."""
+    def write(self, k, target, eta, alpha, theta, dgd=True):
+        """W <- alpha W - eta (M(k) - target) k^T in the last layer; below it, the surprise at the boundary.
+
+        Without dgd the last layer's M, too, is that of the boundary, and nothing but the gradient is taken off.
+        """
         inputs, outputs = [k], []
         for W in self.boundary[:-1]:
             outputs.append((W @ inputs[-1]).detach().requires_grad_())
@@ -188,6 +195,8 @@ class Memory:
             x, last = x.detach(), i == len(errors) - 1
             step = eta if i == 0 else eta / (1 + eta * (x @ x))
             known = (self.starts[i] + W) @ x if last else W @ x
+            if not dgd:
+                known = self.boundary[i] @ x if last else 0
             self.momentum[i] = theta * self.momentum[i] + step * torch.outer(u - known, x)
             learned.append(alpha * W + self.momentum[i])
         self.learned = learned
@@ -195,7 +204,7 @@ class Memory:
 
 def self_modifying_by_hand(m, x):
     """SelfModifyingTitans from its parameters -> (y [B, T, D], {memory: [B][H] Memory at the end})."""
-    p = {name: value.detach() for name, value in m.named_parameters()}
+    p = {name: value.detach() for name, value in (*m.named_parameters(), *m.named_buffers())}
     B, T, _ = x.shape
     d = D // H
     z = x @ p["in_proj.weight"].T
@@ -225,14 +234,14 @@ def self_modifying_by_hand(m, x):
                 k, v, q = (unit(of(name, part["x"]) if name in m.adaptive else part[name]) for name in "kvq")
                 A, raw = p["log_A"][h].exp(), {name: of(name, part["x"])[0] + p[f"b_{name}"][h] for name in gates}
                 alpha = torch.exp(-m.inner_step * A * torch.log1p(raw["alpha"].exp()))
-                eta = m.inner_step * (1 + alpha) * torch.sigmoid(raw["eta"])
+                eta = m.inner_step * (1 + alpha if m.dgd else 1 / m.chunk) * torch.sigmoid(raw["eta"])
                 theta = torch.zeros(())
                 if m.momentum:
                     theta = torch.sigmoid(raw["theta"])
                     eta = eta * (1 - theta)
                 targets = {name: of(name, v) for name in memories}
                 for name, memory in memories.items():
-                    memory.write(k, targets[name], eta, alpha, theta)
+                    memory.write(k, targets[name], eta, alpha, theta, m.dgd)
                 reader = memories["memory"]
                 out = reader(q, reader.layers if m.mode == "token" else reader.boundary)
                 y[b, t, h * d : (h + 1) * d] = rms(out, p["norm.weight"])

@@ -1,0 +1,144 @@
+"""What suites.py promises: the protocol it states, cells that are never trained twice, tables beside the paper's."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import suites
+from suites import Autoencoder, Cell, build, data_sets, protocol, score, train_cell
+from tasks import IGNORE, LANGUAGES, MAD
+
+TINY = {"d_model": 16, "n_layers": 1, "n_heads": 1, "chunk": 8}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class Says(torch.nn.Module):
+    """Writes what it is told to, whatever it reads."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens = torch.as_tensor(tokens)
+
+    def forward(self, inputs):
+        return torch.nn.functional.one_hot(self.tokens[: len(inputs)]).float(), None
+
+
+def test_accuracies_by_hand():
+    targets = torch.tensor([[0, 1, IGNORE], [1, 1, 1], [IGNORE, 1, 2]])
+    part = [torch.zeros_like(targets), targets]
+    answers = Says([[0, 1, 2], [1, 1, 0], [0, 2, 2]])
+    assert score(answers, part, "rows") == pytest.approx(1 / 3)
+    assert score(answers, part, "tokens") == pytest.approx(5 / 7)
+    assert score(answers, part, "classes") == pytest.approx((1 + 3 / 5 + 1) / 3)
+    assert score(Says(targets.clamp(0)), part, "rows", batch=3) == 1
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_training_validation_and_test_words_are_apart_where_there_are_enough(language):
+    (x, y), valid, test = data_sets(Cell("formal", language, "hope", examples=300, tests=40))
+    words = [{row.tobytes() for row in np.where(t != IGNORE, w, -1)} for w, t in ((x, y), valid[0], test[0])]
+    lengths = [(part[1] != IGNORE).sum(1) for part in ((x, y), *valid, *test)]
+    assert [(n.min() >= low, n.max() <= high) for n, low, high in zip(lengths, (2, 2, 51, 2, 51), (50, 50, 100, 50, 100),
+                                                                      strict=True)] == [(True, True)] * 5  # fmt: skip
+    if language in ("parity", "shuffle-2"):
+        assert list(map(len, words)) == [300, 40, 40] and len(set.union(*words)) == 380
+    else:
+        assert words[0] == words[1] == words[2]
+    assert y.max() < Cell("formal", language, "hope").vocab()
+
+
+@pytest.mark.parametrize("suite, task", [*(("mad", task) for task in MAD), ("mqar", "4 pairs")])
+def test_every_task_fits_the_vocabulary_of_its_model(suite, task):
+    for one in protocol(suite, task, quick=False):
+        cell = replace(Cell(suite, task, "hope", **one), examples=2, tests=2)
+        train, (valid,), (test,) = data_sets(cell)
+        for inputs, targets in (train, valid, test):
+            assert inputs.max() < cell.vocab() and targets.max() < cell.vocab() and inputs.shape == targets.shape
+
+
+def test_the_full_protocol_of_mad_is_the_published_one():
+    cells = {task: protocol("mad", task, quick=False) for task in MAD}
+    assert {task: len(one) for task, one in cells.items()} == {
+        "compression": 11, "recall": 11, "noisy recall": 14, "fuzzy recall": 11, "selective copying": 13, "memorization": 6,
+    }  # fmt: skip
+    assert cells["recall"][0]["steps"] == 200 * 12_800 / 128 and cells["memorization"][0]["steps"] == 200 * 256 / 128
+    assert [one["examples"] for one in cells["recall"]][-4:] == [6400, 3200, 1600, 800]
+
+
+def test_the_decoder_of_compression_sees_the_last_token_s_state_alone():
+    cell = Cell("mad", "compression", "hope", sizes=TINY, settings={"length": 12})
+    model = build(cell)
+    assert isinstance(model, Autoencoder)
+    tokens = torch.randint(15, (2, 12))
+    logits, _ = model(tokens)
+    assert logits.shape == (2, 12, 16)
+    other = tokens.clone()
+    other[0, 0] = (tokens[0, 0] + 1) % 15
+    changed = (model(other)[0] - logits).abs().amax(-1)
+    assert (changed[0] > 0).all() and (changed[1] == 0).all()
+
+
+def test_a_cell_learns_and_follows_from_its_seed():
+    cell = Cell("mad", "memorization", "hope", sizes=TINY, settings={"vocab": 8, "length": 8}, steps=80, batch=16, check=0,
+                lr=1e-2, examples=256, tests=20)  # fmt: skip
+    result = train_cell(cell, "cpu", 1)
+    assert result["test"] == result["valid"] == [1.0] and result["steps"] == 80
+    assert result["test"] == train_cell(replace(cell, check=20), "cpu", 1)["test"]
+    short = [train_cell(replace(cell, steps=2, seed=seed), "cpu", 1)["loss"] for seed in (0, 0, 1)]
+    assert short[0] == short[1] != short[2]
+
+
+def test_training_ends_when_all_validation_words_are_right():
+    cell = Cell("mad", "memorization", "hope", sizes=TINY, settings={"vocab": 8, "length": 8}, steps=400, batch=16, check=20,
+                lr=1e-2, examples=256, tests=20)  # fmt: skip
+    result = train_cell(cell, "cpu", 1)
+    assert result["test"] == [1.0] and result["steps"] < 400 and result["steps"] % 20 == 0
+
+
+RUN = ["tasks", "--suite", "formal", "--models", "hope:d_model=16:n_layers=1:chunk=8,lstm", "--tasks", "(aa)*"]
+RUN += ["--quick", "--seeds", "0,1", "--steps", "3", "--batch", "4", "--examples", "50", "--tests", "10", "--out", "out/t.json"]
+
+
+def test_eval_tasks_trains_prints_draws_and_never_trains_a_cell_twice(here, capsys, monkeypatch):
+    assert evaluation.main([*RUN, "--jobs", "1", "--lrs", "1e-3,1e-2", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "| model | parameters | (aa)* |" in shown and "| Hope, published | not stated | 100.00 / 100.00 |" in shown
+    result = json.loads(Path("out/t.json").read_text())
+    assert len(result["cells"]) == 2 * 2 + 2 * 2  # learning rates, then seeds, each of two models
+    for row in result["rows"]:
+        own = [c for c in result["cells"] if c["model"] == row["model"]]
+        tests = np.array([c["test"] for c in own if c["seed"] != 100])
+        assert row["mean"]["(aa)*"] == pytest.approx(100 * tests.mean(0))
+        assert row["worst"]["(aa)*"] == pytest.approx(100 * tests.min(0))
+        searched = {c["lr"]: np.mean(c["valid"]) for c in own if c["seed"] == 100}
+        assert {c["lr"] for c in own if c["seed"] != 100} == {max(searched, key=searched.get)}
+    assert Path("out/t.png").stat().st_size > 1000
+    monkeypatch.setattr("bench.ProcessPoolExecutor.submit", None)
+    assert evaluation.main([*RUN, "--jobs", "1", "--lrs", "1e-3,1e-2", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.count("4 of 4 cells are in") == 2
+    assert json.loads(Path("out/t.json").read_text()) == result
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--suite", "formel"], "unknown suite 'formel': must be one of formal, mad, mqar; did you mean 'formal'?"),
+    (["--suite", "mad", "--models", "lstm"], "lstm is a reference on the formal languages only"),
+    (["--suite", "mad", "--tasks", "recal"], "unknown task 'recal'"),
+    (["--suite", "formal", "--models", "hopp"], "did you mean 'hope'"),
+    (["--suite", "formal", "--seeds", "100"], "seeds is 100: legal are numbers from 0 on but 100"),
+    (["--suite", "formal", "--steps", "0"], "at least 1"),
+    (["--suite", "mqar", "--lrs", "0"], "lr is 0.0: legal is above 0"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_writes_nothing(here, capsys, flags, told):
+    assert suites.main(flags) == 2
+    message = capsys.readouterr().err
+    assert told in message and message.count("\n") == 1 and not list(here.iterdir())
