@@ -292,7 +292,7 @@ def validate(model: nn.Module, tokens: np.ndarray, batch_size: int, seq_len: int
 # Peak of dense bfloat16 products, FLOPs per second, by a part of the GPU's name
 PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
         "A10": 125e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
-WATCH_EVERY = 50  # steps between two looks at eta and alpha, each a forward pass of one row
+WATCH_EVERY = 100  # steps between two looks at eta and alpha, each a forward pass of one row
 
 
 def peak_flops(device: torch.device) -> float | None:
