@@ -633,7 +633,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     tokens = torch.tensor([encoding.encode_ordinary(prompt)], device=device)
     model.eval()
     torch.manual_seed(config.seed)
-    written = [int(token) for token in model.generate(tokens, 200, temperature=0.8)]
+    with precision(device):
+        written = [int(token) for token in model.generate(tokens, 200, temperature=0.8)]
     sample = prompt + encoding.decode(written, errors="replace")
     if first:
         write_beside(folder / "sample.txt", lambda beside: beside.write_text(sample + "\n", encoding="utf-8"))
