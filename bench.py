@@ -62,7 +62,7 @@ from pathlib import Path
 
 import torch
 
-from data import batch, load_corpus, n_bytes, tokenizer
+from data import batch, load_corpus, n_bytes
 from hope import Hope, HopeConfig, device_for, first_line
 from optimizers import OPTIMIZERS, optimizer_by_name
 from train import (
@@ -241,7 +241,8 @@ def speed(args) -> dict:
 def train_cell(config: TrainConfig) -> dict:
     """Train and validate one model. A loss that is not finite is a result too: bits_per_byte None, and the error."""
     torch.set_num_threads(config.threads)
-    encoding, corpus, device = tokenizer(), load_corpus(config.data), device_for(config.device)
+    corpus, device = load_corpus(config.data), device_for(config.device)
+    encoding = corpus.encoding
     torch.manual_seed(config.seed)
     model = Hope(cell_model(config)).to(device).train()
     optimizer = optimizer_for(model, config)
@@ -263,7 +264,7 @@ def train_cell(config: TrainConfig) -> dict:
             optimizer.zero_grad(set_to_none=True)
             seconds.append(time.perf_counter() - began)
         held_out = corpus.val[: config.eval_tokens]
-        nats, _ = validate(model, held_out, config.batch_size, config.seq_len, device)
+        nats, _ = validate(model, held_out, config.batch_size, config.seq_len, device, start=encoding.eot_token)
         result["bits_per_byte"] = nats / math.log(2) / n_bytes(held_out, encoding)
     except NonFinite as error:
         result["error"] = str(error).split(";")[0]
@@ -272,7 +273,8 @@ def train_cell(config: TrainConfig) -> dict:
 
 
 def cell_model(config: TrainConfig) -> HopeConfig:
-    return HopeConfig.preset(config.preset, model=config.model, **({"vocab_size": tokenizer().n_vocab} | config.set))
+    own = {"vocab_size": load_corpus(config.data).encoding.n_vocab}
+    return HopeConfig.preset(config.preset, model=config.model, **(own | config.set))
 
 
 @cache
@@ -420,9 +422,10 @@ def compare(args, pool) -> dict:
     # Everything that can be wrong is found here, before anything is written.
     search = [cell(spec, lr, SEARCH_SEED, args.lr_tokens) for lr in lrs for spec in specs]
     [cell(specs[0], lrs[0], seed, args.tokens) for seed in seeds]
-    models = {spec: spec_config(spec.partition("@")[0], args.preset, vocab_size=tokenizer().n_vocab) for spec in specs}
-    sizes = {spec: parameters(config) for spec, config in models.items()}
     corpus = load_corpus(args.data)
+    n_vocab = corpus.encoding.n_vocab
+    models = {spec: spec_config(spec.partition("@")[0], args.preset, vocab_size=n_vocab) for spec in specs}
+    sizes = {spec: parameters(config) for spec, config in models.items()}
     batch(corpus.train, 1, args.seq_len, 0, 0)
     if max(sizes.values()) > 1.02 * min(sizes.values()):
         print(f"note: parameters differ by more than 2%: {', '.join(f'{s} {n:,}' for s, n in sizes.items())}")
@@ -468,7 +471,8 @@ def compare_optimizers(args) -> dict:
     """`compare` of every model under every optimizer, then the time of their steps; returns all."""
     models, names, result = split_specs(args.models), split_specs(args.optimizers), {}
     specs = {model: [f"{model}@{name}" for name in names] for model in models}
-    configs = {model: spec_config(model, args.preset, vocab_size=tokenizer().n_vocab) for model in models}
+    n_vocab = load_corpus(args.data).encoding.n_vocab
+    configs = {model: spec_config(model, args.preset, vocab_size=n_vocab) for model in models}
     for name in names:
         TrainConfig(optimizer=name)
     with workers(args.jobs) as pool:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import documents, join, load_corpus, n_bytes, tokenizer
+from data import documents, is_shards, join, load_corpus, n_bytes, tokenizer
 from harness import Scorer, harness, token_losses
 from hope import Hope, device_for, write_beside
 from tasks import NEEDLES, babi, babilong, needle
@@ -101,10 +101,16 @@ class Run:
 
     def text(self, data: str | None):
         """(name, tokens [N], bytes) of `data`, or of the held-out part of the run's own corpus."""
+        if data is not None and is_shards(data):
+            corpus = load_corpus(data, self.encoding)
+            return f"held-out part of {corpus.name}", corpus.val, corpus.val_bytes
         if data is not None:
             files = [content for _, content in documents(data)]
             return data, join(files, self.encoding), sum(len(content) for content in files)
-        corpus = load_corpus(self.train.data, self.encoding)
+        try:
+            corpus = load_corpus(self.train.data, self.encoding)
+        except ValueError as error:
+            raise ValueError(f"{error}; --data names another text") from None
         if corpus.fingerprint() != self.config["corpus"]:
             raise ValueError(
                 f"data {self.train.data!r} has changed since {self.folder} was trained, so its held-out part may have "
@@ -147,7 +153,8 @@ def evaluate(run: str, data: str | None = None, device: str = "auto") -> dict:
     """
     opened = Run.open(run, device)
     train, (text, tokens, size) = opened.train, opened.text(data)
-    nats, count = validate(opened.model, tokens, train.batch_size, train.seq_len, opened.device)
+    rows, start = train.micro_batch or train.batch_size, opened.encoding.eot_token
+    nats, count = validate(opened.model, tokens, rows, train.seq_len, opened.device, start=start)
     bits = nats / math.log(2) / size
     result = {
         "text": text,
@@ -444,7 +451,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("--tasks", help=f"{', '.join(TABLES)}, or names of lm-eval's tasks, with commas")
-    parser.add_argument("--data", help="a text file or a folder, scored whole (default: the run's held-out text)")
+    parser.add_argument("--data", help="a text file or a folder, scored whole, or shards, of which the held-out part is "
+                        "(default: the run's held-out text)")  # fmt: skip
     parser.add_argument("--data-dir", help="folder of benchmark files: no network is used")
     parser.add_argument("--limit", type=whole, help="only the first so many items of a task of lm-eval: a look")
     parser.add_argument("--max-length", type=whole, help="cut what is read to so many tokens (default: never), and the windows "

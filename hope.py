@@ -44,6 +44,7 @@ import checkpoint
 from baselines import TTT, Attention, DeltaNet, GatedDeltaNet, Mamba, RetNet, TitansMAC, TitansMAG, TitansMAL
 from checkpoint import first_line, load_file, write_beside
 from cms import CMS, VARIANTS, Level
+from data import tokenizer_of
 from memory import full_precision
 from titans import NeuralMemory, SelfModifyingTitans
 
@@ -448,14 +449,14 @@ class Hope(nn.Module):
 
     @classmethod
     def load(cls, run, device="cpu"):
-        """(model in eval mode, name of its tokenizer) from a run folder. Raises ValueError with what is wrong with it."""
+        """(model in eval mode, what `tokenizer` knows its tokenizer by) from a run folder. ValueError says what is wrong."""
         config = os.path.join(run, "config.json")
         if not os.path.isfile(config):
             raise ValueError(f"{run!r} is no run folder: {config} does not exist")
         try:
             with open(config) as f:
                 saved = json.load(f)
-            model, tokenizer = cls(HopeConfig(**saved["model"])), saved["tokenizer"]
+            model, tokenizer = cls(HopeConfig(**saved["model"])), tokenizer_of(run, saved["tokenizer"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{config} is damaged: {error!r}") from None
         checkpoint.load(run, model)

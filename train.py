@@ -7,7 +7,11 @@
     python train.py --resume runs/hope-nano                 # go on after Ctrl-C, a kill, a power cut
     python train.py --resume runs/hope-nano --tokens 4e6    # train longer
     python train.py --help                                  # every field of TrainConfig, with its default
+    python train.py --preset 340m --dry-run                 # what it would cost: parameters, FLOPs, memory, time (plan.py)
     torchrun --nproc_per_node=8 train.py --preset 340m ...  # the same run on 8 GPUs; --fsdp: weights in shares
+
+The presets from 30m up bring a training set-up with them (SETUPS), which flags override: tokens, 0.5M to a step in rows of
+4,096, AdamW at 4e-4 on a cosine, and shards in data/fineweb (python data.py fineweb-edu --out data/fineweb).
 
 A run is a folder; everything needed to continue is in it:
 
@@ -59,7 +63,7 @@ from tqdm import tqdm
 
 import checkpoint
 import distributed
-from data import batch, load_corpus, n_bytes, tokenizer, windows
+from data import batch, load_corpus, n_bytes, save_tokenizer, tokenizer, tokenizer_of, windows
 from distributed import gather, on_all, on_first, rank, total, world
 from hope import UPDATES, Hope, HopeConfig, device_for, first_line, flops_per_token, plain, write_beside
 from memory import watch
@@ -81,6 +85,18 @@ FRACTION = ("0 to 1", lambda value: 0 <= value <= 1)
 BELOW_1 = ("0 to below 1", lambda value: 0 <= value < 1)
 AN_OPTIMIZER = (", ".join(OPTIMIZERS), OPTIMIZERS.__contains__)
 CMS_STEP = 1e-3  # initial inner step size of the CMS levels where they learn in context
+# How the Titans and Gated DeltaNet papers train: 340M on 15B, 760M on 30B, 1.3B on 100B tokens of FineWeb-Edu. The two smaller
+# presets, which they do not have: 20 tokens a parameter. Warm-up: 1% of the steps, as in Gated DeltaNet's code. micro_batch:
+# what Hope can do without recompute on a GPU of 80 GB.
+PAPER = dict(data="data/fineweb", batch_size=128, seq_len=4096, lr=4e-4, min_lr_ratio=0.1, warmup=0.01, weight_decay=0.1,
+             beta1=0.9, beta2=0.95, grad_clip=1.0, eval_every=1000, eval_tokens=2**20, save_every=1000)  # fmt: skip
+SETUPS = {
+    "30m": PAPER | dict(tokens=600_000_000, micro_batch=16),
+    "125m": PAPER | dict(tokens=2_500_000_000, micro_batch=8),
+    "340m": PAPER | dict(tokens=15_000_000_000, micro_batch=4),
+    "760m": PAPER | dict(tokens=30_000_000_000, micro_batch=2),
+    "1.3b": PAPER | dict(tokens=100_000_000_000, micro_batch=1),
+}
 NOT_SET = ("all but model, a flag, and vocab_size, the tokenizer's", {"model", "vocab_size"}.isdisjoint)
 
 
@@ -91,7 +107,8 @@ class TrainConfig:
     model: str = flag("hope", "hope, hope_attention, titans, transformer, gated_deltanet, ...")
     preset: str = flag("nano", "size of the model")
     set: dict = flag({}, "set a field of HopeConfig, as in --set n_layers=2 (repeatable)", *NOT_SET)
-    data: str = flag("stdlib", "'stdlib' (this Python's own source), a text file, or a folder", on_resume=True)
+    data: str = flag("stdlib", "'stdlib' (this Python's own source), a text file, a folder of text or of shards (data.py)",
+                     on_resume=True)  # fmt: skip
     out: str | None = flag(None, "folder of the run; without it runs/<model>-<preset>, numbered if taken")
     resume: str | None = flag(None, "folder of a run to continue", on_resume=True)
     tokens: int = flag(2_000_000, "tokens to train on, rounded up to whole steps", *AT_LEAST_1, on_resume=True)
@@ -267,14 +284,16 @@ def rates(model: nn.Module, tokens: torch.Tensor) -> dict:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, tokens: np.ndarray, batch_size: int, seq_len: int, device, updates="off") -> tuple[float, int]:
+def validate(
+    model: nn.Module, tokens: np.ndarray, batch_size: int, seq_len: int, device, updates="off", start=256
+) -> tuple[float, int]:
     """(nats, count) of a token stream [N]: every token scored once, memories starting afresh every seq_len tokens.
 
-    updates: whether the CMS levels take steps in context, see Hope.forward.
+    updates: whether the CMS levels take steps in context, see Hope.forward. start: the tokenizer's <|endoftext|>.
     """
     device, training = torch.device(device), model.training
     model.eval()
-    nats, count, pieces = 0.0, 0, windows(tokens, batch_size, seq_len)
+    nats, count, pieces = 0.0, 0, windows(tokens, batch_size, seq_len, start)
     while turn := list(islice(pieces, world())):
         mine = rank() < len(turn)  # else read along, for the sake of the others: weights in shares are gathered by all
         inputs, targets = turn[rank() if mine else 0]
@@ -448,7 +467,8 @@ def prepare(config: TrainConfig) -> tuple:
         raise ValueError("fsdp is on in a process of its own: legal is under torchrun, as torchrun --nproc_per_node=8 train.py")
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("wandb is on, but the package is not installed: pip install wandb")
-    encoding = tokenizer()
+    corpus = load_corpus(config.data, tokenizer(tokenizer_of(folder, saved["tokenizer"])) if saved else None)
+    encoding = corpus.encoding
     try:
         if saved:
             model_config = HopeConfig(**saved["model"])
@@ -461,7 +481,6 @@ def prepare(config: TrainConfig) -> tuple:
     if config.cms_updates != "off" and not 2 <= (model_config.levels[0] or 0) < config.seq_len:
         why = f"no token of a row sees an update with seq_len {config.seq_len}"
         raise ValueError(f"levels is {model_config.levels}: {why}; legal is a first chunk from 2 to {config.seq_len - 1}")
-    corpus = load_corpus(config.data, encoding)
     fingerprint = corpus.fingerprint()
     if saved and fingerprint != saved["corpus"]:
         raise ValueError(f"data {config.data!r} is {fingerprint}, but {folder} was trained on {saved['corpus']}")
@@ -503,6 +522,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
         own = {**asdict(config), "resume": None}
         everything = {"model": model_config.to_dict(), "train": own, "tokenizer": encoding.name, "corpus": fingerprint}
         write_json(folder / "config.json", everything)
+        if encoding.name != "bytes":
+            save_tokenizer(encoding, folder)  # the run outlives its shards
         # What a killed run logged after its last checkpoint is computed again.
         lines = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= start]
         write_beside(folder / "metrics.jsonl", lambda beside: beside.write_text("".join(lines)))
@@ -540,7 +561,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
             on_step(record)
 
     def validation(step: int, tokens: np.ndarray) -> float:
-        nats, count = validate(model, tokens, config.batch_size, config.seq_len, device, config.cms_updates)
+        start = encoding.eot_token
+        nats, count = validate(model, tokens, config.batch_size, config.seq_len, device, config.cms_updates, start)
         bits = nats / math.log(2) / n_bytes(tokens, encoding)
         report({"step": step, "tokens": step * config.tokens_per_step, "val_bits_per_byte": bits, "val_tokens": count,
                 "cms_updates": config.cms_updates})  # fmt: skip
@@ -684,13 +706,20 @@ def parse(argv: list[str] | None) -> TrainConfig:
             parser.add_argument(*names, help=text, metavar={int: "N", float: "X"}.get(f.type, "NAME"))
 
     given = vars(parser.parse_args(argv))
-    return resumed(given.pop("resume"), **given) if given.get("resume") else TrainConfig(**given)
+    if given.get("resume"):
+        return resumed(given.pop("resume"), **given)
+    return TrainConfig(**SETUPS.get(given.get("preset"), {}) | given)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0 done, 2 bad input or a failed run, 130 stopped by Ctrl-C."""
     config = None
     try:
+        if "--dry-run" in (sys.argv if argv is None else argv):
+            import plan
+
+            plan.main(sys.argv[1:] if argv is None else argv)
+            return 0
         config = parse(argv)
         result = train(config)
         distributed.stop()

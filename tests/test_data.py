@@ -1,13 +1,32 @@
-"""What data.py promises: lossless tokens, a split by files, batches from (seed, step), every held-out token scored."""
+"""What data.py promises: lossless tokens, a split by files, batches from (seed, step), every held-out token scored; shards
+that are the same whoever makes them, in one go or in many."""
 
+import hashlib
+import json
 import math
+import os
 import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from data import batch, documents, encode, join, load_corpus, main, n_bytes, tokenizer, windows
+import data
+import eval as eval_py
+import hope
+import train
+from data import Shards, batch, documents, encode, join, load_corpus, main, n_bytes, tokenizer, windows
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = "the memory of a river keeps what it was told and forgets slowly what nobody asks for again".split()
 
 
 @pytest.fixture
@@ -170,6 +189,373 @@ def test_folder_without_text_is_refused(tmp_path):
 
 
 def test_data_py_shows_what_the_corpus_is(folder, capsys):
-    main(str(folder))
+    main([str(folder)])
     printed = capsys.readouterr().out
     assert "38 files" in printed and "2 files" in printed and "257 symbols" in printed
+
+
+# Vocabularies and shards
+
+
+def prose(seed, n):
+    """n lines of a few words each."""
+    r = random.Random(seed)
+    return "".join(" ".join(r.choices(WORDS, k=8)).capitalize() + f", {r.randrange(3000)}.\n" for _ in range(n)).encode()
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """A folder of 30 texts, one of them long, one with bytes beyond ASCII; no text among them ends like another begins."""
+    folder = tmp_path_factory.mktemp("library")
+    for i in range(30):
+        (folder / f"{i}.txt").write_bytes(prose(i, 400 if i == 7 else 20) + ("ñ漢🙂" * (i == 3)).encode())
+    return folder
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(data, "LEAST", 3000)
+    monkeypatch.setattr(data, "PIECE", 1000)
+
+
+@pytest.fixture
+def shards(library, small_shards, tmp_path):
+    pytest.importorskip("tokenizers")
+    main(["text", str(library), "--vocab", "300", "--out", str(tmp_path / "shards"), "--jobs", "1"])
+    return tmp_path / "shards"
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_each_merge_of_a_vocabulary_is_the_most_frequent_pair_of_its_time():
+    pytest.importorskip("tokenizers")
+    text = prose(0, 60)
+    learned = [token for token, _ in sorted(data.train_tokenizer([text], 320)._mergeable_ranks.items(), key=lambda x: x[1])]
+    assert learned[:256] == [bytes([b]) for b in range(256)]
+    words = Counter(re.findall(r" ?[a-z]+|[A-Z][a-z]*| |[0-9]{1,3}|[,.]+\n?", text.decode()))  # PATTERN, on such text
+    assert sum(len(word) * count for word, count in words.items()) == len(text)
+    cut = {word: [bytes([b]) for b in word.encode()] for word in words}
+    for token in learned[256:]:
+        pairs = Counter()
+        for word, parts in cut.items():
+            for pair in pairwise(parts):
+                pairs[pair] += words[word]
+        most = [pair for pair, count in pairs.items() if count == max(pairs.values())]
+        assert (pair := next((p for p in most if p[0] + p[1] == token), None)), token
+        for word, parts in cut.items():
+            i, merged = 0, []
+            while i < len(parts):
+                both = tuple(parts[i : i + 2]) == pair
+                merged.append(token if both else parts[i])
+                i += 1 + both
+            cut[word] = merged
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", random.Random(0).randbytes(5000), b"abc\xc3", b"\xed\xa0\x80", b"<|endoftext|>\0", b" " * 10**6 + b"x", prose(1, 9)],
+    ids=["nothing", "random bytes", "half a character", "surrogate", "special", "a million spaces", "prose"],
+)
+def test_trained_vocabulary_gives_any_bytes_back(shards, text):
+    encoding = tokenizer(str(shards / "tokenizer.json"))
+    ids = encode(text, encoding)
+    assert encoding.decode_bytes(ids.tolist()) == text and n_bytes(ids, encoding) == len(text)
+    assert encoding.eot_token == encoding.n_vocab - 1 == 299 and encoding.eot_token not in ids
+
+
+def test_shards_hold_the_documents_of_the_corpus_in_its_order(library, shards):
+    corpus, plain = load_corpus(str(shards)), load_corpus(str(library))
+    assert len(corpus.train.arrays) > 5 and corpus.train.arrays[0].dtype == np.uint16
+    for part in ("train", "val"):
+        tokens = getattr(corpus, part)[:]
+        assert corpus.encoding.decode_bytes(tokens.tolist()) == tokenizer().decode_bytes(getattr(plain, part).tolist())
+        size = getattr(corpus, f"{part}_bytes")
+        assert size == getattr(plain, f"{part}_bytes") == n_bytes(tokens, corpus.encoding)
+
+
+def test_manifest_counts_what_is_there(shards):
+    manifest = json.loads((shards / "manifest.json").read_text())
+    assert sum(shard["documents"] for shard in manifest["shards"]) == 30 == manifest["source"]["documents"]
+    for shard in manifest["shards"]:
+        assert hashlib.sha256((shards / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
+        assert len(np.load(shards / shard["file"])) == shard["tokens"]
+    assert {shard["file"] for shard in manifest["shards"]} | {"manifest.json", "tokenizer.json"} == set(contents(shards))
+
+
+def test_single_file_is_split_like_its_corpus(tmp_path, small_shards):
+    (tmp_path / "one.txt").write_bytes(prose(0, 300) + "漢".encode() * 3000)  # the last part has no line end to cut at
+    main(["text", str(tmp_path / "one.txt"), "--vocab", "bytes", "--out", str(tmp_path / "out"), "--jobs", "1"])
+    corpus, plain = load_corpus(str(tmp_path / "out")), load_corpus(str(tmp_path / "one.txt"))
+    assert len(corpus.train.arrays) > 3
+    assert np.array_equal(corpus.train[:], plain.train) and np.array_equal(corpus.val, plain.val)
+
+
+def test_full_disk_leaves_shards_that_can_be_finished(library, shards, tmp_path, monkeypatch):
+    real, calls, out = data.write_beside, [], tmp_path / "again"
+    words = ["text", str(library), "--vocab", "300", "--out", str(out), "--jobs", "1"]
+
+    def full(path, write):
+        calls.append(path)
+        if len(calls) % 3 == 0:
+            raise OSError("No space left on device")
+        real(path, write)
+
+    monkeypatch.setattr(data, "write_beside", full)
+    for _ in range(20):
+        try:
+            main(words)
+        except OSError:
+            assert not (out / "manifest.json").exists()
+            with pytest.raises(ValueError, match="unfinished"):
+                load_corpus(str(out))
+    assert contents(out) == contents(shards) and len(calls) > 10
+
+
+def test_killed_command_of_two_processes_given_again_to_one_writes_the_same_bytes(library, shards, tmp_path):
+    out, slow = tmp_path / "killed", tmp_path / "slow.py"
+    words = ["text", str(library), "--vocab", "300", "--out", str(out), "--jobs", "2"]
+    slow.write_text(  # so that there is something to interrupt, whatever the machine
+        f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport data\ndata.LEAST, data.PIECE = 3000, 1000\n"
+        "real = data.encode\ndata.encode = lambda *args: (time.sleep(0.02), real(*args))[1]\n"
+        f"if __name__ == '__main__':\n    data.main({words!r})\n"
+    )
+    process = subprocess.Popen([sys.executable, str(slow)], stderr=subprocess.DEVNULL)
+    while len(list(out.glob("train-*.npy"))) < 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = set(path.name for path in out.glob("*.npy"))
+    assert 3 <= len(done) < len(contents(shards)) - 2 and not (out / "manifest.json").exists()
+    before = {name: (out / name).stat().st_mtime_ns for name in done}
+    main([*words[:-1], "1"])
+    assert contents(out) == contents(shards)
+    assert before == {name: (out / name).stat().st_mtime_ns for name in done}  # what was done is not done again
+
+
+def test_rows_of_shards_come_once_in_every_pass(shards):
+    corpus = load_corpus(str(shards))
+    n = (len(corpus.train) - 1) // 32
+    whole = corpus.train[:]
+    assert np.array_equal(whole, np.concatenate(corpus.train.arrays))
+    for done in (0, 1):
+        rows = [batch(corpus.train, 1, 32, seed=5, step=done * n + i) for i in range(n)]
+        seen = sorted(inputs[0].tolist() for inputs, _ in rows)
+        assert seen == sorted(whole[i * 32 : i * 32 + 32].tolist() for i in range(n))
+        assert all(torch.equal(inputs[0, 1:], targets[0, :-1]) for inputs, targets in rows)
+    first, again, other = (batch(corpus.train, 4, 32, seed, 3)[0] for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first, torch.cat([batch(corpus.train, 1, 32, 0, 12 + i)[0] for i in range(4)]))
+
+
+@pytest.mark.parametrize("part", [slice(0, 5), slice(3, 4), slice(2, 9), slice(9, 9), slice(7, None), slice(None)])
+def test_slices_reach_across_shards(part):
+    whole = np.arange(10, dtype=np.uint16)
+    stream = Shards([whole[:3], whole[3:4], whole[4:8], whole[8:]])
+    assert len(stream) == 10 and np.array_equal(stream[part], whole[part])
+
+
+def test_vocabularies_above_65536_take_four_bytes(tmp_path):
+    ranks = {bytes([i]): i for i in range(256)} | {b"%05d" % i: 256 + i for i in range(70_000)}
+    encoding = data.tiktoken.Encoding("big", pat_str=r"\d+|\D", mergeable_ranks=ranks, special_tokens={data.END: 70_256})
+    data.save_tokenizer(encoding, tmp_path)
+    (tmp_path / "one.txt").write_text("".join(f"{i:05d}\n" for i in range(0, 70_000, 7)))
+    words = ["text", str(tmp_path / "one.txt"), "--vocab", str(tmp_path / "tokenizer.json"), "--jobs", "1"]
+    main([*words, "--out", str(tmp_path / "out")])
+    corpus = load_corpus(str(tmp_path / "out"))
+    assert corpus.val.dtype == np.uint32 and max(corpus.val) > 65_536
+    text = corpus.encoding.decode(np.concatenate([corpus.train[:], corpus.val]).tolist())
+    assert text == (tmp_path / "one.txt").read_text()
+
+
+@pytest.fixture
+def gpt2(tmp_path, monkeypatch):
+    """GPT-2's vocabulary where tiktoken looks for what it has downloaded."""
+    folder = Path(os.environ.get("NESTED_DATA", "")) / "gpt2_bpe"
+    if not os.environ.get("NESTED_DATA") or not folder.is_dir():
+        pytest.skip("NESTED_DATA is not set, or has no gpt2_bpe")
+    for name in ("vocab.bpe", "encoder.json"):
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        shutil.copy(folder / name, tmp_path / hashlib.sha1(url.encode()).hexdigest())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+
+
+def test_gpt2_vocabulary_is_ready(gpt2, library, tmp_path, small_shards):
+    main(["text", str(library), "--vocab", "gpt2", "--out", str(tmp_path / "out"), "--jobs", "1"])
+    corpus = load_corpus(str(tmp_path / "out"))
+    assert corpus.encoding.n_vocab == 50257 and corpus.encoding.eot_token == 50256
+    assert corpus.encoding.encode("Hello world") == [15496, 995]
+    text = random.Random(1).randbytes(3000) + "ñ 漢字 don't\n\n  x".encode()
+    assert corpus.encoding.decode_bytes(encode(text, corpus.encoding).tolist()) == text
+
+
+def test_fineweb_is_taken_in_equal_shares_from_its_files(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    pytest.importorskip("tokenizers")
+    texts = [[prose(100 * file + i, 4).decode() for i in range(40)] for file in range(3)]
+    for file, rows in enumerate(texts):
+        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    monkeypatch.setattr(data, "HUB", {"path": "json", "data_files": [str(tmp_path / f"{i}.jsonl") for i in range(3)]})
+    monkeypatch.setattr(data, "SHARE", 3000)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    data._hub.cache_clear()
+    words = ["fineweb-edu", "--tokens", "6001", "--vocab", "300", "--jobs", "1", "--out"]
+    main([*words, str(tmp_path / "out")])
+    corpus = load_corpus(str(tmp_path / "out"))
+    assert [len(array) for array in corpus.train.arrays] == [2000, 2000, 2001]
+    held_out = corpus.encoding.decode(corpus.val.tolist()).split(data.END)
+    assert held_out == texts[0][: len(held_out)] and 0.05 * 4 * 6001 <= corpus.val_bytes < 0.05 * 4 * 6001 + 300
+    for file, array in enumerate(corpus.train.arrays):
+        after = data.END * (file > 0) + data.END.join(texts[file][len(held_out) * (file == 0) :])
+        assert after.startswith(corpus.encoding.decode(array.tolist()))
+
+
+def test_missing_datasets_library_is_named_with_its_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    data._hub.cache_clear()
+    with pytest.raises(ValueError, match="pip install datasets"):
+        main(["fineweb-edu", "--tokens", "1e6", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+# What is wrong with shards is said in one line, before anything is touched
+
+
+def test_missing_trainer_is_named_with_its_command(library, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    words = ["text", str(library), "--vocab", "300", "--out", str(tmp_path / "out"), "--jobs", "1"]
+    with pytest.raises(ValueError, match="pip install tokenizers"):
+        main(words)
+    assert not contents(tmp_path / "out")
+    main([*words[:2], "--vocab", "bytes", *words[4:]])  # a ready vocabulary needs no trainer
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--vocab", "999999"], "vocab 999999 is more than the text gives: legal is 258 to"),
+        (["--vocab", "257"], "vocab is 257: legal is 258"),
+        (["--vocab", "gpt3"], "unknown tokenizer 'gpt3'"),
+        (["--vocab", "none/tokenizer.json"], "tokenizer.json' does not exist"),
+        (["--jobs", "0"], "jobs.*'0'"),
+        (["--tokens", "5"], "--tokens"),
+    ],
+)
+def test_bad_flag_is_refused(library, tmp_path, words, message):
+    pytest.importorskip("tokenizers")
+    with pytest.raises(ValueError, match=message):
+        main(["text", str(library), "--out", str(tmp_path / "out"), "--jobs", "1", *words])
+    assert not (tmp_path / "out").exists() or not contents(tmp_path / "out")
+
+
+def test_folder_of_other_shards_or_of_something_else_is_refused(library, shards, tmp_path):
+    words = ["text", str(library), "--out", str(shards), "--jobs", "1"]
+    before = contents(shards)
+    with pytest.raises(ValueError, match="was begun with vocab 300, not 400"):
+        main([*words, "--vocab", "400"])
+    (library / "new.txt").write_text("one more")
+    try:
+        with pytest.raises(ValueError, match="was begun with source .*name a new folder"):
+            main([*words, "--vocab", "300"])
+    finally:
+        (library / "new.txt").unlink()
+    with pytest.raises(ValueError, match="exists and holds something else"):
+        main(["text", str(library), "--vocab", "300", "--out", str(tmp_path)])
+    assert contents(shards) == before
+    main([*words, "--vocab", "300"])  # finished already: nothing to do
+    assert contents(shards) == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "train-00001.npy").unlink(), "train-00001.npy is missing, damaged or not whole"),
+        (lambda folder: (folder / "train-00001.npy").write_bytes(b"NUMPY"), "train-00001.npy is missing, damaged or not whole"),
+        (lambda folder: np.save(folder / "val-00000.npy", np.zeros(3, np.uint16)), "val-00000.npy does not have its"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
+        (lambda folder: data.save_tokenizer(tokenizer(), folder), "is not the tokenizer of the manifest"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json' is damaged"),
+    ],
+    ids=["missing", "garbage", "shorter", "manifest", "other tokenizer", "damaged tokenizer"],
+)
+def test_damaged_shards_are_refused(shards, damage, message):
+    shutil.copytree(shards, shards.parent / "damaged")  # under another name: tokenizers are read once
+    damage(shards.parent / "damaged")
+    with pytest.raises(ValueError, match=f"data .*damaged'.*({message})") as caught:
+        load_corpus(str(shards.parent / "damaged"))
+    assert "\n" not in str(caught.value)
+
+
+def test_one_changed_token_is_found_by_the_checksums(shards, capsys):
+    main([str(shards)])
+    assert "as the manifest says" in capsys.readouterr().out
+    array = np.load(shards / "train-00002.npy")
+    array[5] ^= 1
+    np.save(shards / "train-00002.npy", array)
+    with pytest.raises(ValueError, match="train-00002.npy is not the file of the manifest"):
+        main([str(shards)])
+
+
+def test_shards_of_another_tokenizer_than_the_run_s_are_refused(shards):
+    own = tokenizer(str(shards / "tokenizer.json"))
+    assert load_corpus(str(shards), own).encoding is own
+    with pytest.raises(ValueError, match="holds tokens of 'bpe-300-.*', but the tokenizer of the run is 'bytes'"):
+        load_corpus(str(shards), tokenizer())
+    with pytest.raises(ValueError, match="is a folder of token shards, not of text"):
+        documents(str(shards))
+
+
+# Training on shards
+
+
+def tiny(run, data, *words):
+    """Twelve steps of a tiny model; the losses."""
+    sizes = "--batch-size 2 --seq-len 16 --set n_layers=1 --set d_model=32 --set n_heads=1 --tokens 384".split()
+    begin = ["--out", str(run), *sizes] if words == () else ["--resume", str(run), *words]
+    assert train.main([*begin, "--data", str(data)]) == 0
+    return [r["bits_per_byte"] for r in train.read_metrics(run) if "lr" in r]
+
+
+def test_run_on_shards_outlives_them(shards, library, tmp_path, capsys):
+    losses = tiny(tmp_path / "run", shards)
+    assert len(losses) == 12 and losses[0] == pytest.approx(math.log2(300) * 21_172 / 44_227, rel=0.05)
+    shutil.copytree(shards, tmp_path / "moved")
+    assert tiny(tmp_path / "run", tmp_path / "moved", "--tokens", "448")[:12] == losses  # wherever the shards are now
+    name = json.loads((tmp_path / "run" / "config.json").read_text())["tokenizer"]
+    shutil.rmtree(shards)
+    shutil.rmtree(tmp_path / "moved")
+    model, known = hope.Hope.load(tmp_path / "run")
+    encoding = tokenizer(known)
+    assert encoding.name == name and encoding.n_vocab == model.config.vocab_size == 300
+    assert eval_py.main([str(tmp_path / "run"), "--data", str(library / "7.txt")]) == 0
+    scored = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert 0 < scored["bits_per_byte"] < 8 and scored["bytes"] == (library / "7.txt").stat().st_size
+    capsys.readouterr()
+    assert eval_py.main([str(tmp_path / "run")]) == 2
+    assert "moved' does not exist" in capsys.readouterr().err
+
+
+def test_held_out_score_of_a_run_on_shards_is_that_of_its_held_out_shard(shards, tmp_path):
+    tiny(tmp_path / "run", shards)
+    own = [r for r in train.read_metrics(tmp_path / "run") if "val_tokens" in r][-1]
+    corpus = load_corpus(str(shards))
+    assert own["val_tokens"] == len(corpus.val)
+    model, _ = hope.Hope.load(tmp_path / "run")
+    with torch.no_grad():
+        nats = 0.0
+        for inputs, targets in windows(corpus.val, 1, 16, start=299):  # the first token after this tokenizer's own end
+            nats += torch.nn.functional.cross_entropy(model(inputs)[0][0], targets[0], reduction="sum").item()
+    assert own["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / corpus.val_bytes, rel=1e-5)
+
+
+def test_training_goes_on_only_with_the_tokenizer_it_began_with(shards, library, tmp_path, capsys):
+    tiny(tmp_path / "run", shards)
+    words = ["text", str(library), "--jobs", "1", "--out"]
+    main([*words, str(tmp_path / "other"), "--vocab", "310"])
+    before = contents(tmp_path / "run")
+    capsys.readouterr()
+    assert train.main(["--resume", str(tmp_path / "run"), "--tokens", "448", "--data", str(tmp_path / "other")]) == 2
+    error = capsys.readouterr().err
+    assert re.search("holds tokens of 'bpe-310-.*but the tokenizer of the run is 'bpe-300-", error) and error.count("\n") == 1
+    assert contents(tmp_path / "run") == before
