@@ -150,6 +150,8 @@ class TrainConfig:
             raise ValueError(f"compile is on and cms_updates {self.cms_updates!r}: legal is one of them")
         if self.fsdp and self.cms_updates != "off":  # levels take their steps outside the block that is gathered
             raise ValueError(f"fsdp is on and cms_updates {self.cms_updates!r}: legal is one of them")
+        if self.fsdp and self.optimizer == "dmgd":  # its memories are networks that read whole gradients
+            raise ValueError("fsdp is on and optimizer dmgd: legal is one of them")
         if self.data != "stdlib":
             self.data = os.path.abspath(self.data)  # a run can be resumed from another folder
 
