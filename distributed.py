@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from cms import MLP
+
 TIMEOUT = timedelta(minutes=10)  # longer than the slowest honest step or save
 CONTROL = None  # the gloo group of all processes
 
@@ -132,22 +134,22 @@ def whole(t: torch.Tensor) -> torch.Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def shard(model: nn.Module, device: torch.device) -> None:
+def shard(model: nn.Module, device: torch.device, blocks_whole: bool = False) -> None:
     """FSDP2, in place: every process keeps a share of all weights, gradients and moments; a block is gathered while it works.
 
     On a GPU matrices travel as bfloat16, in which they multiply. What fast weights start from, their rates, norms and the
-    embedding stay float32, and so do sums of gradients: fast weights add up many small steps.
+    embedding stay float32, and so do sums of gradients: fast weights add up many small steps. blocks_whole: all of a block
+    travels together, as float32, because hooks within a block would break its compiled graph.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    from cms import MLP
 
     half = torch.bfloat16 if device.type == "cuda" else None
     policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
     # blocks return their states, some as views; nothing ever writes into a state
     warnings.filterwarnings("ignore", ".*returned a view tensor.*")
     for block in model.blocks:
-        fully_shard([mlp.norm for mlp in block.cms.mlps])
-        fully_shard([m for m in block.modules() if isinstance(m, (nn.Linear, MLP))], mp_policy=policy)
+        if not blocks_whole:
+            fully_shard([mlp.norm for mlp in block.cms.mlps])
+            fully_shard([m for m in block.modules() if isinstance(m, (nn.Linear, MLP))], mp_policy=policy)
         fully_shard(block)
     fully_shard(model)

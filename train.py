@@ -251,10 +251,10 @@ def parallel(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.
             block.cms.log_step.requires_grad_(False)  # unused; DDP waits for the gradient of everything that wants one
     step = Step(model, config.cms_updates)
     if config.fsdp:
-        if config.compile:  # block by block, since between blocks weights are gathered
+        if config.compile:  # block by block: around a block weights are gathered, and outside of the graph
             for block in model.blocks:
-                block.compile(fullgraph=True)
-        distributed.shard(model, device)
+                block._forward = torch.compile(block._forward, fullgraph=True)
+        distributed.shard(model, device, blocks_whole=config.compile)
         return step
     if config.compile:
         step.compile(fullgraph=True)
@@ -659,7 +659,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     tokens = torch.tensor([encoding.encode_ordinary(prompt)], device=device)
     model.eval()
     torch.manual_seed(config.seed)
-    with precision(device):
+    with precision(device), torch.compiler.set_stance("force_eager"):  # lengths that no other step has
         written = [int(token) for token in model.generate(tokens, 200, temperature=0.8)]
     sample = prompt + encoding.decode(written, errors="replace")
     if first:
