@@ -271,6 +271,12 @@ def _files(source: str) -> list[tuple[str, Path]]:
     return sorted(found)
 
 
+@contextlib.contextmanager
+def _mapped(path: str | Path):
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data
+
+
 def _read_text(source: str) -> Iterator[tuple[str, Path, "mmap.mmap"]]:
     """(name, path, contents mapped into memory) of every document of a source. ValueError as in `documents`."""
     files, empty = _files(source), True
@@ -280,7 +286,7 @@ def _read_text(source: str) -> Iterator[tuple[str, Path, "mmap.mmap"]]:
             if alone:
                 raise ValueError(f"data {source!r} is empty: text is needed")
             continue
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with _mapped(path) as data:
             if why := _why_not_text(data):
                 if alone:
                     raise ValueError(f"data {source!r} {why}: only UTF-8 text is read")
@@ -434,8 +440,8 @@ def _load_shards(folder: Path, encoding: tiktoken.Encoding | None) -> Corpus:
 TOKENIZER_BYTES = 2**29  # of text that a vocabulary is trained on, at most
 PIECE = 2**20  # bytes that are encoded at once; longer documents are cut, at a line end where there is one
 LEAST, MOST = 2**22, 2**28  # bytes in a training shard: a 256th of the text within these limits
+SHARE = 2**26  # training tokens that a file of FineWeb-Edu is worth opening for
 # Samples of FineWeb-Edu (Lozhkov et al. 2024) and how many tokens of GPT-2 each has
-SHARE = 2**26  # tokens at least that a file gives
 FINEWEB = {"sample-10BT": 10e9, "sample-100BT": 100e9, "sample-350BT": 350e9, "default": math.inf}
 HUB = {"path": "HuggingFaceFW/fineweb-edu"}
 
@@ -443,7 +449,7 @@ HUB = {"path": "HuggingFaceFW/fineweb-edu"}
 @dataclass(frozen=True)
 class Part:
     """What one shard holds. texts: (path, begin, end, whether <|endoftext|> comes before), or of a data set on the hub
-    (name of the sample, number of the file, number of files, held-out bytes at its start), up to `tokens` tokens."""
+    (name of the sample, number of the file, number of files, held-out bytes at its start), up to `size` tokens."""
 
     split: str
     number: int
@@ -488,12 +494,6 @@ def plan_text(sources: list[str]) -> tuple[dict, list[Part]]:
         parts.append(Part(split, number, size, tuple(texts)))
     checksum = hashlib.sha256(json.dumps([(name, size, crc32) for name, _, size, crc32 in files]).encode()).hexdigest()
     return {"name": _name(sources), "documents": len(files), "bytes": total, "sha256": checksum}, parts
-
-
-@contextlib.contextmanager
-def _mapped(path: str):
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        yield data
 
 
 def _pieces(path: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
@@ -667,6 +667,8 @@ def make_shards(source: dict, parts: list[Part], vocab: int | str, out: str, job
     for torn in out.glob("*.tmp"):
         torn.unlink()
     if not (out / TOKENIZER).is_file():
+        if not ready:
+            print(f"training a vocabulary of {vocab:,} symbols ...", flush=True)
         encoding = ready or train_tokenizer(_training_text(parts), vocab)
         write_beside(out / PLAN, lambda beside: beside.write_text(json.dumps(plan)))
         save_tokenizer(encoding, out)
@@ -785,10 +787,10 @@ def check(folder: str) -> None:
 
 
 def _number(text: str) -> int:
-    value = float(text)
-    if not value.is_integer() or value < 1:
-        raise ValueError
-    return int(value)
+    with contextlib.suppress(ValueError):
+        if float(text).is_integer() and float(text) >= 1:
+            return int(float(text))
+    raise argparse.ArgumentTypeError(f"{text!r}: legal is a whole number of at least 1, as 8 or 15e9")
 
 
 def _vocab(text: str) -> int | str:
