@@ -127,18 +127,19 @@ def whole(t: torch.Tensor) -> torch.Tensor:
 def shard(model: nn.Module, device: torch.device) -> None:
     """FSDP2, in place: every process keeps a share of all weights, gradients and moments; a block is gathered while it works.
 
-    On a GPU matrices travel and multiply as bfloat16. What fast weights start from, their rates, norms and the embedding stay
-    float32, and so do sums of gradients: fast weights add up many small steps.
+    On a GPU matrices travel as bfloat16, in which they multiply. What fast weights start from, their rates, norms and the
+    embedding stay float32, and so do sums of gradients: fast weights add up many small steps.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     from cms import MLP
 
     half = torch.bfloat16 if device.type == "cuda" else None
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
     # blocks return their states, some as views; nothing ever writes into a state
     warnings.filterwarnings("ignore", ".*returned a view tensor.*")
     for block in model.blocks:
+        fully_shard([mlp.norm for mlp in block.cms.mlps])
         fully_shard([m for m in block.modules() if isinstance(m, (nn.Linear, MLP))], mp_policy=policy)
         fully_shard(block)
     fully_shard(model)

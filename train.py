@@ -311,7 +311,7 @@ def validate(
 # Peak of dense bfloat16 products, FLOPs per second, by a part of the GPU's name
 PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
         "A10": 125e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
-WATCH_EVERY = 50  # steps between two looks at eta and alpha, each a forward pass of one row
+WATCH_EVERY = 100  # steps between two looks at eta and alpha, each a forward pass of one row
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -655,7 +655,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     tokens = torch.tensor([encoding.encode_ordinary(prompt)], device=device)
     model.eval()
     torch.manual_seed(config.seed)
-    written = [int(token) for token in model.generate(tokens, 200, temperature=0.8)]
+    with precision(device):
+        written = [int(token) for token in model.generate(tokens, 200, temperature=0.8)]
     sample = prompt + encoding.decode(written, errors="replace")
     if first:
         write_beside(folder / "sample.txt", lambda beside: beside.write_text(sample + "\n", encoding="utf-8"))
