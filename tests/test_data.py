@@ -517,7 +517,7 @@ def tiny(run, data, *words):
     return [r["bits_per_byte"] for r in train.read_metrics(run) if "lr" in r]
 
 
-def test_run_on_shards_outlives_them(shards, library, tmp_path, capsys, monkeypatch):
+def test_run_on_shards_outlives_them(shards, library, tmp_path, capfdbinary, monkeypatch):
     losses = tiny(tmp_path / "run", shards)
     assert len(losses) == 12 and losses[0] == pytest.approx(math.log2(300) * 21_172 / 44_227, rel=0.05)
     shutil.copytree(shards, tmp_path / "moved")
@@ -531,12 +531,12 @@ def test_run_on_shards_outlives_them(shards, library, tmp_path, capsys, monkeypa
     assert eval_py.main([str(tmp_path / "run"), "--data", str(library / "0.txt")]) == 0
     scored = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert 0 < scored["bits_per_byte"] < 8 and scored["bytes"] == (library / "0.txt").stat().st_size
-    capsys.readouterr()
+    capfdbinary.readouterr()
     monkeypatch.setattr(sys, "argv", ["hope.py", "generate", str(tmp_path / "run"), "--prompt", "The river", "--n", "5"])
     hope.main()
-    assert capsys.readouterr().out.startswith("The river")
+    assert capfdbinary.readouterr().out.startswith(b"The river")
     assert eval_py.main([str(tmp_path / "run")]) == 2
-    assert re.search("moved' does not exist.*; --data names another text", capsys.readouterr().err)
+    assert re.search("moved' does not exist.*; --data names another text", capfdbinary.readouterr().err.decode())
 
 
 def test_held_out_score_of_a_run_on_shards_is_that_of_its_held_out_shard(shards, tmp_path):
