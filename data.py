@@ -58,7 +58,7 @@ from tqdm import tqdm
 from checkpoint import first_line, write_beside
 
 HELD_OUT = 0.05  # fraction of the files (of the bytes, for a single file)
-HELD_OUT_BYTES = 2**25  # and of shards not much more than this: validation must end
+HELD_OUT_BYTES = 2**25  # and of a large corpus not much more than this: validation must end
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 END = "<|endoftext|>"
 TOKENIZER, MANIFEST, PLAN = "tokenizer.json", "manifest.json", "plan.json"  # PLAN: of shards that are not finished
@@ -565,6 +565,11 @@ def _texts(part: Part) -> Iterator[tuple[bytes, bool]]:
             yield file.read(end - begin), new
 
 
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:  # by name, np.save would add a suffix
+        np.save(file, array)
+
+
 def _sha256(path: Path) -> str:
     checksum = hashlib.sha256()
     with open(path, "rb") as file:
@@ -581,10 +586,6 @@ def _make(part: Part, out: Path, tick) -> dict:
         tick(part.size)
     except ValueError:  # none, or one that a power cut has torn
         limit = part.size if part.hub and part.split == "train" else math.inf
-        def save(beside):
-            with open(beside, "wb") as file:  # by name, np.save would add a suffix
-                np.save(file, array)
-
         end = np.array([encoding.eot_token], dtype=_kind(encoding))
         pieces, count = [end[:0]], 0
         for text, new in _texts(part):
@@ -595,7 +596,7 @@ def _make(part: Part, out: Path, tick) -> dict:
             if count >= limit:
                 break
         array = np.concatenate(pieces)[: min(count, limit)]
-        write_beside(path, save)
+        write_beside(path, lambda beside: _save_array(beside, array))
     ends = sum(int((array[i : i + 2**22] == encoding.eot_token).sum()) for i in range(0, len(array), 2**22))
     counts = {"tokens": len(array), "bytes": n_bytes(array, encoding), "documents": ends + (part.number == 0)}
     return {"file": part.file, "split": part.split} | counts | {"sha256": _sha256(path)}
@@ -655,7 +656,7 @@ def make_shards(source: dict, parts: list[Part], vocab: int | str, out: str, job
     ready = None if isinstance(vocab, int) else tokenizer(vocab)
     plan = {"format": 1, "source": source, "vocab": tokenizer_hash(ready) if ready else vocab}
     begun = next((json.loads(path.read_text()) for path in (out / MANIFEST, out / PLAN) if path.is_file()), None)
-    if begun is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if begun is None and out.exists() and (not out.is_dir() or any(path.suffix != ".tmp" for path in out.iterdir())):
         raise ValueError(f"out {str(out)!r} exists and holds something else: name a new folder")
     if begun and any(begun.get(key) != value for key, value in plan.items()):
         key = next(key for key, value in plan.items() if begun.get(key) != value)

@@ -460,6 +460,10 @@ def test_folder_of_other_shards_or_of_something_else_is_refused(library, shards,
             main([*words, "--vocab", "300"])
     finally:
         (library / "new.txt").unlink()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "plan.json.tmp").write_text("{")  # what a kill at the very first file leaves is no reason to refuse
+    main(["text", str(library), "--vocab", "300", "--out", str(tmp_path / "new"), "--jobs", "1"])
+    assert contents(tmp_path / "new") == before
     with pytest.raises(ValueError, match="exists and holds something else"):
         main(["text", str(library), "--vocab", "300", "--out", str(tmp_path)])
     assert contents(shards) == before
