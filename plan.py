@@ -159,8 +159,8 @@ def report(train: TrainConfig, gpus: int, gpu: str, memory_bytes: float, peak: f
     if (wanted := need(gpus, rows)["total"]) > USABLE * memory_bytes:
         fitting = [n for n in range(1, rows) if need(gpus, n)["total"] <= USABLE * memory_bytes]
         what = f"--micro-batch {fitting[-1]}" if fitting else "--recompute, or --fsdp on more GPUs"
-        wanted, there = f"{wanted / 1e9:.1f} GB", f"{memory_bytes / 1e9:.0f} GB"
-        raise ValueError(f"{rows} rows at once need {wanted} of {there}: legal is less, as {what}")
+        there = f"{USABLE * memory_bytes / 1e9:.1f} usable GB of {memory_bytes / 1e9:.0f}"
+        raise ValueError(f"{rows} rows at once need {wanted / 1e9:.1f} GB: legal is up to {there}, as with {what}")
 
 
 def vocabulary(train: TrainConfig) -> tuple[int, str]:
