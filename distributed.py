@@ -7,6 +7,7 @@ What processes say to each other about files and errors goes through gloo (CONTR
 process that fails makes all of them fail, with its message; one that hangs is named after TIMEOUT.
 """
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable
@@ -95,7 +96,8 @@ def gather(value) -> list:
     if world() == 1:
         return [value]
     values = [None] * world()
-    dist.all_gather_object(values, value, group=CONTROL)
+    with _waiting("to hear from them"):
+        dist.all_gather_object(values, value, group=CONTROL)
     return values
 
 
@@ -104,19 +106,25 @@ def total(values: list[float]) -> list[float]:
     if world() == 1:
         return values
     sums = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(sums, group=CONTROL)
+    with _waiting("to add up"):
+        dist.all_reduce(sums, group=CONTROL)
     return sums.tolist()
 
 
 def barrier(what: str) -> None:
-    """Wait for all processes. RuntimeError after TIMEOUT: before what, and in process 0 for whom."""
+    """Wait for all processes before `what`. TimeoutError after TIMEOUT, which in process 0 says who is missing."""
     if world() > 1:
-        try:
+        with _waiting(f"before {what}"):
             dist.monitored_barrier(CONTROL, TIMEOUT, wait_all_ranks=True)
-        except RuntimeError as error:
-            reason = (str(error).splitlines() or [""])[0]
-            waited = f"process {rank()} waited {TIMEOUT.total_seconds():.0f} s for the others before {what}"
-            raise RuntimeError(f"{waited}: {reason}") from None
+
+
+@contextlib.contextmanager
+def _waiting(what):
+    try:
+        yield
+    except RuntimeError as error:  # gloo's word for a process that is late or gone
+        limit, why = f"{TIMEOUT.total_seconds():.0f} s", (str(error).splitlines() or [""])[0]
+        raise TimeoutError(f"process {rank()} waited for the others {what}, at most {limit}, in vain: {why}") from None
 
 
 def whole(t: torch.Tensor) -> torch.Tensor:
