@@ -58,7 +58,7 @@ from tqdm import tqdm
 from checkpoint import first_line, write_beside
 
 HELD_OUT = 0.05  # fraction of the files (of the bytes, for a single file)
-HELD_OUT_BYTES = 2**25  # and of shards not much more than this: validation must end
+HELD_OUT_BYTES = 2**25  # and of a large corpus not much more than this: validation must end
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 END = "<|endoftext|>"
 TOKENIZER, MANIFEST, PLAN = "tokenizer.json", "manifest.json", "plan.json"  # PLAN: of shards that are not finished
@@ -300,6 +300,12 @@ def _files(source: str) -> list[tuple[str, Path]]:
     return sorted(found)
 
 
+@contextlib.contextmanager
+def _mapped(path: str | Path):
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data
+
+
 def _read_text(source: str) -> Iterator[tuple[str, Path, "mmap.mmap"]]:
     """(name, path, contents mapped into memory) of every document of a source. ValueError as in `documents`."""
     files, empty = _files(source), True
@@ -309,7 +315,7 @@ def _read_text(source: str) -> Iterator[tuple[str, Path, "mmap.mmap"]]:
             if alone:
                 raise ValueError(f"data {source!r} is empty: text is needed")
             continue
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with _mapped(path) as data:
             if why := _why_not_text(data):
                 if alone:
                     raise ValueError(f"data {source!r} {why}: only UTF-8 text is read")
@@ -463,8 +469,8 @@ def _load_shards(folder: Path, encoding: tiktoken.Encoding | None) -> Corpus:
 TOKENIZER_BYTES = 2**29  # of text that a vocabulary is trained on, at most
 PIECE = 2**20  # bytes that are encoded at once; longer documents are cut, at a line end where there is one
 LEAST, MOST = 2**22, 2**28  # bytes in a training shard: a 256th of the text within these limits
+SHARE = 2**26  # training tokens that a file of FineWeb-Edu is worth opening for
 # Samples of FineWeb-Edu (Lozhkov et al. 2024) and how many tokens of GPT-2 each has
-SHARE = 2**26  # tokens at least that a file gives
 FINEWEB = {"sample-10BT": 10e9, "sample-100BT": 100e9, "sample-350BT": 350e9, "default": math.inf}
 HUB = {"path": "HuggingFaceFW/fineweb-edu"}
 
@@ -472,7 +478,7 @@ HUB = {"path": "HuggingFaceFW/fineweb-edu"}
 @dataclass(frozen=True)
 class Part:
     """What one shard holds. texts: (path, begin, end, whether <|endoftext|> comes before), or of a data set on the hub
-    (name of the sample, number of the file, number of files, held-out bytes at its start), up to `tokens` tokens."""
+    (name of the sample, number of the file, number of files, held-out bytes at its start), up to `size` tokens."""
 
     split: str
     number: int
@@ -517,12 +523,6 @@ def plan_text(sources: list[str]) -> tuple[dict, list[Part]]:
         parts.append(Part(split, number, size, tuple(texts)))
     checksum = hashlib.sha256(json.dumps([(name, size, crc32) for name, _, size, crc32 in files]).encode()).hexdigest()
     return {"name": _name(sources), "documents": len(files), "bytes": total, "sha256": checksum}, parts
-
-
-@contextlib.contextmanager
-def _mapped(path: str):
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        yield data
 
 
 def _pieces(path: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
@@ -594,6 +594,11 @@ def _texts(part: Part) -> Iterator[tuple[bytes, bool]]:
             yield file.read(end - begin), new
 
 
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:  # by name, np.save would add a suffix
+        np.save(file, array)
+
+
 def _sha256(path: Path) -> str:
     checksum = hashlib.sha256()
     with open(path, "rb") as file:
@@ -610,10 +615,6 @@ def _make(part: Part, out: Path, tick) -> dict:
         tick(part.size)
     except ValueError:  # none, or one that a power cut has torn
         limit = part.size if part.hub and part.split == "train" else math.inf
-        def save(beside):
-            with open(beside, "wb") as file:  # by name, np.save would add a suffix
-                np.save(file, array)
-
         end = np.array([encoding.eot_token], dtype=_kind(encoding))
         pieces, count = [end[:0]], 0
         for text, new in _texts(part):
@@ -624,7 +625,7 @@ def _make(part: Part, out: Path, tick) -> dict:
             if count >= limit:
                 break
         array = np.concatenate(pieces)[: min(count, limit)]
-        write_beside(path, save)
+        write_beside(path, lambda beside: _save_array(beside, array))
     ends = sum(int((array[i : i + 2**22] == encoding.eot_token).sum()) for i in range(0, len(array), 2**22))
     counts = {"tokens": len(array), "bytes": n_bytes(array, encoding), "documents": ends + (part.number == 0)}
     return {"file": part.file, "split": part.split} | counts | {"sha256": _sha256(path)}
@@ -684,7 +685,7 @@ def make_shards(source: dict, parts: list[Part], vocab: int | str, out: str, job
     ready = None if isinstance(vocab, int) else tokenizer(vocab)
     plan = {"format": 1, "source": source, "vocab": tokenizer_hash(ready) if ready else vocab}
     begun = next((json.loads(path.read_text()) for path in (out / MANIFEST, out / PLAN) if path.is_file()), None)
-    if begun is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if begun is None and out.exists() and (not out.is_dir() or any(path.suffix != ".tmp" for path in out.iterdir())):
         raise ValueError(f"out {str(out)!r} exists and holds something else: name a new folder")
     if begun and any(begun.get(key) != value for key, value in plan.items()):
         key = next(key for key, value in plan.items() if begun.get(key) != value)
@@ -696,6 +697,8 @@ def make_shards(source: dict, parts: list[Part], vocab: int | str, out: str, job
     for torn in out.glob("*.tmp"):
         torn.unlink()
     if not (out / TOKENIZER).is_file():
+        if not ready:
+            print(f"training a vocabulary of {vocab:,} symbols ...", flush=True)
         encoding = ready or train_tokenizer(_training_text(parts), vocab)
         write_beside(out / PLAN, lambda beside: beside.write_text(json.dumps(plan)))
         save_tokenizer(encoding, out)
@@ -814,10 +817,10 @@ def check(folder: str) -> None:
 
 
 def _number(text: str) -> int:
-    value = float(text)
-    if not value.is_integer() or value < 1:
-        raise ValueError
-    return int(value)
+    with contextlib.suppress(ValueError):
+        if float(text).is_integer() and float(text) >= 1:
+            return int(float(text))
+    raise argparse.ArgumentTypeError(f"{text!r}: legal is a whole number of at least 1, as 8 or 15e9")
 
 
 def _vocab(text: str) -> int | str:

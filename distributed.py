@@ -7,6 +7,7 @@ What processes say to each other about files and errors goes through gloo (CONTR
 process that fails makes all of them fail, with its message; one that hangs is named after TIMEOUT.
 """
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from cms import MLP
 
 TIMEOUT = timedelta(minutes=10)  # longer than the slowest honest step or save
 CONTROL = None  # the gloo group of all processes
@@ -95,7 +98,8 @@ def gather(value) -> list:
     if world() == 1:
         return [value]
     values = [None] * world()
-    dist.all_gather_object(values, value, group=CONTROL)
+    with _waiting("to hear from them"):
+        dist.all_gather_object(values, value, group=CONTROL)
     return values
 
 
@@ -104,19 +108,25 @@ def total(values: list[float]) -> list[float]:
     if world() == 1:
         return values
     sums = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(sums, group=CONTROL)
+    with _waiting("to add up"):
+        dist.all_reduce(sums, group=CONTROL)
     return sums.tolist()
 
 
 def barrier(what: str) -> None:
-    """Wait for all processes. RuntimeError after TIMEOUT: before what, and in process 0 for whom."""
+    """Wait for all processes before `what`. TimeoutError after TIMEOUT, which in process 0 says who is missing."""
     if world() > 1:
-        try:
+        with _waiting(f"before {what}"):
             dist.monitored_barrier(CONTROL, TIMEOUT, wait_all_ranks=True)
-        except RuntimeError as error:
-            reason = (str(error).splitlines() or [""])[0]
-            waited = f"process {rank()} waited {TIMEOUT.total_seconds():.0f} s for the others before {what}"
-            raise RuntimeError(f"{waited}: {reason}") from None
+
+
+@contextlib.contextmanager
+def _waiting(what):
+    try:
+        yield
+    except RuntimeError as error:  # gloo's word for a process that is late or gone
+        limit, why = f"{TIMEOUT.total_seconds():.0f} s", (str(error).splitlines() or [""])[0]
+        raise TimeoutError(f"process {rank()} waited for the others {what}, at most {limit}, in vain: {why}") from None
 
 
 def whole(t: torch.Tensor) -> torch.Tensor:
@@ -124,21 +134,22 @@ def whole(t: torch.Tensor) -> torch.Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def shard(model: nn.Module, device: torch.device) -> None:
+def shard(model: nn.Module, device: torch.device, blocks_whole: bool = False) -> None:
     """FSDP2, in place: every process keeps a share of all weights, gradients and moments; a block is gathered while it works.
 
-    On a GPU matrices travel and multiply as bfloat16. What fast weights start from, their rates, norms and the embedding stay
-    float32, and so do sums of gradients: fast weights add up many small steps.
+    On a GPU matrices travel as bfloat16, in which they multiply. What fast weights start from, their rates, norms and the
+    embedding stay float32, and so do sums of gradients: fast weights add up many small steps. blocks_whole: all of a block
+    travels together, as float32, because hooks within a block would break its compiled graph.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    from cms import MLP
-
     half = torch.bfloat16 if device.type == "cuda" else None
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
     # blocks return their states, some as views; nothing ever writes into a state
     warnings.filterwarnings("ignore", ".*returned a view tensor.*")
     for block in model.blocks:
-        fully_shard([m for m in block.modules() if isinstance(m, (nn.Linear, MLP))], mp_policy=policy)
+        if not blocks_whole:
+            fully_shard([mlp.norm for mlp in block.cms.mlps])
+            fully_shard([m for m in block.modules() if isinstance(m, (nn.Linear, MLP))], mp_policy=policy)
         fully_shard(block)
     fully_shard(model)

@@ -44,7 +44,6 @@ import checkpoint
 from baselines import TTT, Attention, DeltaNet, GatedDeltaNet, LinearAttention, Mamba, RetNet, TitansMAC, TitansMAG, TitansMAL
 from checkpoint import first_line, load_file, write_beside
 from cms import CMS, VARIANTS, Level
-from data import tokenizer_of
 from memory import full_precision
 from titans import NeuralMemory, SelfModifyingTitans
 
@@ -459,6 +458,8 @@ class Hope(nn.Module):
     @classmethod
     def load(cls, run, device="cpu"):
         """(model in eval mode, what `tokenizer` knows its tokenizer by) from a run folder. ValueError says what is wrong."""
+        from data import tokenizer_of  # a model alone needs no tokenizer
+
         config = os.path.join(run, "config.json")
         if not os.path.isfile(config):
             raise ValueError(f"{run!r} is no run folder: {config} does not exist")

@@ -138,6 +138,8 @@ def report(train: TrainConfig, gpus: int, gpu: str, memory_bytes: float, peak: f
     print(f"{tokens:,} tokens: {train.steps:,} steps of {train.batch_size} rows of {train.seq_len:,}; {data}")
     print(f"{flops / 1e9:.3g} GFLOP a token (forward and backward), {flops * tokens:.3g} in all")
     print(f"on {gpu}, {memory_bytes / 1e9:.0f} GB, {peak / 1e12:.0f} TFLOP/s in bfloat16, {utilisation:.0%} of it used:\n")
+    if train.cms_updates != "off":
+        print(f"not counted: cms_updates {train.cms_updates}, their work and the rows' own weights\n")
     costs = memory(c, train)
 
     def need(n, rows):
@@ -157,8 +159,8 @@ def report(train: TrainConfig, gpus: int, gpu: str, memory_bytes: float, peak: f
     if (wanted := need(gpus, rows)["total"]) > USABLE * memory_bytes:
         fitting = [n for n in range(1, rows) if need(gpus, n)["total"] <= USABLE * memory_bytes]
         what = f"--micro-batch {fitting[-1]}" if fitting else "--recompute, or --fsdp on more GPUs"
-        wanted, there = f"{wanted / 1e9:.1f} GB", f"{memory_bytes / 1e9:.0f} GB"
-        raise ValueError(f"{rows} rows at once need {wanted} of {there}: legal is less, as {what}")
+        there = f"{USABLE * memory_bytes / 1e9:.1f} usable GB of {memory_bytes / 1e9:.0f}"
+        raise ValueError(f"{rows} rows at once need {wanted / 1e9:.1f} GB: legal is up to {there}, as with {what}")
 
 
 def vocabulary(train: TrainConfig) -> tuple[int, str]:

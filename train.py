@@ -157,6 +157,8 @@ class TrainConfig:
                 raise ValueError(f"pretrained is given and model {self.model!r}: it becomes hope_attention, legal is no other")
             self.pretrained = os.path.abspath(self.pretrained)
             self.model, self.preset = "hope_attention", Path(self.pretrained).name
+        if self.fsdp and self.optimizer == "dmgd":  # its memories are networks that read whole gradients
+            raise ValueError("fsdp is on and optimizer dmgd: legal is one of them")
         if self.data != "stdlib":
             self.data = os.path.abspath(self.data)  # a run can be resumed from another folder
 
@@ -256,10 +258,10 @@ def parallel(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.
             block.cms.log_step.requires_grad_(False)  # unused; DDP waits for the gradient of everything that wants one
     step = Step(model, config.cms_updates)
     if config.fsdp:
-        if config.compile:  # block by block, since between blocks weights are gathered
+        if config.compile:  # block by block: around a block weights are gathered, and outside of the graph
             for block in model.blocks:
-                block.compile(fullgraph=True)
-        distributed.shard(model, device)
+                block._forward = torch.compile(block._forward, fullgraph=True)
+        distributed.shard(model, device, blocks_whole=config.compile)
         return step
     if config.compile:
         step.compile(fullgraph=True)
@@ -318,7 +320,7 @@ def validate(
 # Peak of dense bfloat16 products, FLOPs per second, by a part of the GPU's name
 PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
         "A10": 125e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
-WATCH_EVERY = 50  # steps between two looks at eta and alpha, each a forward pass of one row
+WATCH_EVERY = 100  # steps between two looks at eta and alpha, each a forward pass of one row
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -565,6 +567,9 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
 
     wandb = logger(folder, config) if config.wandb and first else None
 
+    share = config.batch_size // world()  # rows of a step in this process, at_once of them in a forward pass
+    own_rows, at_once = slice(rank() * share, (rank() + 1) * share), config.micro_batch or share
+
     def report(record: dict) -> None:
         if first:
             log.write(json.dumps(record) + "\n")
@@ -576,16 +581,15 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
 
     def validation(step: int, tokens: np.ndarray) -> float:
         start = encoding.eot_token
-        nats, count = validate(model, tokens, config.batch_size, config.seq_len, device, config.cms_updates, start)
+        nats, count = validate(model, tokens, at_once, config.seq_len, device, config.cms_updates, start)
         bits = nats / math.log(2) / n_bytes(tokens, encoding)
         report({"step": step, "tokens": step * config.tokens_per_step, "val_bits_per_byte": bits, "val_tokens": count,
                 "cms_updates": config.cms_updates})  # fmt: skip
         return bits
 
     bits_per_nat = len(corpus.train) / corpus.train_bytes / math.log(2)  # nats per token -> bits per byte
-    share = config.batch_size // world()  # rows of a step in this process
-    own_rows = slice(rank() * share, (rank() + 1) * share)
-    peak, flops = peak_flops(device), config.tokens_per_step * flops_per_token(model_config, config.seq_len)
+    peak = peak_flops(device)
+    flops = flops_per_token(model_config, config.seq_len) if peak else 0.0
     skipped = sum("skipped" in record for record in read_metrics(folder))
     in_a_row = 0
     recent = deque(maxlen=50)  # lines of the last steps, for the progress line
@@ -604,7 +608,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
                     group["lr"] = lr
                 # One draw for the whole step: neither accumulating nor sharing it out changes the result.
                 rows = batch(corpus.train, config.batch_size, config.seq_len, config.seed, step)
-                parts = [part[own_rows].to(device).split(config.micro_batch or share) for part in rows]
+                parts = [part[own_rows].to(device).split(at_once) for part in rows]
                 waited = time.perf_counter() - began
                 loss = 0.0
                 for n, (inputs, targets) in enumerate(zip(*parts, strict=True), 1):
@@ -633,10 +637,10 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
                     optimizer.zero_grad(set_to_none=True)
                     norm = norm.item()
                     speed = config.tokens_per_step / (time.perf_counter() - began)
-                    record |= {"bits_per_byte": loss * bits_per_nat, "lr": lr, "grad_norm": norm, "tokens_per_s": speed}
-                    record |= {"data_s": waited}
+                    record |= {"bits_per_byte": loss * bits_per_nat, "lr": lr, "grad_norm": norm, "tokens_per_s": speed,
+                               "data_s": waited}  # fmt: skip
                     if peak:
-                        record["mfu"] = flops * speed / config.tokens_per_step / (peak * world())
+                        record["mfu"] = flops * speed / (peak * world())
                     if done % WATCH_EVERY == 0 or done == start + 1:
                         with precision(device):
                             record |= rates(model, parts[0][0][:1])
@@ -669,7 +673,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     tokens = torch.tensor([encoding.encode_ordinary(prompt)], device=device)
     model.eval()
     torch.manual_seed(config.seed)
-    written = [int(token) for token in model.generate(tokens, 200, temperature=0.8)]
+    with precision(device), torch.compiler.set_stance("force_eager"):  # lengths that no other step has
+        written = [int(token) for token in model.generate(tokens, 200, temperature=0.8)]
     sample = prompt + encoding.decode(written, errors="replace")
     if first:
         write_beside(folder / "sample.txt", lambda beside: beside.write_text(sample + "\n", encoding="utf-8"))
@@ -726,19 +731,18 @@ def parse(argv: list[str] | None) -> TrainConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0 done, 2 bad input or a failed run, 130 stopped by Ctrl-C."""
-    config = None
     try:
         if "--dry-run" in (sys.argv if argv is None else argv):
             import plan
 
             plan.main(sys.argv[1:] if argv is None else argv)
             return 0
-        config = parse(argv)
-        result = train(config)
+        result = train(parse(argv))
         distributed.stop()
         return 130 if result["interrupted"] else 0
     except (ValueError, OSError, NonFinite, torch.OutOfMemoryError) as error:
-        if rank() == 0 or config and not hasattr(error, "shared"):
+        same = isinstance(error, (ValueError, NonFinite)) or hasattr(error, "shared")  # in all processes
+        if rank() == 0 or not same:
             print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -169,11 +169,10 @@ def test_two_processes_have_the_losses_of_one(here, server, setting):
     assert Path("one/sample.txt").read_bytes() == Path("two/sample.txt").read_bytes()
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_in_float64_two_processes_have_the_losses_of_one_at_any_learning_rate(here, server, monkeypatch, fsdp):
+def test_in_float64_two_processes_have_the_losses_of_one_at_any_learning_rate(here, server, monkeypatch):
     monkeypatch.setattr(training, "Hope", Double)
     train(small(out="one", lr=1e-2))
-    processes(server, 2, run_double, small(out="two", lr=1e-2, fsdp=fsdp))
+    processes(server, 2, run_double, small(out="two", lr=1e-2, fsdp=True))
     assert losses("two") == pytest.approx(losses("one"), abs=1e-6)  # the loss itself is computed in float32
 
 
@@ -196,20 +195,17 @@ def test_checkpoints_of_two_processes_are_read_by_one_and_the_reverse(here, serv
         assert losses(each) == pytest.approx(losses("whole"), abs=1e-5)
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "rest", "metadata", "flipped"])
+@pytest.mark.parametrize("damage", ["cut", "rest", "flipped"])
 def test_a_torn_checkpoint_is_passed_over_with_a_warning(here, capsys, damage):
     train(small(out="run"))
     expected, newest = losses("run"), checkpoint.folder("run", 20)
     tensors = newest / "__0_0.distcp"
     if damage == "cut":
         tensors.write_bytes(tensors.read_bytes()[:-1])
-    elif damage == "gone":
-        tensors.unlink()
     elif damage == "flipped":
         tensors.write_bytes(bytes(tensors.stat().st_size))
     else:
-        path = newest / {"rest": "rest.pt", "metadata": ".metadata"}[damage]
-        path.write_bytes(path.read_bytes()[:100])
+        (newest / "rest.pt").write_bytes((newest / "rest.pt").read_bytes()[:100])
     capsys.readouterr()
     Hope.load("run")
     assert re.search("warning: checkpoint run/checkpoints/step-20 is torn .*: going back", capsys.readouterr().err)
@@ -317,14 +313,14 @@ def wait_for_nobody():
         return 0
     try:
         distributed.barrier("dinner")
-    except RuntimeError as error:
+    except TimeoutError as error:
         print(error)
     return 0
 
 
 def test_a_barrier_names_who_does_not_come(here, server):
     first, _ = processes(server, 2, wait_for_nobody)
-    assert "process 0 waited 2 s for the others before dinner" in first and re.search("[Rr]anks? 1", first)
+    assert "process 0 waited for the others before dinner, at most 2 s, in vain" in first and re.search("[Rr]anks? 1", first)
 
 
 def poisoned(config):
@@ -339,9 +335,8 @@ def poisoned(config):
     train(config)
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(here, server, fsdp):
-    first, second = processes(server, 2, poisoned, small(out="run", fsdp=fsdp, eval_every=0))
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(here, server):
+    processes(server, 2, poisoned, small(out="run", fsdp=True, eval_every=0))
     lines = log("run")
     assert [(r["step"], r["skipped"]) for r in lines if "skipped" in r] == [(7, 1), (8, 2)]
     assert "step 7: " in lines[6]["why"] and "is not finite" in lines[6]["why"]

@@ -432,6 +432,8 @@ BAD = {
     "--keep=0": "keep is 0: legal is at least 1",
     "--max_skipped=-1": "max_skipped is -1: legal is at least 0",
     "--fsdp": "fsdp is on in a process of its own: legal is under torchrun",
+    "--fsdp --cms_updates=full": "fsdp is on and cms_updates 'full': legal is one of them",
+    "--fsdp --optimizer=dmgd": "fsdp is on and optimizer dmgd: legal is one of them",
     "--lr=0": "lr is 0.0: legal is above 0",
     "--lr=nan": "lr is nan: legal is above 0",
     "--min_lr_ratio=2": "min_lr_ratio is 2.0: legal is 0 to 1",
@@ -473,7 +475,7 @@ def test_bad_input_is_named_in_one_line_and_nothing_is_written(here, capsys, bad
     Path("half").mkdir()
     Path("half/config.json").write_text('{"model": {')
     before = everything_below(here)
-    words = [bad] if bad.startswith("--resume") else [*flags(small()), bad]
+    words = [bad] if bad.startswith("--resume") else [*flags(small()), *bad.split(" ")]
     assert main(words) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and re.search(re.escape(message) if "|" not in message else message, err), err
