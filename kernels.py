@@ -202,23 +202,24 @@ def _scan_forward(W, S, k, u, q, eta, alpha, theta, delta, y, W_T, S_T, W_kept, 
     for i in tl.range(lo, hi, disable_licm=True):
         tok, ok, last = _tile(i, T, C, 1, C)
         K = _get(k, n * T, tok, ok, dk, h)
-        r = _get(u, n * T, tok, ok, dv, v).to(tl.float32)
         et = tl.load(eta + n * T + tok, mask=ok, other=0.0)
         A0, a0, c0, b0, a1, b1, c1, _, _, T1, t1 = _weights(alpha + n * T, theta + n * T, tok, ok, C, MOMENTUM)
+        if DELTA:
+            d = _factor(delta + n * T, tok, ok, C, DELTA)
+            X = _inverse(d[:, None] * c0 * et[None, :] * _dot(tl.trans(K), K, TYPE), C)
+            if AGAIN:
+                tl.store(_square(X_kept, n * tiles + i - first, C), X)
         if i % every == 0:
             kept = n * tl.cdiv(tiles, every) + (i - first) // every
             _put_state(W_kept, w, kept, dv, dk, v, h)
             if MOMENTUM:
                 _put_state(S_kept, z, kept, dv, dk, v, h)
+        r = _get(u, n * T, tok, ok, dv, v).to(tl.float32)
         if DELTA:
-            d = _factor(delta + n * T, tok, ok, C, DELTA)
-            X = _inverse(d[:, None] * c0 * et[None, :] * _dot(tl.trans(K), K, TYPE), C)
             r -= (d * a0)[None, :] * _dot(w, K, TYPE)
             if MOMENTUM:
                 r -= (d * b0)[None, :] * _dot(z, K, TYPE)
             r = _dot(r, tl.trans(X), tl.float32)
-            if AGAIN:
-                tl.store(_square(X_kept, n * tiles + i - first, C), X)
         if AGAIN:
             _put(r_kept, r, _held(n, T, C, 1, first, tiles), tok, ok, dv, v)
         if READ:
@@ -286,7 +287,7 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
                 C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, TYPE: tl.constexpr, MOMENTUM: tl.constexpr,
                 DELTA: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr):  # fmt: skip
     """The rest of the backward, all tiles at once: gradients of k, q and the series, a share per block of rows. States have
-    `rows` rows and r `wide` columns, of which these are the first dv."""
+    `rows` rows and r `wide` columns, of which these are the first dv. Not WRITE: the read only, and its part of du."""
     n, j, i = tl.program_id(0).to(tl.int64), tl.program_id(1), first + tl.program_id(2)
     v, h, t = j * DV + tl.arange(0, DV), tl.arange(0, DK), tl.arange(0, C)
     kept, share = n * tiles + i - first, (j * tl.num_programs(0) + n) * T
@@ -295,7 +296,8 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
     et = tl.load(eta + n * T + tok, mask=ok, other=0.0)
     A0, a0, c0, b0, a1, b1, c1, T0, t0, T1, t1 = _weights(alpha + n * T, theta + n * T, tok, ok, C, MOMENTUM)
     al = tl.load(alpha + n * T + tok, mask=ok, other=1.0)
-    r = _get(r_kept, _held(n, T, chunk, PER, first, tiles), tok, ok, wide, v)
+    held = _held(n, T, chunk, PER, first, tiles)
+    r = _get(r_kept, held, tok, ok, wide, v)
     w = _get_state(W_kept, kept, rows, dk, v, h)
     z = w
     if MOMENTUM:
@@ -328,8 +330,10 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
             part = _dot(tl.trans(z), dY, TYPE)
             dQ += b1[None, :] * part
             db += tl.sum(part * Q, 0)
-        dM = _dot(tl.trans(dY), r, TYPE)
-        G = dM * _dot(tl.trans(Q), K, TYPE)
+        dM, QK = _dot(tl.trans(dY), r, TYPE), _dot(tl.trans(Q), K, TYPE)
+        if not WRITE:
+            _put(du, _dot(dY, c1 * et[None, :] * QK, TYPE), n * T, tok, ok, dv, v)
+        G = dM * QK
         dc1 += G * et[None, :]
         det += tl.sum(G * c1, 0)
         dM *= c1 * et[None, :]
@@ -337,6 +341,8 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
         _put(dq, dQ + _dot(K, tl.trans(dM), TYPE), share, tok, ok, dk, h)
     dc0, da0, db0 = al[:, None] * dc1, al * da, al * db
     if DELTA:  # through the errors
+        tl.debug_barrier()  # loaded once more, for the registers are full
+        K, r = _get(k, n * T, tok, ok, dk, h), _get(r_kept, held, tok, ok, wide, v)
         d = _factor(delta + n * T, tok, ok, C, DELTA)
         dr = _get(du, n * T, tok, ok, dv, v)
         part = _dot(tl.trans(w), dr, TYPE)
@@ -410,10 +416,10 @@ def _softplus(z):
 
 
 @triton.jit
-def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept, dy, dr_read,
+def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept,
                     T, H, step, chunk, PER, segments, EVERY, first, tiles,
                     C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr, AGAIN: tl.constexpr):  # fmt: skip
-    """One memory n; PER tiles make a chunk, else as `_scan_forward`. AGAIN gives also what the errors get from the read."""
+    """One memory n; PER tiles make a chunk, else as `_scan_forward`."""
     n, R, NT = tl.program_id(0).to(tl.int64), 3 * D + 2, tl.num_programs(0).to(tl.int64) * T
     row, col = tl.arange(0, 4 * D), tl.arange(0, D)
     lo, hi, every = first + tl.program_id(1) * EVERY, tiles, EVERY
@@ -449,8 +455,6 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
         r += _dot(w, -a0[None, :] * K, TYPE)
         r = _dot(r, tl.trans(X), tl.float32)
         A1 = al[:, None] * A0 + tl.where(tok[:, None] == tok[None, :], 1.0, 0.0)
-        Q = _get(q, n * T, tok, ok, D, col)
-        M = A1 * et[None, :] * _dot(tl.trans(Q), K, TYPE)
         if AGAIN:
             _put(K_kept, K, n * T, tok, ok, D, col)
             _put(V_kept, V, n * T, tok, ok, D, col)
@@ -463,8 +467,9 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
             tl.store(g + 3 * NT, z_alpha, mask=ok)
             tl.store(g + 4 * NT, nk, mask=ok)
             tl.store(g + 5 * NT, nv, mask=ok)
-            _put(dr_read, _dot(_get(dy, n * T, tok, ok, D, col), M, TYPE), n * T, tok, ok, D, col)
         else:
+            Q = _get(q, n * T, tok, ok, D, col)
+            M = A1 * et[None, :] * _dot(tl.trans(Q), K, TYPE)
             Y = (al * a0)[None, :] * _dot(w, Q, TYPE)
             _put(y, Y + _dot(r, tl.trans(M), TYPE), n * T, tok, ok, D, row)
         w = _row(al * a0, last, C) * w + _dot((_row(A1, last, C) * et)[None, :] * r, tl.trans(K), TYPE)
@@ -665,7 +670,7 @@ def _modify(x: list[Tensor], chunk: int, step: float) -> list[Tensor]:
     """W_t q_t, W_T, W at the last boundary, kept W for x, q [N, T, d], W0 [H, 3d + 2, d], W [N, 3d + 2, d], gates [N]."""
     out = _modify_fake(x, chunk, step)
     (N, T, D), (C, per, tiles, every) = x[0].shape, _chunks(x[0].shape[1], chunk)
-    _modify_forward[(N,)](*x, *out, *out, *out[:3], T, len(x[2]), step, chunk, per, 1, every, 0, tiles, C=C, D=D,
+    _modify_forward[(N,)](*x, *out, *out, out[0], T, len(x[2]), step, chunk, per, 1, every, 0, tiles, C=C, D=D,
                           TYPE=TYPES[x[0].dtype], AGAIN=False, **_launch("modify forward"))  # fmt: skip
     return out
 
@@ -695,11 +700,11 @@ def _modify_backward(grads: list[Tensor], kept: list[Tensor], inputs: list[Tenso
         W_all, X = x.new_empty(N, tiles, R, D), W.new_empty(N, tiles, C, C)
         r, d, dG = (x.new_empty(N, hi - lo, 4 * D) for _ in range(3))
         _modify_forward[(N, triton.cdiv(tiles, every))](
-            x, q, W0, states, b_eta, b_alpha, A, none, none, none, W_all, K, V, g, r, X, dy, dr, T, H, step, chunk, per,
+            x, q, W0, states, b_eta, b_alpha, A, none, none, none, W_all, K, V, g, r, X, T, H, step, chunk, per,
             states.shape[1], every, first, tiles, **constants, AGAIN=True, **_launch("modify again"),
         )  # fmt: skip
         _scan_local[(N, 1, tiles)](
-            K, q, g[0], g[1], none, none, dy, none, W_all, none, r, none, none, dk, dq, dg[0], dg[1], none, none,
+            K, q, g[0], g[1], none, none, dy, dr, W_all, none, r, none, none, dk, dq, dg[0], dg[1], none, none,
             T, D, D, R, 4 * D, chunk, per, first, tiles, C=C, DV=D, DK=D, TYPE=TYPES[x.dtype], MOMENTUM=False, DELTA=0,
             READ=True, WRITE=False, **_launch("scan local"),
         )  # fmt: skip

@@ -161,16 +161,18 @@ def test_vanishing_retention_and_momentum_keep_exact_gradients():
     assert_equal_up_to(1e-5, results(scan_with("triton"), problem), results(scan_with("torch"), exact(problem)))
 
 
-def random_modify(seed):
-    """(N, heads, T, d), chunk, inner step; four heads at least, for a gradient of one number may be a sum that cancels."""
+def random_modify(seed, dtype):
+    """(N, heads, T, d), chunk, inner step. The gradients of gates are one number a head, a sum over tokens that may cancel:
+    rounding x, q and W0 to bfloat16 alone changes those of 4 heads by up to 2.7e-2, so there are 8 heads in bfloat16."""
     draw = random.Random(seed)
-    return (4, draw.choice([2, 4]), draw.randint(1, 28), draw.choice([16, 32])), draw.randint(1, 28), draw.uniform(0.5, 1)
+    d, heads, chunk, step = draw.choice([16, 32]), draw.choice([1, 2]), draw.randint(6, 28), draw.uniform(0.5, 1)
+    return (2, heads, draw.randint(1, 40), d) if dtype == torch.float32 else (8, heads, draw.randint(6, 20), d), chunk, step
 
 
 @both
 @pytest.mark.parametrize("seed", range(3))
 def test_the_fused_chunk_step_and_every_gradient_equal_torch(seed, dtype):
-    sizes, *rest = random_modify(seed)
+    sizes, *rest = random_modify(seed, dtype)
     problem = modify_problem(seed, *sizes, dtype)
     ours = results(lambda *args: kernels.self_modify(*args, *rest), problem)
     assert_equal_up_to(TOLERANCE[dtype], ours, results(lambda *args: modify_in_torch(*args, *rest), exact(problem)))
