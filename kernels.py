@@ -427,7 +427,8 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
         hi, every = tl.minimum(lo + EVERY, first + tiles), 1
     w = _get_state(W, n * segments + lo // EVERY % segments, R, D, row, col)
     be, ba, rate = tl.load(b_eta + n), tl.load(b_alpha + n), step * tl.load(A + n)
-    B = w.to(TYPE)
+    narrow = w.to(TYPE)  # carried round the loop: so products get it in shared memory and not in registers
+    B = narrow
     for i in tl.range(lo, hi, disable_licm=True):
         tok, ok, last = _tile(i, T, chunk, PER, C)
         if i % PER == 0:
@@ -447,19 +448,9 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
         z_alpha = tl.sum(tl.where((row == 3 * D + 1)[:, None], G, 0.0), 0) + ba
         al = tl.where(ok, tl.exp(-rate * _softplus(z_alpha)), 1.0)
         et = tl.where(ok, step * (1.0 + al) * tl.sigmoid(z_eta), 0.0)
-        # the errors of all rows, then read, then write
-        A0, a0 = _decay(al, C)
-        X = _inverse(A0 * et[None, :] * _dot(tl.trans(K), K, TYPE), C)
-        r = _own(V - K, C, D) + _dot(B, V, TYPE)
-        r += _dot(_get_state(W0, n % H, R, D, row, col), -K, TYPE)
-        r += _dot(w, -a0[None, :] * K, TYPE)
-        r = _dot(r, tl.trans(X), tl.float32)
-        A1 = al[:, None] * A0 + tl.where(tok[:, None] == tok[None, :], 1.0, 0.0)
         if AGAIN:
             _put(K_kept, K, n * T, tok, ok, D, col)
             _put(V_kept, V, n * T, tok, ok, D, col)
-            _put(r_kept, r, _held(n, T, chunk, PER, first, tiles), tok, ok, 4 * D, row)
-            tl.store(_square(X_kept, n * tiles + i - first, C), X)
             g = g_kept + n * T + tok
             tl.store(g, et, mask=ok)
             tl.store(g + NT, al, mask=ok)
@@ -467,12 +458,24 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
             tl.store(g + 3 * NT, z_alpha, mask=ok)
             tl.store(g + 4 * NT, nk, mask=ok)
             tl.store(g + 5 * NT, nv, mask=ok)
+        # the errors of all rows, then read, then write
+        A0, a0 = _decay(al, C)
+        X = _inverse(A0 * et[None, :] * _dot(tl.trans(K), K, TYPE), C)
+        r = _own(V - K, C, D) + _dot(B, V, TYPE)
+        r += _dot(_get_state(W0, n % H, R, D, row, col), -K, TYPE)
+        r += _dot(narrow, -a0[None, :] * K, TYPE)
+        r = _dot(r, tl.trans(X), tl.float32)
+        A1 = al[:, None] * A0 + tl.where(tok[:, None] == tok[None, :], 1.0, 0.0)
+        if AGAIN:
+            _put(r_kept, r, _held(n, T, chunk, PER, first, tiles), tok, ok, 4 * D, row)
+            tl.store(_square(X_kept, n * tiles + i - first, C), X)
         else:
             Q = _get(q, n * T, tok, ok, D, col)
             M = A1 * et[None, :] * _dot(tl.trans(Q), K, TYPE)
-            Y = (al * a0)[None, :] * _dot(w, Q, TYPE)
+            Y = (al * a0)[None, :] * _dot(narrow, Q, TYPE)
             _put(y, Y + _dot(r, tl.trans(M), TYPE), n * T, tok, ok, D, row)
         w = _row(al * a0, last, C) * w + _dot((_row(A1, last, C) * et)[None, :] * r, tl.trans(K), TYPE)
+        narrow = w.to(TYPE)
     if not AGAIN:
         _put_state(W_T, w, n, R, D, row, col)
 
@@ -481,12 +484,12 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
 def _modify_chain(x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept, dr_read, dk_read, dgates, dW, d_all, dG_all,
                   T, H, step, chunk, PER, first, tiles,
                   C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
-    """Backward through generation, errors and write of one memory n, tile by tile in reverse; dW is updated in place, and dgates:
-    with those of eta and alpha from the read, then with those of z_eta and log alpha."""
+    """Backward through generation, errors and write of one memory n, tile by tile in reverse. Updated in place: dW, and
+    dgates, from those of eta and alpha in the read to those of z_eta and log alpha."""
     n, R, NT = tl.program_id(0).to(tl.int64), 3 * D + 2, tl.num_programs(0).to(tl.int64) * T
     row, col, t, held = tl.arange(0, 4 * D), tl.arange(0, D), tl.arange(0, C), _held(n, T, chunk, PER, first, tiles)
     dw = _get_state(dW, n, R, D, row, col)
-    narrow = dw.to(TYPE)  # carried round the loop: Triton then hands it to both products in shared memory, not in registers
+    narrow = dw.to(TYPE)
     rate = step * tl.load(A + n)
     for back in tl.range(1, tiles + 1, disable_licm=True):
         i, kept = first + tiles - back, n * tiles + tiles - back
@@ -712,7 +715,7 @@ def _modify_backward(grads: list[Tensor], kept: list[Tensor], inputs: list[Tenso
                             first, tiles, **constants, **_launch("modify chain"))  # fmt: skip
         # what is left are plain products, for all chunks at once
         now, B = slice(lo, hi), W0.repeat(N // H, 1, 1)[:, None] + W_all[:, ::per]
-        dx[:, now] = (dG[..., :R].unflatten(1, (B.shape[1], -1)) @ B).flatten(1, 2) + dG[..., D : 3 * D].unflatten(2, (2, D)).sum(2)
+        dx[:, now] = (dG[..., :R].unflatten(1, (B.shape[1], -1)) @ B).flatten(1, 2) + sum(dG.split(D, 2)[1:3])
         dW0 += (d.mT @ (V[:, now] - K[:, now]) + dG.mT @ x[:, now])[:, :R]
         if first == tail:
             dW += d_last
@@ -728,8 +731,8 @@ for operator, gradients in ((_scan, _scan_backward), (_modify, _modify_backward)
         ctx.save_for_backward(*output[-2:], *x)
 
     def backward(ctx, grads, gradients=gradients):
-        kept, x = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
-        return gradients([g.contiguous() for g in grads[:3]], list(kept), list(x), *ctx.numbers), None, None
+        saved = list(ctx.saved_tensors)  # asked for once only: a checkpoint computes them again
+        return gradients([g.contiguous() for g in grads[:3]], saved[:2], saved[2:], *ctx.numbers), None, None
 
     operator.register_autograd(backward, setup_context=save)
     gradients.register_fake(lambda grads, kept, x, *numbers: [torch.empty_like(t) for t in x])

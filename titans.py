@@ -422,7 +422,7 @@ class SelfModifyingTitans(nn.Module):
         if self.momentum:
             theta = torch.sigmoid(gates[..., 2] + self.b_theta[:, None])
             eta = eta * (1 - theta)  # so that a lasting surprise is written at the same rate
-        rates = dict(eta=eta, alpha=alpha, theta=theta)
+        rates = dict(eta=eta, alpha=alpha, theta=theta, backend=self.backend)
         targets, gate_targets = self._outputs(boundary, v)
         u = targets - k.unsqueeze(-3)
         second = len(running) > 1
@@ -441,7 +441,7 @@ class SelfModifyingTitans(nn.Module):
         if self.mode == "boundary":
             y = q @ boundary[0][..., :d, :].mT
         if second:  # a memory from h to what is left of the targets; h is not of unit length, see memory.write
-            rates = {name: rate if rate is None else rate.unsqueeze(-2) for name, rate in rates.items()}
+            rates = {name: rate.unsqueeze(-2) if torch.is_tensor(rate) else rate for name, rate in rates.items()}
             rates["eta"] = rates["eta"] / (1 + rates["eta"] * h.square().sum(-1))
             S = momentum[1] if momentum else None
             hq = F.silu(y)

@@ -193,6 +193,22 @@ def test_the_layer_takes_the_kernels_and_stays_itself():
     assert (ys[0] - ys[1]).norm() <= 1e-5 * ys[0].norm()
 
 
+@pytest.mark.parametrize("momentum", [False, True])
+def test_both_layers_of_an_mlp_memory_take_the_fused_scan(momentum, monkeypatch):
+    torch.manual_seed(0)
+    layer = SelfModifyingTitans(16, 1, chunk=8, memory="mlp", momentum=momentum).to(DEVICE)
+    x = torch.randn(1, 11, 16).to(DEVICE)
+    scanned, original, found = [], kernels.scan, []
+    monkeypatch.setattr(kernels, "scan", lambda W, *rest: scanned.append(tuple(W.shape)) or original(W, *rest))
+    for backend in ("torch", "triton"):
+        layer.backend = backend
+        y, _ = layer(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+    n = 51 if momentum else 50  # rows of the first layer: three memories of 16, a row for every gate
+    assert scanned[:4] == 2 * [(1, 1, n, 16), (1, 1, 3, 16, 16)]
+    assert_equal_up_to(1e-5, dict(enumerate(found[1])), dict(enumerate(t.double() for t in found[0])))
+
+
 @pytest.mark.parametrize("what", ["scan", "self_modify"])
 def test_every_element_of_every_output_is_written(what, monkeypatch):
     """Buffers that start as NaN give the same results."""
@@ -318,10 +334,9 @@ def test_every_kernel_compiles_for_hopper_within_its_registers():
         assert row["stack"] <= STACK[name], row
 
 
-# Bytes of spills a thread may have. What self-modification still spills is too much: 256 threads hold 256 x 64 weights in
-# half of all registers, and each product with their transpose asks for the other half.
-STACK = {"scan forward": 512, "scan again": 192, "scan chain": 0, "scan local": 416,
-         "modify forward": 640, "modify again": 1600, "modify chain": 2560, "modify starts": 0}  # fmt: skip
+# Bytes of spill stack a thread may have: 0, 0, 0, 64, 0, 0, 248 with Triton 3.9 and 48, 0, 0, 56, 56, 224, 160 with 3.6.
+STACK = {"scan forward": 64, "scan again": 0, "scan chain": 0, "scan local": 64,
+         "modify forward": 64, "modify again": 256, "modify chain": 256}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
