@@ -451,13 +451,9 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
         if AGAIN:
             _put(K_kept, K, n * T, tok, ok, D, col)
             _put(V_kept, V, n * T, tok, ok, D, col)
-            g = g_kept + n * T + tok
-            tl.store(g, et, mask=ok)
-            tl.store(g + NT, al, mask=ok)
-            tl.store(g + 2 * NT, z_eta, mask=ok)
-            tl.store(g + 3 * NT, z_alpha, mask=ok)
-            tl.store(g + 4 * NT, nk, mask=ok)
-            tl.store(g + 5 * NT, nv, mask=ok)
+            series = (et, al, z_eta, z_alpha, nk, nv)
+            for m in tl.static_range(6):
+                tl.store(g_kept + m * NT + n * T + tok, series[m], mask=ok)
         # the errors of all rows, then read, then write
         A0, a0 = _decay(al, C)
         X = _inverse(A0 * et[None, :] * _dot(tl.trans(K), K, TYPE), C)
@@ -728,11 +724,15 @@ for operator, gradients in ((_scan, _scan_backward), (_modify, _modify_backward)
 
     def save(ctx, inputs, output):
         x, *ctx.numbers = inputs
+        ctx.shapes = [y.shape for y in output[:3]]
+        ctx.set_materialize_grads(False)  # zeros for what is kept would be as large as that
         ctx.save_for_backward(*output[-2:], *x)
 
     def backward(ctx, grads, gradients=gradients):
         saved = list(ctx.saved_tensors)  # asked for once only: a checkpoint computes them again
-        return gradients([g.contiguous() for g in grads[:3]], saved[:2], saved[2:], *ctx.numbers), None, None
+        grads = [saved[0].new_zeros(shape) if g is None else g.contiguous()
+                 for g, shape in zip(grads[:3], ctx.shapes, strict=True)]  # fmt: skip
+        return gradients(grads, saved[:2], saved[2:], *ctx.numbers), None, None
 
     operator.register_autograd(backward, setup_context=save)
     gradients.register_fake(lambda grads, kept, x, *numbers: [torch.empty_like(t) for t in x])
