@@ -25,7 +25,8 @@ tests' oracles; this file repeats their algebra for tokens t, s = 0..C-1 of a ti
 
 Only the chain must walk the tiles in reverse; everything local runs for all tiles at once. The forward keeps W and S at
 every EVERY-th tile; the backward computes the states between again ("again"), all segments at once, and holds at most
-SPAN tiles of them, whatever T. So what stays from forward to backward is 1/EVERY of the states, a few percent of the inputs.
+SPAN tiles of them, whatever T. What stays from forward to backward are 1/EVERY of the states: for heads of 64 64 bytes a
+token in `scan` (bfloat16 inputs: 392) and 388 with self-modification (256).
 
 Self-modification: with B = W0 + W at the chunk's start and all rows [memory | k | v | eta | alpha] stacked,
 
@@ -33,7 +34,8 @@ Self-modification: with B = W0 + W at the chunk's start and all rows [memory | k
 
 (v - k in the three square blocks), the rest as above with S = 0. A chunk is cut into tiles of 16 tokens, which changes
 nothing: k, v, eta, alpha of all of them come from B. Backward: dk, dv, deta, dalpha give dG [rows, C], dx = B^T dG + dk +
-dv, and dG x^T + d v^T joins dW at the chunk's start. What depends only on the read goes into "again"; dW0 is summed last.
+dv, and dG x^T + d v^T joins dW at the chunk's start. The backward of the read alone is `_scan_local` with all tiles at
+once; dx and dW0 are plain batched products, left to torch.
 
 Decisions. Tiles are held transposed, r^T [rows, C], so that the rows of the memory and not the few tokens fill the 64
 rows of a Hopper matrix instruction; otherwise Triton gives every warp a copy (255 registers and spills at C = 32).
@@ -42,7 +44,10 @@ nilpotent product (I - L)(I + L^2)(I + L^4)... costs the same but takes powers o
 with eta = 2, while the inverse has entries of 2. States, X, decays and sums are float32. float32 operands of a product are
 split into three tf32 products (input_precision "tf32x3", about 22 bits; plain tf32 has 11); where x, q (k, u, q) are
 bfloat16 so are the operands, all but those of X. No atomics: runs are identical. First derivatives only: a second one
-raises RuntimeError; ask for backend="torch" there.
+raises RuntimeError; ask for backend="torch" there. Registers are what is scarce: 256 x 64 float32 weights fill a quarter
+of an SM's. So loops hoist nothing (disable_licm), what is needed twice far apart is loaded twice (the second time from a
+cache), sums join an accumulator with += of a product (with -= Triton keeps two), and weights go round the loop once more
+in the operands' type, which makes Triton hand them to products in shared memory.
 """
 
 import torch
