@@ -650,19 +650,24 @@ def digits(args) -> dict:
     return {"rows": rows, "cells": cells}
 
 
-# Fused kernels. A cell that does not fit into the device's memory is a row with None.
+# Fused kernels. What does not fit into the device's memory, or fails, is None, and said; the rest goes on.
 
 
-def milliseconds(f) -> float | None:
-    """Median time of f on the device; None where it runs out of memory."""
-    from triton.testing import do_bench
-
+def measured(name, f):
+    """f(), or None and a line that says why not."""
     try:
-        return do_bench(f, warmup=50, rep=200, return_mode="median")
-    except torch.OutOfMemoryError:
-        return None
+        return f()
+    except Exception as error:  # of compilers and drivers, too
+        print(f"{name}: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
     finally:
         torch.cuda.empty_cache()
+
+
+def milliseconds(f) -> float:
+    """Median time of f on the device."""
+    from triton.testing import do_bench
+
+    return do_bench(f, warmup=50, rep=200, return_mode="median")
 
 
 def there_and_back(f, args):
@@ -697,7 +702,7 @@ def modify_work(N: int, T: int, d: int = 64, C: int = 16) -> tuple[int, int]:
 
 
 def kernel_calls(what: str, N: int, T: int, chunk: int, device) -> dict:
-    """{name: function without arguments} of the fused kernels and what they are measured against, on the same tensors."""
+    """{name: (function, its arguments)} of the fused kernels and what they are measured against, on the same tensors."""
     import kernels
     import memory
     import titans
@@ -721,15 +726,15 @@ def kernel_calls(what: str, N: int, T: int, chunk: int, device) -> dict:
                 y.append(now)
             return torch.cat(y, 1)
 
-        calls["fused"] = there_and_back(partial(run, "triton"), args)
+        calls["fused"] = partial(run, "triton"), args
         if T <= 4096:
-            calls["eager"], calls["compiled"] = (there_and_back(f, args) for f in (partial(run, "torch"), compiled))
+            calls["eager"], calls["compiled"] = (partial(run, "torch"), args), (compiled, args)
         with suppress(ImportError):
             from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
             rows = [x.unflatten(0, (-1, 16)).transpose(1, 2).contiguous() for x in (q, k, u, alpha.log(), eta)]
             # FLA's g is the logarithm of alpha; its order is queries, keys, values, g, beta
-            calls["fla"] = there_and_back(lambda *a: chunk_gated_delta_rule(*a, scale=1.0)[0], rows)
+            calls["fla"] = lambda *a: chunk_gated_delta_rule(*a, scale=1.0)[0], rows
     else:
         x, q = normal(N, T, d).bfloat16(), memory.l2norm(normal(N, T, d)).bfloat16()
         W, W0, heads = torch.zeros(N, 3 * d + 2, d, device=device), normal(16, 3 * d + 2, d) * d**-0.5, N // 16
@@ -742,9 +747,9 @@ def kernel_calls(what: str, N: int, T: int, chunk: int, device) -> dict:
         def fused_step(x, q, W0):
             return kernels.self_modify(x, q, W, W0, *gates, chunk, 1.0)[0]
 
-        calls["fused"] = there_and_back(fused_step, (x, q, W0))
+        calls["fused"] = fused_step, (x, q, W0)
         if T <= 4096:
-            calls["eager"] = there_and_back(torch_step, (x, q, W0))
+            calls["eager"] = torch_step, (x, q, W0)
     return calls
 
 
@@ -771,12 +776,15 @@ def driver() -> str | None:
 
 
 def kernel_speed(args) -> dict:
-    """Times of the fused kernels; prints the table and returns what it holds."""
+    """Times of the fused kernels; prints the table and returns what it holds. --out is written anew with every row."""
     device = device_for(args.device)
     if device.type != "cuda":
         raise ValueError("kernels are measured on a CUDA GPU, and here is none (tests/test_kernels.py checks them without one)")
     import triton
 
+    import memory
+
+    memory.AUTO_KERNELS = True  # the models, too, are measured with the kernels
     heads, lengths = numbers(args.heads, int), numbers(args.lengths, int)
     wrong = [N for N in heads if N < 16 or N % 16] + [T for T in lengths if T < 1]
     if wrong:
@@ -785,41 +793,42 @@ def kernel_speed(args) -> dict:
     with suppress(ImportError, metadata.PackageNotFoundError):
         versions["fla"] = metadata.version("flash-linear-attention")
     torch._dynamo.config.cache_size_limit = 64
-    peak, rows = ceilings(device), []
+    peak, rows, steps = ceilings(device), [], []
+    result = {"versions": versions, "ceilings": peak, "rows": rows, "training": steps}
     name = torch.cuda.get_device_name(device)
     print(f"{name}: matrix product {peak['tflops']:.0f} TFLOP/s, copy {peak['tbytes']:.2f} TB/s\n")
     for what, N, T in [(what, N, T) for what in ("scan", "self-modifying") for N in heads for T in lengths]:
         torch.manual_seed(0)
         chunk = None if what == "scan" else args.chunk
-        calls = kernel_calls(what, N, T, args.chunk, device)
-        ms = {name: milliseconds(call) for name, call in calls.items()}
+        calls = measured(f"{what} of {N} heads, T {T}", lambda: kernel_calls(what, N, T, args.chunk, device)) or {}  # noqa: B023
+        ms = {name: measured(f"{what} of {N} heads, T {T}, {name}", lambda: milliseconds(there_and_back(*call)))  # noqa: B023
+              for name, call in calls.items()}  # fmt: skip
         flops, moved = (scan_work if what == "scan" else modify_work)(N, T)
         rivals = ("eager", "compiled", "fla")
-        ratio = {name: ms[name] / ms["fused"] if ms.get(name) and ms["fused"] else None for name in rivals}
-        tflops, tbytes = (work / ms["fused"] / 1e9 if ms["fused"] else None for work in (flops, moved))
-        rows.append({"what": what, "heads": N, "T": T, "chunk": chunk, "ms": ms["fused"], "tflops": tflops, "tbytes": tbytes,
+        fused = ms.get("fused")
+        ratio = {name: ms[name] / fused if ms.get(name) and fused else None for name in rivals}
+        tflops, tbytes = (work / fused / 1e9 if fused else None for work in (flops, moved))
+        rows.append({"what": what, "heads": N, "T": T, "chunk": chunk, "ms": fused, "tflops": tflops, "tbytes": tbytes,
                      "of_tflops": tflops and tflops / peak["tflops"], "of_tbytes": tbytes and tbytes / peak["tbytes"], **ratio,
                      "all_ms": ms})  # fmt: skip
         del calls
+        write_result(args, result)
         print(kernel_table(rows[-1:]).splitlines()[-1] if len(rows) > 1 else kernel_table(rows), flush=True)
-    steps = []
     for T in (4096, 32768) if args.preset != "none" else ():
         for spec in ("transformer", *split_specs(args.models)):
-            try:
-                step = build(spec_config(spec, args.preset), max(1, 16384 // T), T, device)
+            def tokens_per_second():
+                step = build(spec_config(spec, args.preset), max(1, 16384 // T), T, device)  # noqa: B023
                 training_step(*step)
-                seconds = statistics.median(training_step(*step) for _ in range(5))
-                steps.append({"model": spec, "T": T, "tokens_per_s": step[1].numel() / seconds})
-            except torch.OutOfMemoryError:
-                steps.append({"model": spec, "T": T, "tokens_per_s": None})
-            step = None
-            torch.cuda.empty_cache()
+                return step[1].numel() / statistics.median(training_step(*step) for _ in range(5))
+
+            steps.append({"model": spec, "T": T, "tokens_per_s": measured(f"{spec}, T {T}", tokens_per_second)})
             base = next(s["tokens_per_s"] for s in steps if s["T"] == T)
             steps[-1]["ratio"] = steps[-1]["tokens_per_s"] / base if base and steps[-1]["tokens_per_s"] else None
-            speed = "out of memory" if steps[-1]["tokens_per_s"] is None else f"{steps[-1]['tokens_per_s']:,.0f} tokens/s"
+            write_result(args, result)
+            speed = "not measured" if steps[-1]["tokens_per_s"] is None else f"{steps[-1]['tokens_per_s']:,.0f} tokens/s"
             ratio = steps[-1]["ratio"] or math.nan
             print(f"training step, {args.preset}, T {T}: {spec} {speed}, ratio {ratio:.2f}", flush=True)
-    return {"versions": versions, "ceilings": peak, "rows": rows, "training": steps}
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -923,12 +932,21 @@ def parser() -> Parser:
     return top
 
 
+def write_result(args, result: dict) -> None:
+    """--out: the result, and with what and where it was measured."""
+    machine = {"cpu": processor(), "cores": cores(), "torch": torch.__version__, "python": platform.python_version(),
+               "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}  # fmt: skip
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    write_json(Path(args.out), {"command": args.line, "machine": machine, "commit": commit(), **result})
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0 done, 2 bad input or a failed run, 130 stopped by Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         top = parser()
         args = top.parse_args(argv)
+        args.line = shlex.join(["python", "bench.py", *argv])
         if args.command is None:
             top.print_help()
             return 0
@@ -936,12 +954,7 @@ def main(argv: list[str] | None = None) -> int:
                     "digits": digits, "kernels": kernel_speed}  # fmt: skip
         result = commands[args.command](args)
         if result:
-            machine = {"cpu": processor(), "cores": cores(), "torch": torch.__version__,
-                       "python": platform.python_version(),
-                       "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}  # fmt: skip
-            command = shlex.join(["python", "bench.py", *argv])
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            write_json(Path(args.out), {"command": command, "machine": machine, "commit": commit(), **result})
+            write_result(args, result)
             print(f"\nin {args.out}")
         return 0
     except (ValueError, OSError, RuntimeError) as error:  # out of memory, a worker that was killed: RuntimeErrors

@@ -25,7 +25,8 @@ tests' oracles; this file repeats their algebra for tokens t, s = 0..C-1 of a ti
 
 Only the chain must walk the tiles in reverse; everything local runs for all tiles at once. The forward keeps W and S at
 every EVERY-th tile; the backward computes the states between again ("again"), all segments at once, and holds at most
-SPAN tiles of them, whatever T. So what stays from forward to backward is 1/EVERY of the states, a few percent of the inputs.
+SPAN tiles of them, whatever T. What stays from forward to backward are 1/EVERY of the states: for heads of 64 64 bytes a
+token in `scan` (bfloat16 inputs: 392) and 388 with self-modification (256).
 
 Self-modification: with B = W0 + W at the chunk's start and all rows [memory | k | v | eta | alpha] stacked,
 
@@ -33,7 +34,8 @@ Self-modification: with B = W0 + W at the chunk's start and all rows [memory | k
 
 (v - k in the three square blocks), the rest as above with S = 0. A chunk is cut into tiles of 16 tokens, which changes
 nothing: k, v, eta, alpha of all of them come from B. Backward: dk, dv, deta, dalpha give dG [rows, C], dx = B^T dG + dk +
-dv, and dG x^T + d v^T joins dW at the chunk's start. What depends only on the read goes into "again"; dW0 is summed last.
+dv, and dG x^T + d v^T joins dW at the chunk's start. The backward of the read alone is `_scan_local` with all tiles at
+once; dx and dW0 are plain batched products, left to torch.
 
 Decisions. Tiles are held transposed, r^T [rows, C], so that the rows of the memory and not the few tokens fill the 64
 rows of a Hopper matrix instruction; otherwise Triton gives every warp a copy (255 registers and spills at C = 32).
@@ -42,7 +44,10 @@ nilpotent product (I - L)(I + L^2)(I + L^4)... costs the same but takes powers o
 with eta = 2, while the inverse has entries of 2. States, X, decays and sums are float32. float32 operands of a product are
 split into three tf32 products (input_precision "tf32x3", about 22 bits; plain tf32 has 11); where x, q (k, u, q) are
 bfloat16 so are the operands, all but those of X. No atomics: runs are identical. First derivatives only: a second one
-raises RuntimeError; ask for backend="torch" there.
+raises RuntimeError; ask for backend="torch" there. Registers are what is scarce: 256 x 64 float32 weights fill a quarter
+of an SM's. So loops hoist nothing (disable_licm), what is needed twice far apart is loaded twice (the second time from a
+cache), sums join an accumulator with += of a product (with -= Triton keeps two), and weights go round the loop once more
+in the operands' type, which makes Triton hand them to products in shared memory.
 """
 
 import torch
@@ -202,23 +207,24 @@ def _scan_forward(W, S, k, u, q, eta, alpha, theta, delta, y, W_T, S_T, W_kept, 
     for i in tl.range(lo, hi, disable_licm=True):
         tok, ok, last = _tile(i, T, C, 1, C)
         K = _get(k, n * T, tok, ok, dk, h)
-        r = _get(u, n * T, tok, ok, dv, v).to(tl.float32)
         et = tl.load(eta + n * T + tok, mask=ok, other=0.0)
         A0, a0, c0, b0, a1, b1, c1, _, _, T1, t1 = _weights(alpha + n * T, theta + n * T, tok, ok, C, MOMENTUM)
+        if DELTA:
+            d = _factor(delta + n * T, tok, ok, C, DELTA)
+            X = _inverse(d[:, None] * c0 * et[None, :] * _dot(tl.trans(K), K, TYPE), C)
+            if AGAIN:
+                tl.store(_square(X_kept, n * tiles + i - first, C), X)
         if i % every == 0:
             kept = n * tl.cdiv(tiles, every) + (i - first) // every
             _put_state(W_kept, w, kept, dv, dk, v, h)
             if MOMENTUM:
                 _put_state(S_kept, z, kept, dv, dk, v, h)
+        r = _get(u, n * T, tok, ok, dv, v).to(tl.float32)
         if DELTA:
-            d = _factor(delta + n * T, tok, ok, C, DELTA)
-            X = _inverse(d[:, None] * c0 * et[None, :] * _dot(tl.trans(K), K, TYPE), C)
             r -= (d * a0)[None, :] * _dot(w, K, TYPE)
             if MOMENTUM:
                 r -= (d * b0)[None, :] * _dot(z, K, TYPE)
             r = _dot(r, tl.trans(X), tl.float32)
-            if AGAIN:
-                tl.store(_square(X_kept, n * tiles + i - first, C), X)
         if AGAIN:
             _put(r_kept, r, _held(n, T, C, 1, first, tiles), tok, ok, dv, v)
         if READ:
@@ -286,7 +292,7 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
                 C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, TYPE: tl.constexpr, MOMENTUM: tl.constexpr,
                 DELTA: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr):  # fmt: skip
     """The rest of the backward, all tiles at once: gradients of k, q and the series, a share per block of rows. States have
-    `rows` rows and r `wide` columns, of which these are the first dv."""
+    `rows` rows and r `wide` columns, of which these are the first dv. Not WRITE: the read only, and its part of du."""
     n, j, i = tl.program_id(0).to(tl.int64), tl.program_id(1), first + tl.program_id(2)
     v, h, t = j * DV + tl.arange(0, DV), tl.arange(0, DK), tl.arange(0, C)
     kept, share = n * tiles + i - first, (j * tl.num_programs(0) + n) * T
@@ -295,7 +301,8 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
     et = tl.load(eta + n * T + tok, mask=ok, other=0.0)
     A0, a0, c0, b0, a1, b1, c1, T0, t0, T1, t1 = _weights(alpha + n * T, theta + n * T, tok, ok, C, MOMENTUM)
     al = tl.load(alpha + n * T + tok, mask=ok, other=1.0)
-    r = _get(r_kept, _held(n, T, chunk, PER, first, tiles), tok, ok, wide, v)
+    held = _held(n, T, chunk, PER, first, tiles)
+    r = _get(r_kept, held, tok, ok, wide, v)
     w = _get_state(W_kept, kept, rows, dk, v, h)
     z = w
     if MOMENTUM:
@@ -328,8 +335,10 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
             part = _dot(tl.trans(z), dY, TYPE)
             dQ += b1[None, :] * part
             db += tl.sum(part * Q, 0)
-        dM = _dot(tl.trans(dY), r, TYPE)
-        G = dM * _dot(tl.trans(Q), K, TYPE)
+        dM, QK = _dot(tl.trans(dY), r, TYPE), _dot(tl.trans(Q), K, TYPE)
+        if not WRITE:
+            _put(du, _dot(dY, c1 * et[None, :] * QK, TYPE), n * T, tok, ok, dv, v)
+        G = dM * QK
         dc1 += G * et[None, :]
         det += tl.sum(G * c1, 0)
         dM *= c1 * et[None, :]
@@ -337,6 +346,8 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
         _put(dq, dQ + _dot(K, tl.trans(dM), TYPE), share, tok, ok, dk, h)
     dc0, da0, db0 = al[:, None] * dc1, al * da, al * db
     if DELTA:  # through the errors
+        tl.debug_barrier()  # loaded once more, for the registers are full
+        K, r = _get(k, n * T, tok, ok, dk, h), _get(r_kept, held, tok, ok, wide, v)
         d = _factor(delta + n * T, tok, ok, C, DELTA)
         dr = _get(du, n * T, tok, ok, dv, v)
         part = _dot(tl.trans(w), dr, TYPE)
@@ -410,10 +421,10 @@ def _softplus(z):
 
 
 @triton.jit
-def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept, dy, dr_read,
+def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept,
                     T, H, step, chunk, PER, segments, EVERY, first, tiles,
                     C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr, AGAIN: tl.constexpr):  # fmt: skip
-    """One memory n; PER tiles make a chunk, else as `_scan_forward`. AGAIN gives also what the errors get from the read."""
+    """One memory n; PER tiles make a chunk, else as `_scan_forward`."""
     n, R, NT = tl.program_id(0).to(tl.int64), 3 * D + 2, tl.num_programs(0).to(tl.int64) * T
     row, col = tl.arange(0, 4 * D), tl.arange(0, D)
     lo, hi, every = first + tl.program_id(1) * EVERY, tiles, EVERY
@@ -421,7 +432,8 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
         hi, every = tl.minimum(lo + EVERY, first + tiles), 1
     w = _get_state(W, n * segments + lo // EVERY % segments, R, D, row, col)
     be, ba, rate = tl.load(b_eta + n), tl.load(b_alpha + n), step * tl.load(A + n)
-    B = w.to(TYPE)
+    narrow = w.to(TYPE)  # carried round the loop: so products get it in shared memory and not in registers
+    B = narrow
     for i in tl.range(lo, hi, disable_licm=True):
         tok, ok, last = _tile(i, T, chunk, PER, C)
         if i % PER == 0:
@@ -441,33 +453,30 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
         z_alpha = tl.sum(tl.where((row == 3 * D + 1)[:, None], G, 0.0), 0) + ba
         al = tl.where(ok, tl.exp(-rate * _softplus(z_alpha)), 1.0)
         et = tl.where(ok, step * (1.0 + al) * tl.sigmoid(z_eta), 0.0)
+        if AGAIN:
+            _put(K_kept, K, n * T, tok, ok, D, col)
+            _put(V_kept, V, n * T, tok, ok, D, col)
+            series = (et, al, z_eta, z_alpha, nk, nv)
+            for m in tl.static_range(6):
+                tl.store(g_kept + m * NT + n * T + tok, series[m], mask=ok)
         # the errors of all rows, then read, then write
         A0, a0 = _decay(al, C)
         X = _inverse(A0 * et[None, :] * _dot(tl.trans(K), K, TYPE), C)
         r = _own(V - K, C, D) + _dot(B, V, TYPE)
         r += _dot(_get_state(W0, n % H, R, D, row, col), -K, TYPE)
-        r += _dot(w, -a0[None, :] * K, TYPE)
+        r += _dot(narrow, -a0[None, :] * K, TYPE)
         r = _dot(r, tl.trans(X), tl.float32)
         A1 = al[:, None] * A0 + tl.where(tok[:, None] == tok[None, :], 1.0, 0.0)
-        Q = _get(q, n * T, tok, ok, D, col)
-        M = A1 * et[None, :] * _dot(tl.trans(Q), K, TYPE)
         if AGAIN:
-            _put(K_kept, K, n * T, tok, ok, D, col)
-            _put(V_kept, V, n * T, tok, ok, D, col)
             _put(r_kept, r, _held(n, T, chunk, PER, first, tiles), tok, ok, 4 * D, row)
             tl.store(_square(X_kept, n * tiles + i - first, C), X)
-            g = g_kept + n * T + tok
-            tl.store(g, et, mask=ok)
-            tl.store(g + NT, al, mask=ok)
-            tl.store(g + 2 * NT, z_eta, mask=ok)
-            tl.store(g + 3 * NT, z_alpha, mask=ok)
-            tl.store(g + 4 * NT, nk, mask=ok)
-            tl.store(g + 5 * NT, nv, mask=ok)
-            _put(dr_read, _dot(_get(dy, n * T, tok, ok, D, col), M, TYPE), n * T, tok, ok, D, col)
         else:
-            Y = (al * a0)[None, :] * _dot(w, Q, TYPE)
+            Q = _get(q, n * T, tok, ok, D, col)
+            M = A1 * et[None, :] * _dot(tl.trans(Q), K, TYPE)
+            Y = (al * a0)[None, :] * _dot(narrow, Q, TYPE)
             _put(y, Y + _dot(r, tl.trans(M), TYPE), n * T, tok, ok, D, row)
         w = _row(al * a0, last, C) * w + _dot((_row(A1, last, C) * et)[None, :] * r, tl.trans(K), TYPE)
+        narrow = w.to(TYPE)
     if not AGAIN:
         _put_state(W_T, w, n, R, D, row, col)
 
@@ -476,12 +485,12 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
 def _modify_chain(x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept, dr_read, dk_read, dgates, dW, d_all, dG_all,
                   T, H, step, chunk, PER, first, tiles,
                   C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
-    """Backward through generation, errors and write of one memory n, tile by tile in reverse; dW is updated in place, and dgates:
-    with those of eta and alpha from the read, then with those of z_eta and log alpha."""
+    """Backward through generation, errors and write of one memory n, tile by tile in reverse. Updated in place: dW, and
+    dgates, from those of eta and alpha in the read to those of z_eta and log alpha."""
     n, R, NT = tl.program_id(0).to(tl.int64), 3 * D + 2, tl.num_programs(0).to(tl.int64) * T
     row, col, t, held = tl.arange(0, 4 * D), tl.arange(0, D), tl.arange(0, C), _held(n, T, chunk, PER, first, tiles)
     dw = _get_state(dW, n, R, D, row, col)
-    narrow = dw.to(TYPE)  # carried round the loop: Triton then hands it to both products in shared memory, not in registers
+    narrow = dw.to(TYPE)
     rate = step * tl.load(A + n)
     for back in tl.range(1, tiles + 1, disable_licm=True):
         i, kept = first + tiles - back, n * tiles + tiles - back
@@ -665,7 +674,7 @@ def _modify(x: list[Tensor], chunk: int, step: float) -> list[Tensor]:
     """W_t q_t, W_T, W at the last boundary, kept W for x, q [N, T, d], W0 [H, 3d + 2, d], W [N, 3d + 2, d], gates [N]."""
     out = _modify_fake(x, chunk, step)
     (N, T, D), (C, per, tiles, every) = x[0].shape, _chunks(x[0].shape[1], chunk)
-    _modify_forward[(N,)](*x, *out, *out, *out[:3], T, len(x[2]), step, chunk, per, 1, every, 0, tiles, C=C, D=D,
+    _modify_forward[(N,)](*x, *out, *out, out[0], T, len(x[2]), step, chunk, per, 1, every, 0, tiles, C=C, D=D,
                           TYPE=TYPES[x[0].dtype], AGAIN=False, **_launch("modify forward"))  # fmt: skip
     return out
 
@@ -695,11 +704,11 @@ def _modify_backward(grads: list[Tensor], kept: list[Tensor], inputs: list[Tenso
         W_all, X = x.new_empty(N, tiles, R, D), W.new_empty(N, tiles, C, C)
         r, d, dG = (x.new_empty(N, hi - lo, 4 * D) for _ in range(3))
         _modify_forward[(N, triton.cdiv(tiles, every))](
-            x, q, W0, states, b_eta, b_alpha, A, none, none, none, W_all, K, V, g, r, X, dy, dr, T, H, step, chunk, per,
+            x, q, W0, states, b_eta, b_alpha, A, none, none, none, W_all, K, V, g, r, X, T, H, step, chunk, per,
             states.shape[1], every, first, tiles, **constants, AGAIN=True, **_launch("modify again"),
         )  # fmt: skip
         _scan_local[(N, 1, tiles)](
-            K, q, g[0], g[1], none, none, dy, none, W_all, none, r, none, none, dk, dq, dg[0], dg[1], none, none,
+            K, q, g[0], g[1], none, none, dy, dr, W_all, none, r, none, none, dk, dq, dg[0], dg[1], none, none,
             T, D, D, R, 4 * D, chunk, per, first, tiles, C=C, DV=D, DK=D, TYPE=TYPES[x.dtype], MOMENTUM=False, DELTA=0,
             READ=True, WRITE=False, **_launch("scan local"),
         )  # fmt: skip
@@ -707,7 +716,7 @@ def _modify_backward(grads: list[Tensor], kept: list[Tensor], inputs: list[Tenso
                             first, tiles, **constants, **_launch("modify chain"))  # fmt: skip
         # what is left are plain products, for all chunks at once
         now, B = slice(lo, hi), W0.repeat(N // H, 1, 1)[:, None] + W_all[:, ::per]
-        dx[:, now] = (dG[..., :R].unflatten(1, (B.shape[1], -1)) @ B).flatten(1, 2) + dG[..., D : 3 * D].unflatten(2, (2, D)).sum(2)
+        dx[:, now] = (dG[..., :R].unflatten(1, (B.shape[1], -1)) @ B).flatten(1, 2) + sum(dG.split(D, 2)[1:3])
         dW0 += (d.mT @ (V[:, now] - K[:, now]) + dG.mT @ x[:, now])[:, :R]
         if first == tail:
             dW += d_last
@@ -720,11 +729,15 @@ for operator, gradients in ((_scan, _scan_backward), (_modify, _modify_backward)
 
     def save(ctx, inputs, output):
         x, *ctx.numbers = inputs
+        ctx.shapes = [y.shape for y in output[:3]]
+        ctx.set_materialize_grads(False)  # zeros for what is kept would be as large as that
         ctx.save_for_backward(*output[-2:], *x)
 
     def backward(ctx, grads, gradients=gradients):
-        kept, x = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
-        return gradients([g.contiguous() for g in grads[:3]], list(kept), list(x), *ctx.numbers), None, None
+        saved = list(ctx.saved_tensors)  # asked for once only: a checkpoint computes them again
+        grads = [saved[0].new_zeros(shape) if g is None else g.contiguous()
+                 for g, shape in zip(grads[:3], ctx.shapes, strict=True)]  # fmt: skip
+        return gradients(grads, saved[:2], saved[2:], *ctx.numbers), None, None
 
     operator.register_autograd(backward, setup_context=save)
     gradients.register_fake(lambda grads, kept, x, *numbers: [torch.empty_like(t) for t in x])

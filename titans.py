@@ -430,7 +430,7 @@ class SelfModifyingTitans(nn.Module):
         if self.momentum:
             theta = torch.sigmoid(gates[..., 2] + self.b_theta[:, None])
             eta = eta * (1 - theta)  # so that a lasting surprise is written at the same rate
-        rates = dict(eta=eta, alpha=alpha, theta=theta, delta=float(self.dgd))
+        rates = dict(eta=eta, alpha=alpha, theta=theta, delta=float(self.dgd), backend=self.backend)
         at = starts if self.dgd else boundary  # what the scan does not know of M(k)
         targets, gate_targets = self._outputs(boundary, v)
         u = targets - k.unsqueeze(-3)

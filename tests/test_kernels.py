@@ -4,6 +4,7 @@ Without a GPU the kernels run under Triton's interpreter, and are compiled ahead
 own (`python tests/test_kernels.py` prints what each takes). With a GPU the same tests run on it, and those marked `gpu`.
 """
 
+import copy
 import json
 import logging
 import os
@@ -161,16 +162,18 @@ def test_vanishing_retention_and_momentum_keep_exact_gradients():
     assert_equal_up_to(1e-5, results(scan_with("triton"), problem), results(scan_with("torch"), exact(problem)))
 
 
-def random_modify(seed):
-    """(N, heads, T, d), chunk, inner step; four heads at least, for a gradient of one number may be a sum that cancels."""
+def random_modify(seed, dtype):
+    """(N, heads, T, d), chunk, inner step. The gradients of gates are one number a head, a sum over tokens that may cancel:
+    rounding x, q and W0 to bfloat16 alone changes those of 4 heads by up to 2.7e-2, so there are 8 heads in bfloat16."""
     draw = random.Random(seed)
-    return (4, draw.choice([2, 4]), draw.randint(1, 28), draw.choice([16, 32])), draw.randint(1, 28), draw.uniform(0.5, 1)
+    d, heads, chunk, step = draw.choice([16, 32]), draw.choice([1, 2]), draw.randint(6, 28), draw.uniform(0.5, 1)
+    return (2, heads, draw.randint(1, 40), d) if dtype == torch.float32 else (8, heads, draw.randint(6, 20), d), chunk, step
 
 
 @both
 @pytest.mark.parametrize("seed", range(3))
 def test_the_fused_chunk_step_and_every_gradient_equal_torch(seed, dtype):
-    sizes, *rest = random_modify(seed)
+    sizes, *rest = random_modify(seed, dtype)
     problem = modify_problem(seed, *sizes, dtype)
     ours = results(lambda *args: kernels.self_modify(*args, *rest), problem)
     assert_equal_up_to(TOLERANCE[dtype], ours, results(lambda *args: modify_in_torch(*args, *rest), exact(problem)))
@@ -189,6 +192,22 @@ def test_the_layer_takes_the_kernels_and_stays_itself():
                 y.append(out)
         ys.append(torch.cat([*y, state["running"][0].flatten()[None, :, None].expand(1, -1, 32)], 1))
     assert (ys[0] - ys[1]).norm() <= 1e-5 * ys[0].norm()
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_both_layers_of_an_mlp_memory_take_the_fused_scan(momentum, monkeypatch):
+    torch.manual_seed(0)
+    layer = SelfModifyingTitans(16, 1, chunk=8, memory="mlp", momentum=momentum).to(DEVICE)
+    x = torch.randn(1, 11, 16).to(DEVICE)
+    scanned, original, found = [], kernels.scan, []
+    monkeypatch.setattr(kernels, "scan", lambda W, *rest: scanned.append(tuple(W.shape)) or original(W, *rest))
+    for backend, part in ("torch", copy.deepcopy(layer).double()), ("triton", layer):
+        part.backend = backend
+        y, _ = part(x.to(part.start.dtype))
+        found.append([y, *torch.autograd.grad(y.square().sum(), list(part.parameters()))])
+    n = 51 if momentum else 50  # rows of the first layer: three memories of 16, a row for every gate
+    assert scanned[:4] == 2 * [(1, 1, n, 16), (1, 1, 3, 16, 16)]
+    assert_equal_up_to(1e-5, dict(enumerate(found[1])), dict(enumerate(found[0])))
 
 
 @pytest.mark.parametrize("what", ["scan", "self_modify"])
@@ -218,11 +237,17 @@ def test_the_operators_keep_their_promises(which):
     """Fake and real outputs agree in shape and dtype, nothing is mutated or aliased."""
     if which == "scan":
         a = scan_problem(0, N=1, T=9, dk=16, dv=12, momentum=True, delta=1.0)
-        args = (*(a[n] for n in ("W", "k", "u", "eta", "alpha", "q", "theta", "S")), None, True, 16)
-        operator = torch.ops.nested_learning.scan.default
+        x = [a[name] for name in ("W", "S", "k", "u", "q", "eta", "alpha", "theta")]
+        args, operator = ([*x, x[0].new_empty(0)], 16, 1.0), torch.ops.nested_learning.scan.default
     else:
-        args, operator = (*modify_problem(0, 1, 1, 9, 16), 16, 1.0), torch.ops.nested_learning.modify.default
+        x, q, W, W0, *gates = modify_problem(0, 1, 1, 9, 16)
+        args, operator = ([x, q, W0, W, *gates], 16, 1.0), torch.ops.nested_learning.modify.default
     torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    backward = getattr(torch.ops.nested_learning, f"{which}_backward").default
+    (x, *numbers), out = args, operator(*args)
+    x, out = [t.detach() for t in x], [t.detach() for t in out]
+    opcheck_args = (out[:3], out[-2:], x, *numbers)
+    torch.library.opcheck(backward, opcheck_args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_second_derivatives_are_refused_not_wrong():
@@ -316,10 +341,9 @@ def test_every_kernel_compiles_for_hopper_within_its_registers():
         assert row["stack"] <= STACK[name], row
 
 
-# Bytes of spills a thread may have. What self-modification still spills is too much: 256 threads hold 256 x 64 weights in
-# half of all registers, and each product with their transpose asks for the other half.
-STACK = {"scan forward": 512, "scan again": 192, "scan chain": 0, "scan local": 416,
-         "modify forward": 640, "modify again": 1600, "modify chain": 2560, "modify starts": 0}  # fmt: skip
+# Bytes of spill stack a thread may have: 0, 0, 0, 64, 0, 0, 248 with Triton 3.9 and 48, 0, 0, 56, 56, 224, 160 with 3.6.
+STACK = {"scan forward": 64, "scan again": 0, "scan chain": 0, "scan local": 64,
+         "modify forward": 64, "modify again": 256, "modify chain": 256}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,7 +391,8 @@ def test_compute_sanitizer_finds_nothing(tool):
         "torch.cuda.synchronize()"
     )
     command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", script]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(titans.__file__).parent)
+    alone = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else neighbours in the pool hide errors
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(titans.__file__).parent, env=alone, timeout=240)
     if "Device not supported" in run.stdout:
         pytest.skip("compute-sanitizer does not support this device")
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
