@@ -371,11 +371,14 @@ def wholes(text: str) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0 done, 2 bad input."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (["continual"], ["tasks"]):
+    if argv[:1] == ["continual"]:
         import continual
+
+        return continual.main(argv[1:])
+    if argv[:1] == ["tasks"]:
         import suites
 
-        return (continual if argv[0] == "continual" else suites).main(argv[1:])
+        return suites.main(argv[1:])
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("--tasks", help=f"{', '.join(TABLES)}, or names of lm-eval's tasks, with commas")

@@ -392,8 +392,12 @@ def mqar(n: int, vocab: int = 8192, length: int = 256, pairs: int = 16, power: f
         raise ValueError(f"pairs is {pairs} with vocab {vocab} and length {length}: legal is 1 to {vocab // 2 - 1}, "
                          f"and 4 tokens for each")  # fmt: skip
     rng, places = np.random.default_rng([seed, train]), (length - 2 * pairs) // 2
-    keys = 1 + np.argsort(rng.random((n, vocab // 2 - 1)), 1)[:, :pairs]
-    values = vocab // 2 + np.argsort(rng.random((n, vocab - vocab // 2)), 1)[:, :pairs]
+
+    def different(size):  # numbers below size; a thousand rows at once, or 100,000 would fill the memory
+        draws = (rng.random((min(1000, n - i), size)) for i in range(0, n, 1000))
+        return np.concatenate([np.argsort(draw, 1)[:, :pairs] for draw in draws])
+
+    keys, values = 1 + different(vocab // 2 - 1), vocab // 2 + different(vocab - vocab // 2)
     chance = np.arange(1, places + 1) ** (power - 1.0)
     # the largest of log p + Gumbel noise are a draw without repeats
     gaps = np.argsort(-(np.log(chance) + rng.gumbel(size=(n, places))), 1)[:, :pairs]
