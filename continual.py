@@ -52,8 +52,8 @@ SIZE = dict(d_model=64, n_layers=2, n_heads=1)  # about 0.11M parameters, equal 
 PERIODS = (1, 3, 9, 27)  # training steps between updates of level 1, 2, 3, 4
 RATE = 0.5  # a level of period n has n**RATE times the learning rate: its gradients are means of n times as many examples
 FIRST_LR = 2e-3  # of stage 1
-LRS = (5e-4, 1e-3, 2e-3)  # of the stages after it, to choose from
-STRENGTHS = (1e2, 1e3, 1e4)  # of EWC's penalty, to choose from with every learning rate
+LRS = (5e-4, 1.5e-3, 4.5e-3)  # of the stages after it, to choose from
+STRENGTHS = (1e2, 1e3, 1e4)  # of the penalty of EWC, to choose from with every learning rate
 CHOSEN_ON = 100  # the seed with which they are chosen, on held-out data that is not reported
 LEARNERS = {  # name: (model, levels on the step clock, method)
     "transformer none": ("transformer", 1, "none"),
@@ -179,23 +179,23 @@ def metrics(matrix, higher_is_better):
 class Domain:
     """Text of one kind, bits per byte on its held-out part."""
 
-    def __init__(self, name, train, held_out, tokens=200_000):
+    def __init__(self, name, train, held_out, tokens=60_000):
         self.name, self.train, self.held_out, self.tokens = name, train, held_out, tokens
 
     def steps(self, quick):
-        return 5 if quick else self.tokens // (8 * 256)
+        return 5 if quick else self.tokens // (4 * 128)
 
     def loss(self, model, seed, step):
-        inputs, targets = batch(self.train, 8, 256, seed, step)
+        inputs, targets = batch(self.train, 4, 128, seed, step)
         return loss_fn(model(inputs)[0], targets), inputs.numel()
 
-    def examples(self, model, count=24):
+    def examples(self, model, count=32):
         for step in range(count):
-            inputs, targets = batch(self.train, 1, 256, 10**6, step)
+            inputs, targets = batch(self.train, 1, 128, 10**6, step)
             yield loss_fn(model(inputs)[0], targets)
 
     def score(self, model, seen):
-        nats, _ = validate(model, self.held_out, 8, 256, "cpu")
+        nats, _ = validate(model, self.held_out, 16, 128, "cpu")
         return nats / math.log(2) / n_bytes(self.held_out, tokenizer())
 
 
@@ -206,7 +206,7 @@ def read(*path):
     return folder
 
 
-def domains(data, scored=12_288):
+def domains(data, scored=9_216):
     """Code, Shakespeare, novels, WikiText, twice: with text to choose settings on, and with text to report. What is held out
     are files, or the end of one file; `scored` bytes of it are scored."""
     folder = read(data, "novels")
@@ -241,7 +241,7 @@ class Classes:
     own classes only, for every learner: then what is forgotten is forgotten by the features and not by the last softmax.
     """
 
-    def __init__(self, name, train, held_out, classes, epochs=4):
+    def __init__(self, name, train, held_out, classes, epochs=2):
         self.name, self.classes, self.epochs = name, classes, epochs
         (self.x, self.last, self.y), (self.tx, self.tlast, self.ty) = train, held_out
 
@@ -347,7 +347,7 @@ def trained(folder, data, levels, seed, quick):
             config = resumed(str(folder))
         else:
             config = TrainConfig(out=str(folder), data=str(data), set={"levels": levels, **SIZE}, seed=seed, eval_every=0,
-                                 tokens=8_192 if quick else 800_000, batch_size=8, threads=1)  # fmt: skip
+                                 tokens=8_192 if quick else 800_000, threads=1)  # fmt: skip
         with contextlib.redirect_stdout(io.StringIO()):
             train(config)
     return Hope.load(folder)[0]
