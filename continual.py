@@ -50,7 +50,6 @@ from train import TrainConfig, loss_fn, optimizer_for, resumed, train, validate
 
 SIZE = dict(d_model=64, n_layers=2, n_heads=1)  # about 0.11M parameters, equal for all learners
 PERIODS = (1, 3, 9, 27)  # training steps between updates of level 1, 2, 3, 4
-RATE = 0.5  # a level of period n has n**RATE times the learning rate: its gradients are means of n times as many examples
 FIRST_LR = 2e-3  # of stage 1
 LRS = (5e-4, 1.5e-3, 4.5e-3)  # of the stages after it, to choose from
 STRENGTHS = (1e2, 1e3, 1e4)  # of the penalty of EWC, to choose from with every learning rate
@@ -113,7 +112,7 @@ def learn(model, optimizer, stage, lr, seed, quick, penalty=lambda: 0.0):
     cost, began = Counter(), time.process_time()
     for step in range(stage.steps(quick)):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 10) * optimizer.levels[group["level"]] ** RATE
+            group["lr"] = lr * min(1.0, (step + 1) / 10)
         loss, tokens = stage.loss(model, seed, step)
         (loss + penalty()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -500,6 +499,11 @@ def spread(values, digits=3):
     return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
+def learning(records):
+    """The levels of the stream's records that are not at their start, as all nested ones but the slowest at a reset."""
+    return [level for level in (records[0]["gain"]["novel"] if records else ()) if records[0]["gain"]["novel"][level]]
+
+
 def table(records, command):
     """The records, seeds averaged, as lines of a Markdown table."""
     learners = list(dict.fromkeys(r["learner"] for r in records))
@@ -511,7 +515,7 @@ def table(records, command):
             own = [r for r in records if r["learner"] == learner]
             head = [learner, f"{own[0]['steps'][0]:g}"] if own else []
             head += [spread([r["second half"][which] for r in own]) for which in ("without", "with") if own]
-            for level in own[0]["gain"]["novel"] if own else ():
+            for level in learning(own):
                 cells = [spread([r["gain"]["novel"][level] for r in own])]
                 for what in ("another novel", "code"):
                     alone = np.mean([r["gain of the other alone"][what][level] for r in own])
@@ -543,7 +547,7 @@ def plot(records, command, path):
             own, color = [r for r in chosen if r["learner"] == learner], f"C{number}"
             curve = np.mean([r["curve"] for r in own], 0)
             first.plot(np.arange(1, 17) * own[0]["length"] / 16e3, curve[:, 0] - curve[:, 1], color=color, label=learner)
-            for level, style in zip(own[0]["gain"]["novel"], ("o-", "^:", "v:", "s:"), strict=False):
+            for level, style in zip(learning(own), ("o-", "^:", "v:", "s:"), strict=False):
                 gains = [[values[level] for values in r["gain"].values()] for r in own]
                 label = learner if level == "all" else f"its level {level} alone"
                 second.plot(list(own[0]["gain"]), np.mean(gains, 0), style, color=color, label=label)
