@@ -52,7 +52,7 @@ SIZE = dict(d_model=64, n_layers=2, n_heads=1)  # about 0.11M parameters, equal 
 PERIODS = (1, 3, 9, 27)  # training steps between updates of level 1, 2, 3, 4
 FIRST_LR = 2e-3  # of stage 1
 LRS = (5e-4, 1.5e-3, 4.5e-3)  # of the stages after it, to choose from
-STRENGTHS = (1e2, 1e3, 1e4)  # of the penalty of EWC, to choose from with every learning rate
+STRENGTHS = (1e2, 1e3, 1e4)  # of the penalty of EWC, to choose from, at the learning rate of fine-tuning
 CHOSEN_ON = 100  # the seed with which they are chosen, on held-out data that is not reported
 LEARNERS = {  # name: (model, levels on the step clock, method)
     "transformer none": ("transformer", 1, "none"),
@@ -124,14 +124,16 @@ def learn(model, optimizer, stage, lr, seed, quick, penalty=lambda: 0.0):
     return cost
 
 
-def run(learner, stages, seed, lr, strength, quick, first, **changes):
+def run(learner, stages, seed, lr, strength, quick, first, hope="hope", **changes):
     """One learner through all stages: {"matrix", "updates", "flops", "seconds", "parameters"}.
 
     stages: objects with `steps(quick)`, `loss(model, seed, step)` and its number of tokens, `examples(model)`,
     `score(model, seen)`, see Domain and Classes. lr, strength: of the stages after the first, and of EWC. first: a dictionary
-    that is filled with what stage 1 has made of each model and seed, because it is the same whatever comes after.
+    that is filled with what stage 1 has made of each model and seed, because it is the same whatever comes after. hope: which
+    of its two forms, "hope" or "hope_attention".
     """
     kind, levels, method = LEARNERS[learner]
+    kind = hope if kind == "hope" else kind
     model = build(kind, levels, seed, **changes)
     size = sum(p.numel() for p in model.parameters())
     if (kind, levels, seed) not in first:
@@ -240,7 +242,7 @@ class Classes:
     own classes only, for every learner: then what is forgotten is forgotten by the features and not by the last softmax.
     """
 
-    def __init__(self, name, train, held_out, classes, epochs=2):
+    def __init__(self, name, train, held_out, classes, epochs=1):
         self.name, self.classes, self.epochs = name, classes, epochs
         (self.x, self.last, self.y), (self.tx, self.tlast, self.ty) = train, held_out
 
@@ -471,7 +473,8 @@ def staged(args, records, report):
         (to_choose, to_report), changes = domains(args.data), {}
     else:
         to_choose, to_report = clinc150(args.data) if args.set == "clinc150" else banking77(args.data)
-        changes = {"vocab_size": WORDS + 1, "classes": sum(len(stage.classes) for stage in to_report), "chunk": 16}
+        # Sixteen words are no context to learn from: Hope-Attention, that is the Transformer with levels.
+        changes = {"hope": "hope_attention", "vocab_size": WORDS + 1, "classes": sum(len(stage.classes) for stage in to_report)}
     done = {(r["learner"], r["seed"], r["lr"], r["ewc"]): r for r in records}
     first = {}
 
@@ -485,11 +488,17 @@ def staged(args, records, report):
             done[learner, seed, lr, strength] = record
         return done[learner, seed, lr, strength]
 
-    for learner in args.learners:
-        method = LEARNERS[learner][2]
-        grid = itertools.product(LRS[:1] if method == "none" else LRS, STRENGTHS if method == "ewc" else (None,))
+    def chosen(learner):
+        kind, levels, method = LEARNERS[learner]
+        grid = itertools.product(LRS[:1] if method == "none" else LRS, (None,))
+        if method == "ewc":
+            plain = next(name for name, own in LEARNERS.items() if own == (kind, levels, "finetune"))
+            grid = itertools.product([chosen(plain)["lr"]], STRENGTHS)
         tried = [measured(learner, CHOSEN_ON, *settings) for settings in grid]
-        best = (max if args.command == "classes" else min)(tried, key=lambda r: r["average"])
+        return (max if args.command == "classes" else min)(tried, key=lambda r: r["average"])
+
+    for learner in args.learners:
+        best = chosen(learner)
         for seed in range(args.seeds):
             measured(learner, seed, best["lr"], best["ewc"])
 
