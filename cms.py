@@ -203,10 +203,8 @@ class LevelOptimizer:
 
     A level that is due hands the *sum* of its gradients (of one training step each) to the optimizer; the parameters of
     the others have no gradient in that step, and so neither they nor their moments move. `due(step)` names the calendar.
-    Every group of the optimizer is split by level, which its "level" names, so that each can have its own learning rate:
-    Adam's step does not grow with the sum. `state_dict` holds the sums, so a run resumes in the middle of a period. Raises
-    ValueError for a parameter that is not the model's or has no level, a chunk < 1, a part that is in no name, the state of
-    other levels.
+    `state_dict` holds the sums, so a run resumes in the middle of a period. Raises ValueError for a parameter that is not
+    the model's or has no level, a chunk < 1, a part that is in no name, the state of other levels.
     """
 
     def __init__(self, optimizer, model, levels):
@@ -225,13 +223,6 @@ class LevelOptimizer:
             self.parameters[name], self.level[name] = p, found[0]
         if unused := [part for part in levels if part and part not in self.level.values()]:
             raise ValueError(f"level {unused[0]!r} has no parameter, among {', '.join(list(self.parameters)[:4])}, ...")
-        for one in getattr(optimizer, "optimizers", [optimizer]):
-            groups, one.param_groups = one.param_groups, []
-            for group in groups:
-                for part in levels:
-                    if own := [p for p in group["params"] if self.level[names[id(p)]] == part]:
-                        rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-                        one.param_groups.append({"params": own, "level": part, **rest})
 
     @property
     def param_groups(self):

@@ -50,10 +50,9 @@ from train import TrainConfig, loss_fn, optimizer_for, resumed, train, validate
 
 SIZE = dict(d_model=64, n_layers=2, n_heads=1)  # about 0.11M parameters, equal for all learners
 PERIODS = (1, 3, 9, 27)  # training steps between updates of level 1, 2, 3, 4
-RATE = 0.5  # a level of period n has n**RATE times the learning rate: its gradients are means of n times as many examples
 FIRST_LR = 2e-3  # of stage 1
-LRS = (5e-4, 1e-3, 2e-3)  # of the stages after it, to choose from
-STRENGTHS = (1e2, 1e3, 1e4)  # of EWC's penalty, to choose from with every learning rate
+LRS = (5e-4, 1.5e-3, 4.5e-3)  # of the stages after it, to choose from
+STRENGTHS = (1e2, 1e3, 1e4)  # of the penalty of EWC, to choose from, at the learning rate of fine-tuning
 CHOSEN_ON = 100  # the seed with which they are chosen, on held-out data that is not reported
 LEARNERS = {  # name: (model, levels on the step clock, method)
     "transformer none": ("transformer", 1, "none"),
@@ -113,7 +112,7 @@ def learn(model, optimizer, stage, lr, seed, quick, penalty=lambda: 0.0):
     cost, began = Counter(), time.process_time()
     for step in range(stage.steps(quick)):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 10) * optimizer.levels[group["level"]] ** RATE
+            group["lr"] = lr * min(1.0, (step + 1) / 10)
         loss, tokens = stage.loss(model, seed, step)
         (loss + penalty()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -125,14 +124,16 @@ def learn(model, optimizer, stage, lr, seed, quick, penalty=lambda: 0.0):
     return cost
 
 
-def run(learner, stages, seed, lr, strength, quick, first, **changes):
+def run(learner, stages, seed, lr, strength, quick, first, hope="hope", **changes):
     """One learner through all stages: {"matrix", "updates", "flops", "seconds", "parameters"}.
 
     stages: objects with `steps(quick)`, `loss(model, seed, step)` and its number of tokens, `examples(model)`,
     `score(model, seen)`, see Domain and Classes. lr, strength: of the stages after the first, and of EWC. first: a dictionary
-    that is filled with what stage 1 has made of each model and seed, because it is the same whatever comes after.
+    that is filled with what stage 1 has made of each model and seed, because it is the same whatever comes after. hope: which
+    of its two forms, "hope" or "hope_attention".
     """
     kind, levels, method = LEARNERS[learner]
+    kind = hope if kind == "hope" else kind
     model = build(kind, levels, seed, **changes)
     size = sum(p.numel() for p in model.parameters())
     if (kind, levels, seed) not in first:
@@ -179,23 +180,23 @@ def metrics(matrix, higher_is_better):
 class Domain:
     """Text of one kind, bits per byte on its held-out part."""
 
-    def __init__(self, name, train, held_out, tokens=200_000):
+    def __init__(self, name, train, held_out, tokens=60_000):
         self.name, self.train, self.held_out, self.tokens = name, train, held_out, tokens
 
     def steps(self, quick):
-        return 5 if quick else self.tokens // (8 * 256)
+        return 5 if quick else self.tokens // (4 * 128)
 
     def loss(self, model, seed, step):
-        inputs, targets = batch(self.train, 8, 256, seed, step)
+        inputs, targets = batch(self.train, 4, 128, seed, step)
         return loss_fn(model(inputs)[0], targets), inputs.numel()
 
-    def examples(self, model, count=24):
+    def examples(self, model, count=32):
         for step in range(count):
-            inputs, targets = batch(self.train, 1, 256, 10**6, step)
+            inputs, targets = batch(self.train, 1, 128, 10**6, step)
             yield loss_fn(model(inputs)[0], targets)
 
     def score(self, model, seen):
-        nats, _ = validate(model, self.held_out, 8, 256, "cpu")
+        nats, _ = validate(model, self.held_out, 16, 128, "cpu")
         return nats / math.log(2) / n_bytes(self.held_out, tokenizer())
 
 
@@ -206,7 +207,7 @@ def read(*path):
     return folder
 
 
-def domains(data, scored=12_288):
+def domains(data, scored=9_216):
     """Code, Shakespeare, novels, WikiText, twice: with text to choose settings on, and with text to report. What is held out
     are files, or the end of one file; `scored` bytes of it are scored."""
     folder = read(data, "novels")
@@ -241,7 +242,7 @@ class Classes:
     own classes only, for every learner: then what is forgotten is forgotten by the features and not by the last softmax.
     """
 
-    def __init__(self, name, train, held_out, classes, epochs=4):
+    def __init__(self, name, train, held_out, classes, epochs=1):
         self.name, self.classes, self.epochs = name, classes, epochs
         (self.x, self.last, self.y), (self.tx, self.tlast, self.ty) = train, held_out
 
@@ -347,7 +348,7 @@ def trained(folder, data, levels, seed, quick):
             config = resumed(str(folder))
         else:
             config = TrainConfig(out=str(folder), data=str(data), set={"levels": levels, **SIZE}, seed=seed, eval_every=0,
-                                 tokens=8_192 if quick else 800_000, batch_size=8, threads=1)  # fmt: skip
+                                 tokens=8_192 if quick else 800_000, threads=1)  # fmt: skip
         with contextlib.redirect_stdout(io.StringIO()):
             train(config)
     return Hope.load(folder)[0]
@@ -472,7 +473,8 @@ def staged(args, records, report):
         (to_choose, to_report), changes = domains(args.data), {}
     else:
         to_choose, to_report = clinc150(args.data) if args.set == "clinc150" else banking77(args.data)
-        changes = {"vocab_size": WORDS + 1, "classes": sum(len(stage.classes) for stage in to_report), "chunk": 16}
+        # Sixteen words are no context to learn from: Hope-Attention, that is the Transformer with levels.
+        changes = {"hope": "hope_attention", "vocab_size": WORDS + 1, "classes": sum(len(stage.classes) for stage in to_report)}
     done = {(r["learner"], r["seed"], r["lr"], r["ewc"]): r for r in records}
     first = {}
 
@@ -486,11 +488,17 @@ def staged(args, records, report):
             done[learner, seed, lr, strength] = record
         return done[learner, seed, lr, strength]
 
-    for learner in args.learners:
-        method = LEARNERS[learner][2]
-        grid = itertools.product(LRS[:1] if method == "none" else LRS, STRENGTHS if method == "ewc" else (None,))
+    def chosen(learner):
+        kind, levels, method = LEARNERS[learner]
+        grid = itertools.product(LRS[:1] if method == "none" else LRS, (None,))
+        if method == "ewc":
+            plain = next(name for name, own in LEARNERS.items() if own == (kind, levels, "finetune"))
+            grid = itertools.product([chosen(plain)["lr"]], STRENGTHS)
         tried = [measured(learner, CHOSEN_ON, *settings) for settings in grid]
-        best = (max if args.command == "classes" else min)(tried, key=lambda r: r["average"])
+        return (max if args.command == "classes" else min)(tried, key=lambda r: r["average"])
+
+    for learner in args.learners:
+        best = chosen(learner)
         for seed in range(args.seeds):
             measured(learner, seed, best["lr"], best["ewc"])
 
@@ -498,6 +506,11 @@ def staged(args, records, report):
 def spread(values, digits=3):
     """Mean and, of several, the sample standard deviation, as text."""
     return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def learning(records):
+    """The levels of the stream's records that are not at their start, as all nested ones but the slowest at a reset."""
+    return [level for level in (records[0]["gain"]["novel"] if records else ()) if records[0]["gain"]["novel"][level]]
 
 
 def table(records, command):
@@ -511,7 +524,7 @@ def table(records, command):
             own = [r for r in records if r["learner"] == learner]
             head = [learner, f"{own[0]['steps'][0]:g}"] if own else []
             head += [spread([r["second half"][which] for r in own]) for which in ("without", "with") if own]
-            for level in own[0]["gain"]["novel"] if own else ():
+            for level in learning(own):
                 cells = [spread([r["gain"]["novel"][level] for r in own])]
                 for what in ("another novel", "code"):
                     alone = np.mean([r["gain of the other alone"][what][level] for r in own])
@@ -543,7 +556,7 @@ def plot(records, command, path):
             own, color = [r for r in chosen if r["learner"] == learner], f"C{number}"
             curve = np.mean([r["curve"] for r in own], 0)
             first.plot(np.arange(1, 17) * own[0]["length"] / 16e3, curve[:, 0] - curve[:, 1], color=color, label=learner)
-            for level, style in zip(own[0]["gain"]["novel"], ("o-", "^:", "v:", "s:"), strict=False):
+            for level, style in zip(learning(own), ("o-", "^:", "v:", "s:"), strict=False):
                 gains = [[values[level] for values in r["gain"].values()] for r in own]
                 label = learner if level == "all" else f"its level {level} alone"
                 second.plot(list(own[0]["gain"]), np.mean(gains, 0), style, color=color, label=label)

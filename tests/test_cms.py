@@ -297,14 +297,6 @@ def test_the_step_clock_resumes_in_the_middle_of_a_period(kind, tmp_path):
         LevelOptimizer(OPTIMIZERS[kind](again.parameters()), again, {"": 1}).load_state_dict(state)
 
 
-def test_every_level_has_groups_of_its_own_and_keeps_what_its_parameters_were_given():
-    net = network()
-    groups = [{"params": [m.weight for m in net.values()], "weight_decay": 0.1}, {"params": [m.bias for m in net.values()]}]
-    optimizer = LevelOptimizer(torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0), net, STEP_LEVELS)
-    found = [(group["level"], group["weight_decay"], [p.ndim for p in group["params"]]) for group in optimizer.param_groups]
-    assert found == [(level, decay, [n]) for decay, n in ((0.1, 2), (0.0, 1)) for level in STEP_LEVELS]
-
-
 @pytest.mark.parametrize(
     "levels, message",
     [

@@ -9,7 +9,8 @@ import torch
 
 import continual
 import eval as evaluation
-from continual import EWC, Domain, banking77, build, clinc150, domains, level_optimizer, main, metrics, run
+from continual import EWC, Domain, banking77, build, clinc150, domains, gains, level_optimizer, main, metrics, run, steps, texts
+from hope import Hope, HopeConfig
 from optimizers import split_parameters
 
 DATA = os.environ.get("NESTED_DATA")
@@ -84,6 +85,44 @@ def test_ewc_is_the_quadratic_of_the_fisher_around_every_finished_stage():
     assert ewc.penalty().item() == pytest.approx(1.5 * (fisher * torch.tensor([0.01, 0.04])).sum().item())
 
 
+def test_slower_levels_step_less_far():
+    assert steps(1e-3, [128, 512, 2048]) == pytest.approx([1e-3, 5e-4, 2.5e-4])
+
+
+def test_a_level_that_learned_alone_holds_all_of_the_gain():
+    torch.manual_seed(0)
+    model = Hope(HopeConfig(d_model=16, n_layers=2, n_heads=1, hidden=24, levels=[4, 8, 16]))
+    tokens = torch.randint(97, 123, (1, 8)).repeat(1, 16)
+    with torch.no_grad():
+        found = gains(model, tokens, model.learn(tokens, step=[0.0, 0.05, 0.0])[1])
+        assert found["all"] == found["2"] > 0.05 and found["1"] == found["3"] == 0
+        assert set(gains(model, tokens, model.learn(tokens, step=0.0)[1]).values()) == {0.0}
+
+
+@needs_data
+def test_texts_of_the_stream_are_all_different_and_none_is_trained_on(tmp_path):
+    parts = texts(DATA, tmp_path / "texts", 2, 4096)
+    rows = [row for part in parts for tokens in part.values() for row in tokens]
+    assert len({row.numpy().tobytes() for row in rows}) == len(rows) == 12 and {len(row) for row in rows} == {4096}
+    trained_on = b"|".join(path.read_bytes() for path in (tmp_path / "texts").iterdir())
+    assert not any(bytes(row[:200].tolist()) in trained_on for row in rows)
+
+
+@needs_data
+def test_a_stream_is_measured_once_and_then_only_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(continual, "SIZE", dict(d_model=16, n_layers=1, n_heads=1))
+    monkeypatch.chdir(tmp_path)
+    assert main(["stream", "--quick", "--seeds", "1"]) == 0
+    records = (tmp_path / "runs/quick/continual_stream.jsonl").read_text()
+    first = capsys.readouterr().out.split("\n\n")[-2]
+    assert first.count("alone |") == 6 and records.count("\n") == 2 * len(continual.STREAM)
+    (tmp_path / "runs/quick/continual_stream.png").unlink()
+    monkeypatch.setattr(Hope, "learn", None)
+    assert main(["stream", "--quick", "--seeds", "1"]) == 0
+    assert (tmp_path / "runs/quick/continual_stream.jsonl").read_text() == records
+    assert first in capsys.readouterr().out and (tmp_path / "runs/quick/continual_stream.png").exists()
+
+
 @needs_data
 def test_intents_are_split_into_stages_that_share_no_class():
     (clinc_val, clinc), (banking_val, banking) = clinc150(DATA), banking77(DATA)
@@ -99,7 +138,7 @@ def test_domains_hold_out_text_that_is_not_trained_on_nor_chosen_on():
     to_choose, stages = domains(DATA)
     assert [stage.name for stage in stages] == ["code", "Shakespeare", "novels", "WikiText"]
     for stage, other in zip(stages, to_choose, strict=True):
-        assert len(stage.held_out) == len(other.held_out) == 12288 and len(stage.train) > 100_000
+        assert len(stage.held_out) == len(other.held_out) == 9216 and len(stage.train) > 100_000
         assert np.array_equal(stage.train, other.train)
         for held_out in (stage.held_out, other.held_out):
             assert held_out[:200].tobytes() not in stage.train.tobytes(), stage.name
