@@ -690,15 +690,16 @@ def ceilings(device) -> dict:
 def scan_work(N: int, T: int, d: int = 64, C: int = 32) -> tuple[int, int]:
     """FLOPs and bytes of the fused scan, forward and backward, for N heads of width d in tiles of C tokens."""
     # products of [d, d] x [d, C] and of [d, C] x [C, C], and the doubling of the inverse, of forward, again, chain, local
-    big, small, inverse = (3 + 2 + 4 + 4), (5 + 3 + 3 + 8), 2 * 2
+    big, small, inverse = (3 + 2 + 3 + 4), (4 + 2 + 3 + 7), 2 * 2
     per_tile = 2 * (big * d * d * C + small * d * C * C) + inverse * 2 * C**3
     return N * -(-T // C) * per_tile, N * T * (2 * 6 * d * 2 + 2 * d * 4 + 4 * 4)
 
 
 def modify_work(N: int, T: int, d: int = 64, C: int = 16) -> tuple[int, int]:
     """The same for self-modifying Titans, whose 3 d + 2 rows are padded to 4 d."""
-    big, small = (6 + 7 + 15), (4 + 7 + 5)  # products with all rows, and those of one block
-    return N * -(-T // C) * 2 * (big * 4 * d * d * C + small * d * C * C), N * T * (2 * 4 * d * 2 + 2 * d * 4)
+    # products of all 4 d rows with d columns, and of d rows with C tokens, of forward, again, local, chain and what is left
+    big, small = (6 + 5 + 0 + 9 + 3), (10 + 5 + 5 + 10 + 0)
+    return N * -(-T // C) * 2 * ((4 * big + 1) * d * d * C + small * d * C * C), N * T * (2 * 4 * d * 2 + 2 * d * 4)
 
 
 def kernel_calls(what: str, N: int, T: int, chunk: int, device) -> dict:
@@ -776,7 +777,7 @@ def driver() -> str | None:
 
 
 def kernel_speed(args) -> dict:
-    """Times of the fused kernels; prints the table and returns what it holds. --out is written anew with every row."""
+    """Times of the fused kernels; prints the table and returns what it holds. --out is written with every row."""
     device = device_for(args.device)
     if device.type != "cuda":
         raise ValueError("kernels are measured on a CUDA GPU, and here is none (tests/test_kernels.py checks them without one)")

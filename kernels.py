@@ -737,7 +737,8 @@ for operator, gradients in ((_scan, _scan_backward), (_modify, _modify_backward)
         saved = list(ctx.saved_tensors)  # asked for once only: a checkpoint computes them again
         grads = [saved[0].new_zeros(shape) if g is None else g.contiguous()
                  for g, shape in zip(grads[:3], ctx.shapes, strict=True)]  # fmt: skip
-        return gradients(grads, saved[:2], saved[2:], *ctx.numbers), None, None
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return gradients(grads, saved[:2], saved[2:], *ctx.numbers), None, None
 
     operator.register_autograd(backward, setup_context=save)
     gradients.register_fake(lambda grads, kept, x, *numbers: [torch.empty_like(t) for t in x])
