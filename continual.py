@@ -19,7 +19,8 @@ beside it: parameter updates, FLOPs (6 per parameter and token trained on), seco
 Learners: `none` stops learning after the first stage (all it does is read its context), `finetune`, `ewc` (Kirkpatrick et
 al. 2017, diagonal Fisher of every finished stage), and Hope with 1 to 4 CMS levels on the step clock (`LevelOptimizer`):
 level l of the MLPs steps every PERIODS[l] steps, embedding, mixers and norms with the slowest. Stage 1 is trained by all in
-the ordinary way; it makes the starts. Results go to a file of one JSON object a line; what is there is not run again.
+the ordinary way; it makes the starts. Learning rates, EWC's strength and inner step sizes are chosen with a seed and on
+held-out data of their own. Results go to a file of one JSON object a line; what is there is not run again.
 """
 
 import argparse
