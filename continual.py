@@ -19,7 +19,8 @@ beside it: parameter updates, FLOPs (6 per parameter and token trained on), seco
 Learners: `none` stops learning after the first stage (all it does is read its context), `finetune`, `ewc` (Kirkpatrick et
 al. 2017, diagonal Fisher of every finished stage), and Hope with 1 to 4 CMS levels on the step clock (`LevelOptimizer`):
 level l of the MLPs steps every PERIODS[l] steps, embedding, mixers and norms with the slowest. Stage 1 is trained by all in
-the ordinary way; it makes the starts. Results go to a file of one JSON object a line; what is there is not run again.
+the ordinary way; it makes the starts. Learning rates, EWC's strength and inner step sizes are chosen with a seed and on
+held-out data of their own. Results go to a file of one JSON object a line; what is there is not run again.
 """
 
 import argparse
@@ -124,24 +125,24 @@ def learn(model, optimizer, stage, lr, seed, quick, penalty=lambda: 0.0):
     return cost
 
 
-def run(learner, stages, seed, lr, strength, quick, first, hope="hope", **changes):
+def run(learner, stages, seed, lr, strength, quick, first, hope="hope", before=None, **changes):
     """One learner through all stages: {"matrix", "updates", "flops", "seconds", "parameters"}.
 
     stages: objects with `steps(quick)`, `loss(model, seed, step)` and its number of tokens, `examples(model)`,
     `score(model, seen)`, see Domain and Classes. lr, strength: of the stages after the first, and of EWC. first: a dictionary
     that is filled with what stage 1 has made of each model and seed, because it is the same whatever comes after. hope: which
-    of its two forms, "hope" or "hope_attention".
+    of its two forms, "hope" or "hope_attention". before: what every learner is trained on before stage 1, unscored.
     """
     kind, levels, method = LEARNERS[learner]
     kind = hope if kind == "hope" else kind
     model = build(kind, levels, seed, **changes)
     size = sum(p.numel() for p in model.parameters())
     if (kind, levels, seed) not in first:
-        before = [stage.score(model, []) for stage in stages]
-        cost = learn(model, level_optimizer(model, PERIODS[:1] * levels), stages[0], FIRST_LR, seed, quick)
-        after = [stage.score(model, stages[:1]) for stage in stages]
-        weights = {name: w.clone() for name, w in model.state_dict().items()}
-        first[kind, levels, seed] = weights, [before, after], cost
+        rows, cost = [[stage.score(model, []) for stage in stages]], Counter()
+        for stage in [before, stages[0]] if before else stages[:1]:
+            cost += learn(model, level_optimizer(model, PERIODS[:1] * levels), stage, FIRST_LR, seed, quick)
+        rows.append([stage.score(model, stages[:1]) for stage in stages])
+        first[kind, levels, seed] = {name: w.clone() for name, w in model.state_dict().items()}, rows, cost
     weights, rows, cost = first[kind, levels, seed]
     model.load_state_dict(weights)
     matrix, cost, ewc = list(rows), Counter(cost), EWC(model, strength) if method == "ewc" else None
@@ -311,6 +312,13 @@ def banking77(data, stages=7):
     return [class_stages(groups, nine_of_ten, train[::10]), class_stages(groups, train, test)]
 
 
+def joined(stages, after):
+    """All stages as one, of classes that are numbered from `after` on: another set, to be trained on before."""
+    train, held_out = ([torch.cat(part) for part in zip(*parts, strict=True)] for parts in (
+        [(s.x, s.last, s.y + after) for s in stages], [(s.tx, s.tlast, s.ty + after) for s in stages]))  # fmt: skip
+    return Classes("before", train, held_out, [after + c for s in stages for c in s.classes])
+
+
 def class_stages(groups, train, test):
     number = {label: i for i, label in enumerate(label for labels in groups.values() for label in labels)}
 
@@ -472,9 +480,12 @@ def staged(args, records, report):
     if args.command == "domains":
         (to_choose, to_report), changes = domains(args.data), {}
     else:
-        to_choose, to_report = clinc150(args.data) if args.set == "clinc150" else banking77(args.data)
+        sets = {"clinc150": clinc150(args.data), "banking77": banking77(args.data)}
+        to_choose, to_report = sets.pop(args.set)
+        count = sum(len(stage.classes) for stage in to_report)
+        before = joined(*(stages for _, stages in sets.values()), count)
         # Sixteen words are no context to learn from: Hope-Attention, that is the Transformer with levels.
-        changes = {"hope": "hope_attention", "vocab_size": WORDS + 1, "classes": sum(len(stage.classes) for stage in to_report)}
+        changes = {"hope": "hope_attention", "before": before, "vocab_size": WORDS + 1, "classes": count + len(before.classes)}
     done = {(r["learner"], r["seed"], r["lr"], r["ewc"]): r for r in records}
     first = {}
 
@@ -491,6 +502,8 @@ def staged(args, records, report):
     def chosen(learner):
         kind, levels, method = LEARNERS[learner]
         grid = itertools.product(LRS[:1] if method == "none" else LRS, (None,))
+        if levels in (1, 2, 4) and kind == "hope" and method == "finetune":
+            return chosen("hope 3 levels")  # an ablation: nothing but the number of levels changes
         if method == "ewc":
             plain = next(name for name, own in LEARNERS.items() if own == (kind, levels, "finetune"))
             grid = itertools.product([chosen(plain)["lr"]], STRENGTHS)

@@ -9,7 +9,22 @@ import torch
 
 import continual
 import eval as evaluation
-from continual import EWC, Domain, banking77, build, clinc150, domains, gains, level_optimizer, main, metrics, run, steps, texts
+from continual import (
+    EWC,
+    Domain,
+    banking77,
+    build,
+    clinc150,
+    domains,
+    gains,
+    joined,
+    level_optimizer,
+    main,
+    metrics,
+    run,
+    steps,
+    texts,
+)
 from hope import Hope, HopeConfig
 from optimizers import split_parameters
 
@@ -131,6 +146,9 @@ def test_intents_are_split_into_stages_that_share_no_class():
         assert len(stages) == count and sorted(c for s in stages for c in s.classes) == list(range(classes))
         assert sum(len(s.ty) for s in stages) == tests
         assert all(set(s.y.tolist()) == set(s.ty.tolist()) == set(s.classes) for s in stages)
+    before = joined(banking, 150)  # what comes before the stages of the other set shares no class with them
+    assert len(before.y) == sum(len(s.y) for s in banking)
+    assert set(before.y.tolist()) == set(before.classes) == set(range(150, 227))
 
 
 @needs_data
