@@ -596,6 +596,8 @@ def _products(c, kind, T):
         return attention(c.window)
     if kind is Mamba:
         return 3 * 2 * d * 16
+    if c.model == "linear_attention":
+        return H * scan(w, w + 1, T, False)  # the value 1 sums the weights
     if c.model in ("retnet", "deltanet", "gated_deltanet"):
         dv = w * (c.expand or (2 if c.model == "retnet" else 1))
         return H * scan(w, dv, T, c.model != "retnet", decays=c.model == "gated_deltanet")
