@@ -315,7 +315,7 @@ def run(args) -> dict:
 
 def summary(model: str, tasks: list[str], lines: list[dict]) -> dict:
     """For each task a list over bins: mean and worst over the seeds in %, a seed's score the mean over the variations."""
-    row = {"model": model, "parameters": lines[0]["parameters"], "mean": {}, "worst": {}}
+    row = {"model": model, "parameters": min(line["parameters"] for line in lines), "mean": {}, "worst": {}}
     for task in tasks:
         own = [line for line in lines if line["task"] == task]
         bins = max(len(line["test"] or [0]) for line in own)
