@@ -521,6 +521,11 @@ def spread(values, digits=3):
     return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
+def in_order(records):
+    """The learners that have records."""
+    return [name for name in (*LEARNERS, *STREAM) if name in {r["learner"] for r in records}]
+
+
 def learning(records):
     """The levels of the stream's records that are not at their start, as all nested ones but the slowest at a reset."""
     return [level for level in (records[0]["gain"]["novel"] if records else ()) if records[0]["gain"]["novel"][level]]
@@ -528,7 +533,7 @@ def learning(records):
 
 def table(records, command):
     """The records, seeds averaged, as lines of a Markdown table."""
-    learners = list(dict.fromkeys(r["learner"] for r in records))
+    learners = in_order(records)
     if command == "stream":
         records = [r for r in records if r["seed"] != CHOSEN_ON]
         lines = ["| levels | step | second half: without | with updates | level | gain right after | after another novel "
@@ -561,7 +566,7 @@ def plot(records, command, path):
     from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
 
     chosen = [r for r in records if r["seed"] != CHOSEN_ON] or records
-    learners = list(dict.fromkeys(r["learner"] for r in chosen))
+    learners = in_order(chosen)
     if command == "stream":
         figure = Figure(figsize=(10, 3.6), layout="constrained")
         first, second = figure.subplots(1, 2)
@@ -586,10 +591,11 @@ def plot(records, command, path):
         for axes, learner in zip(grid, learners, strict=False):
             R = np.mean([r["matrix"] for r in chosen if r["learner"] == learner], 0)[1:]
             high = 1 if higher else np.percentile([r["matrix"][1:] for r in chosen], 95)
-            axes.imshow(R, cmap="viridis" if higher else "viridis_r", vmin=0 if higher else np.min(R), vmax=high)
+            image = axes.imshow(R, cmap="viridis" if higher else "viridis_r", vmin=0 if higher else np.min(R), vmax=high)
             for i, row in enumerate(R):
                 for j, value in enumerate(row):
-                    axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white", fontsize=6)
+                    light = sum(image.cmap(image.norm(value))[:3]) > 1.6
+                    axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if light else "white", fontsize=6)
             ticks, names = range(len(R)), chosen[0]["stages"]
             axes.set(title=learner, xlabel="scored on stage", ylabel="after stage")
             axes.set_xticks(ticks, names, fontsize=6, rotation=20)
@@ -598,6 +604,8 @@ def plot(records, command, path):
         for learner in learners:
             tried = [r for r in records if r["learner"] == learner and r["seed"] == CHOSEN_ON]
             tried.sort(key=lambda r: (r["ewc"] or 0, r["lr"]))
+            if not tried:
+                continue
             axes.plot([r["forgetting"] for r in tried], [r["last"] for r in tried], "o-", markersize=3, label=learner)
         axes.set(title="all settings tried", xlabel="forgetting", ylabel="last stage" + ("" if higher else " (bits per byte)"))
         axes.legend(frameon=False, fontsize=6)

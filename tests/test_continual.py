@@ -130,7 +130,7 @@ def test_a_stream_is_measured_once_and_then_only_drawn(tmp_path, monkeypatch, ca
     assert main(["stream", "--quick", "--seeds", "1"]) == 0
     records = (tmp_path / "runs/quick/continual_stream.jsonl").read_text()
     first = capsys.readouterr().out.split("\n\n")[-2]
-    assert first.count("alone |") == 6 and records.count("\n") == 2 * len(continual.STREAM)
+    assert first.count("alone |") == 4 and records.count("\n") == 2 * len(continual.STREAM)
     (tmp_path / "runs/quick/continual_stream.png").unlink()
     monkeypatch.setattr(Hope, "learn", None)
     assert main(["stream", "--quick", "--seeds", "1"]) == 0
