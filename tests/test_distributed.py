@@ -149,10 +149,8 @@ def run_double(config):
 
 
 SETTINGS = {
-    "ddp": {},
     "ddp, micro-batches of 1": {"micro_batch": 1, "recompute": True},
     "ddp, CMS learns in context": {"cms_updates": "first_order", "set": SMALL | {"levels": [4, 8]}},
-    "fsdp": {"fsdp": True},
     "fsdp, micro-batches of 1, m3": {"fsdp": True, "micro_batch": 1, "optimizer": "m3"},
     "fsdp, titans_mac": {"fsdp": True, "model": "titans_mac"},
 }
