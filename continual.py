@@ -598,7 +598,7 @@ def plot(records, command, path):
                     axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if light else "white", fontsize=6)
             ticks, names = range(len(R)), chosen[0]["stages"]
             axes.set(title=learner, xlabel="scored on stage", ylabel="after stage")
-            axes.set_xticks(ticks, names, fontsize=6, rotation=20)
+            axes.set_xticks(ticks, names, fontsize=6, rotation=40, ha="right")
             axes.set_yticks(ticks, names, fontsize=6)
         axes = grid[len(learners)]
         for learner in learners:
