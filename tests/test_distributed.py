@@ -150,18 +150,18 @@ def run_double(config):
 
 SETTINGS = {
     "ddp, micro-batches of 1": {"micro_batch": 1, "recompute": True},
-    "ddp, CMS learns in context": {"cms_updates": "first_order", "set": SMALL | {"levels": [4, 8]}},
+    "ddp, CMS learns in context": {"tokens": 6 * 64, "cms_updates": "first_order", "set": SMALL | {"levels": [4, 8]}},
     "fsdp, micro-batches of 1, m3": {"fsdp": True, "micro_batch": 1, "optimizer": "m3"},
-    "fsdp, titans_mac": {"fsdp": True, "model": "titans_mac"},
+    "fsdp, titans_mac": {"tokens": 6 * 64, "fsdp": True, "model": "titans_mac"},
 }
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_two_processes_have_the_losses_of_one(here, server, setting):
-    config = small(**SETTINGS[setting], lr=4e-4)  # at 3e-3 AdamW makes 1e-4 of differences in rounding: see below
+    config = small(**{"lr": 4e-4, **SETTINGS[setting]})  # at 3e-3 AdamW makes 1e-4 of differences in rounding: see below
     train(replace(config, out="one", fsdp=False, micro_batch=0, recompute=False))
     processes(server, 2, run, replace(config, out="two"))
-    assert len(losses("one")) == 22
+    assert len(losses("one")) == (22 if config.steps == 20 else 7)  # with validations
     assert losses("two") == pytest.approx(losses("one"), abs=1e-5)
     assert log("two")[0]["grad_norm"] == pytest.approx(log("one")[0]["grad_norm"], rel=1e-5)
     assert Path("one/sample.txt").read_bytes() == Path("two/sample.txt").read_bytes()
