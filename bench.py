@@ -67,7 +67,7 @@ from pathlib import Path
 
 import torch
 
-from data import batch, load_corpus, n_bytes
+from data import batch, load_corpus
 from hope import Hope, HopeConfig, device_for, first_line
 from optimizers import OPTIMIZERS, optimizer_by_name
 from tables import markdown, published
@@ -85,6 +85,7 @@ from train import (
     whole,
     write_json,
 )
+from vocabulary import n_bytes
 
 HERE = Path(__file__).resolve().parent
 M_MMAP_THRESHOLD = -3  # of malloc.h

@@ -45,9 +45,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from cms import LevelOptimizer
-from data import batch, documents, encode, join, n_bytes, tokenizer
+from data import batch, documents, join
 from hope import Hope, HopeConfig, first_line, one_of, tensors, write_beside
 from train import TrainConfig, loss_fn, optimizer_for, resumed, train, validate
+from vocabulary import encode, n_bytes, tokenizer
 
 SIZE = dict(d_model=64, n_layers=2, n_heads=1)  # about 0.11M parameters, equal for all learners
 PERIODS = (1, 3, 9, 27)  # training steps between updates of level 1, 2, 3, 4

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import documents, is_shards, join, load_corpus, n_bytes, tokenizer
+from data import documents, is_shards, join, load_corpus
 from harness import Scorer, harness, token_losses
 from hope import Hope, device_for
 from tables import beside, cell, draw_position, markdown, published
@@ -47,6 +47,7 @@ from train import (
     whole,
     write_json,
 )
+from vocabulary import n_bytes, tokenizer
 
 # Column of the paper: task and metric of lm-eval, and what guessing scores.
 TABLE2 = {

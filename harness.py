@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import encode
 from hope import first_line, map_state
 from train import precision
+from vocabulary import encode
 
 LOCAL_TASKS = Path(__file__).resolve().parent / "tests" / "lm_eval_tasks"
 

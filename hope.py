@@ -458,7 +458,7 @@ class Hope(nn.Module):
     @classmethod
     def load(cls, run, device="cpu"):
         """(model in eval mode, what `tokenizer` knows its tokenizer by) from a run folder. ValueError says what is wrong."""
-        from data import tokenizer_of  # a model alone needs no tokenizer
+        from vocabulary import tokenizer_of  # a model alone needs no tokenizer
 
         config = os.path.join(run, "config.json")
         if not os.path.isfile(config):
@@ -702,7 +702,7 @@ def main():
     try:
         if args.command is None:
             return table(HopeConfig.preset(args.preset, args.model))
-        from data import tokenizer
+        from vocabulary import tokenizer
 
         device = device_for(args.device)
         model, name = Hope.load(args.run, device)

@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import baselines
-from data import is_shards, load_corpus, tokenizer
+from data import is_shards, load_corpus
 from hope import MIXERS, PRESETS, Hope, HopeConfig, flops_per_token, tensors
 from train import CMS_STEP, PEAK, Parser, TrainConfig, loss_fn, optimizer_for, parse, peak_flops
+from vocabulary import tokenizer
 
 GB = {"B200": 180, "H200": 141, "H100": 80, "A100": 80, "L40S": 48, "L4": 24, "A10": 24, "4090": 24, "3090": 24, "V100": 32,
       "T4": 16}  # fmt: skip

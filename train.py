@@ -64,11 +64,12 @@ from tqdm import tqdm
 
 import checkpoint
 import distributed
-from data import TOKENIZER, batch, load_corpus, n_bytes, save_tokenizer, tokenizer, tokenizer_of, windows
+from data import batch, load_corpus, windows
 from distributed import gather, on_all, on_first, rank, total, world
 from hope import UPDATES, Hope, HopeConfig, device_for, first_line, flops_per_token, plain, write_beside
 from memory import watch
 from optimizers import OPTIMIZERS, optimizer_by_name
+from vocabulary import TOKENIZER, n_bytes, save_tokenizer, tokenizer, tokenizer_of
 
 
 def flag(default, help, legal="", check=lambda value: True, on_resume=False):

@@ -17,13 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
 import data
 import eval as eval_py
 import hope
 import train
-from data import Shards, batch, documents, encode, join, load_corpus, main, n_bytes, tokenizer, windows
+from data import Shards, batch, documents, join, load_corpus, main, windows
+from vocabulary import END, encode, n_bytes, tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the memory of a river keeps what it was told and forgets slowly what nobody asks for again".split()
@@ -232,7 +234,7 @@ def contents(folder):
 def test_each_merge_of_a_vocabulary_is_the_most_frequent_pair_of_its_time():
     pytest.importorskip("tokenizers")
     text = prose(0, 60)
-    learned = [token for token, _ in sorted(data.train_tokenizer([text], 320)._mergeable_ranks.items(), key=lambda x: x[1])]
+    learned = [token for token, _ in sorted(train_tokenizer([text], 320)._mergeable_ranks.items(), key=lambda x: x[1])]
     assert learned[:256] == [bytes([b]) for b in range(256)]
     words = Counter(re.findall(r" ?[a-z]+|[A-Z][a-z]*| |[0-9]{1,3}|[,.]+\n?", text.decode()))  # PATTERN, on such text
     assert sum(len(word) * count for word, count in words.items()) == len(text)
@@ -358,7 +360,7 @@ def test_slices_reach_across_shards(part):
 
 def test_vocabularies_above_65536_take_four_bytes(tmp_path):
     ranks = {bytes([i]): i for i in range(256)} | {b"%05d" % i: 256 + i for i in range(70_000)}
-    encoding = data.tiktoken.Encoding("big", pat_str=r"\d+|\D", mergeable_ranks=ranks, special_tokens={data.END: 70_256})
+    encoding = tiktoken.Encoding("big", pat_str=r"\d+|\D", mergeable_ranks=ranks, special_tokens={END: 70_256})
     data.save_tokenizer(encoding, tmp_path)
     (tmp_path / "one.txt").write_text("".join(f"{i:05d}\n" for i in range(0, 70_000, 7)))
     words = ["text", str(tmp_path / "one.txt"), "--vocab", str(tmp_path / "tokenizer.json"), "--jobs", "1"]
@@ -404,10 +406,10 @@ def test_fineweb_is_taken_in_equal_shares_from_its_files(tmp_path, monkeypatch):
     main([*words, str(tmp_path / "out")])
     corpus = load_corpus(str(tmp_path / "out"))
     assert [len(array) for array in corpus.train.arrays] == [2000, 2000, 2001]
-    held_out = corpus.encoding.decode(corpus.val.tolist()).split(data.END)
+    held_out = corpus.encoding.decode(corpus.val.tolist()).split(END)
     assert held_out == texts[0][: len(held_out)] and 0.05 * 4 * 6001 <= corpus.val_bytes < 0.05 * 4 * 6001 + 300
     for file, array in enumerate(corpus.train.arrays):
-        after = data.END * (file > 0) + data.END.join(texts[file][len(held_out) * (file == 0) :])
+        after = END * (file > 0) + END.join(texts[file][len(held_out) * (file == 0) :])
         assert after.startswith(corpus.encoding.decode(array.tolist()))
 
 

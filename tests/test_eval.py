@@ -19,12 +19,12 @@ from test_train import here, small  # noqa: F401  (a fixture)
 import checkpoint
 import eval as evaluation
 import harness as harness_module
-from data import tokenizer
 from eval import TABLE2, needles, published
 from harness import Scorer, adapter, harness
 from hope import Hope, HopeConfig
 from tasks import needle
 from train import train
+from vocabulary import tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = os.environ.get("NESTED_DATA")
@@ -303,7 +303,7 @@ def test_local_files_become_the_harness_s_prompts(few, monkeypatch):
 POSITION = """
 import sys
 import numpy as np, torch
-from data import tokenizer
+from vocabulary import tokenizer
 from eval import position
 from harness import Scorer
 from hope import Hope, HopeConfig

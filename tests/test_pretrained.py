@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from data import tokenizer
 from hope import Hope
 from train import TrainConfig, resumed, train
+from vocabulary import tokenizer
 
 transformers = pytest.importorskip("transformers", reason="optional: pip install transformers")
 pytest.importorskip("safetensors", reason="optional: pip install safetensors")

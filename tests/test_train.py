@@ -20,9 +20,10 @@ import torch
 import checkpoint
 import eval as evaluation
 import train as training
-from data import load_corpus, n_bytes, tokenizer
+from data import load_corpus
 from hope import Hope, HopeConfig, flops_per_token, tensors
 from train import TrainConfig, learning_rate, loss_fn, main, optimizer_for, parse, resumed, train, validate
+from vocabulary import n_bytes, tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"d_model": 32, "n_layers": 1, "n_heads": 2, "chunk": 8}
