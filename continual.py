@@ -45,16 +45,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from cms import LevelOptimizer
-from data import batch, documents, join
+from data import batch, documents, encode, join, n_bytes, tokenizer
 from hope import Hope, HopeConfig, first_line, one_of, tensors, write_beside
 from train import TrainConfig, loss_fn, optimizer_for, resumed, train, validate
-from vocabulary import encode, n_bytes, tokenizer
 
 SIZE = dict(d_model=64, n_layers=2, n_heads=1)  # about 0.11M parameters, equal for all learners
 PERIODS = (1, 3, 9, 27)  # training steps between updates of level 1, 2, 3, 4
 FIRST_LR = 2e-3  # of stage 1
-LRS = (5e-4, 1.5e-3, 4.5e-3)  # of the stages after it, to choose from
-STRENGTHS = (1e2, 1e3, 1e4)  # of the penalty of EWC, to choose from, at the learning rate of fine-tuning
+LRS = (1.7e-4, 5e-4, 1.5e-3, 4.5e-3)  # of the stages after it, to choose from
+STRENGTHS = (1e1, 1e2, 1e3)  # of the penalty of EWC, to choose from, at each of those rates
 CHOSEN_ON = 100  # the seed with which they are chosen, on held-out data that is not reported
 LEARNERS = {  # name: (model, levels on the step clock, method)
     "transformer none": ("transformer", 1, "none"),
@@ -235,6 +234,7 @@ def domains(data, scored=9_216):
 
 WORDS = 4096  # hash buckets of words: no vocabulary is learned from any data
 LENGTH = 16  # words of a query that are read
+EPOCHS = 4  # of a stage
 
 
 class Classes:
@@ -327,7 +327,7 @@ def class_stages(groups, train, test):
         return queries([(text, number[label]) for text, label in rows if label in labels])
 
     parts = [(name, of(train, own), of(test, own), [number[label] for label in own]) for name, own in groups.items()]
-    return [Classes(*part) for part in parts]
+    return [Classes(*part, EPOCHS) for part in parts]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -506,8 +506,7 @@ def staged(args, records, report):
         if levels in (1, 2, 4) and kind == "hope" and method == "finetune":
             return chosen("hope 3 levels")  # an ablation: nothing but the number of levels changes
         if method == "ewc":
-            plain = next(name for name, own in LEARNERS.items() if own == (kind, levels, "finetune"))
-            grid = itertools.product([chosen(plain)["lr"]], STRENGTHS)
+            grid = itertools.product(LRS, STRENGTHS)
         tried = [measured(learner, CHOSEN_ON, *settings) for settings in grid]
         return (max if args.command == "classes" else min)(tried, key=lambda r: r["average"])
 
