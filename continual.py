@@ -604,9 +604,9 @@ def plot(records, command, path):
         for learner in learners:
             tried = [r for r in records if r["learner"] == learner and r["seed"] == CHOSEN_ON]
             tried.sort(key=lambda r: (r["ewc"] or 0, r["lr"]))
-            if not tried:
-                continue
-            axes.plot([r["forgetting"] for r in tried], [r["last"] for r in tried], "o-", markersize=3, label=learner)
+            for strength, own in itertools.groupby(tried, lambda r: r["ewc"]):
+                points = np.array([(r["forgetting"], r["last"]) for r in own])
+                axes.plot(*points.T, "o-", markersize=3, label=f"{learner} {strength:g}" if strength else learner)
         axes.set(title="all settings tried", xlabel="forgetting", ylabel="last stage" + ("" if higher else " (bits per byte)"))
         axes.legend(frameon=False, fontsize=6)
         for axes in grid[len(learners) + 1 :]:
