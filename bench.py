@@ -67,8 +67,9 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import first_line
 from data import batch, load_corpus
-from hope import Hope, HopeConfig, device_for, first_line
+from hope import Hope, HopeConfig, device_for
 from optimizers import OPTIMIZERS, optimizer_by_name
 from tables import markdown, published
 from train import (

@@ -44,9 +44,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from checkpoint import first_line, write_beside
 from cms import LevelOptimizer
 from data import batch, documents, encode, join, n_bytes, tokenizer
-from hope import Hope, HopeConfig, first_line, one_of, tensors, write_beside
+from hope import Hope, HopeConfig, one_of, tensors
 from train import TrainConfig, loss_fn, optimizer_for, resumed, train, validate
 
 SIZE = dict(d_model=64, n_layers=2, n_heads=1)  # about 0.11M parameters, equal for all learners

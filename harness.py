@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from hope import first_line, map_state
+from checkpoint import first_line
+from hope import map_state
 from train import precision
 from vocabulary import encode
 

@@ -46,7 +46,8 @@ import torch
 from torch import nn
 
 from bench import SEARCH_SEED, cores, numbers, run_cells, spec_config, split_specs, workers
-from hope import Hope, HopeConfig, device_for, first_line, one_of, write_beside
+from checkpoint import first_line, write_beside
+from hope import Hope, HopeConfig, device_for, one_of
 from tables import cell as shown
 from tables import markdown, published, short
 from tasks import IGNORE, LANGUAGES, MAD, formal, mqar

@@ -64,9 +64,10 @@ from tqdm import tqdm
 
 import checkpoint
 import distributed
+from checkpoint import first_line, write_beside
 from data import batch, load_corpus, windows
 from distributed import gather, on_all, on_first, rank, total, world
-from hope import UPDATES, Hope, HopeConfig, device_for, first_line, flops_per_token, plain, write_beside
+from hope import UPDATES, Hope, HopeConfig, device_for, flops_per_token, plain
 from memory import watch
 from optimizers import OPTIMIZERS, optimizer_by_name
 from vocabulary import TOKENIZER, n_bytes, save_tokenizer, tokenizer, tokenizer_of

@@ -1,8 +1,19 @@
 """Where there is no GPU, kernels.py runs under Triton's interpreter in all tests; Triton must be told before it is imported."""
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with a small text file in it. No pictures of runs: they take longer than these runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.plot", lambda folder, title: None)
+    Path("text.py").write_text("".join(f"def f{i}(x):\n    return x * {i} + {i % 7}\n" for i in range(300)))
+    return tmp_path

@@ -11,17 +11,9 @@ import bench
 from bench import main, parse_spec, read_cells, spec_config, split_specs
 
 TINY = ":d_model=32:n_layers=1:n_heads=2:conv=4"
-TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i % 7}\n" for i in range(300))
 QUALITY = ["quality", "--models", f"hope{TINY}:chunk=8,transformer{TINY}", "--tokens", "256", "--lr-tokens", "64"]
 QUALITY += ["--seeds", "0,1", "--lrs", "1e-3,3e-3", "--batch", "2", "--seq-len", "16", "--eval-tokens", "200"]
 QUALITY += ["--jobs", "2", "--data", "text.py", "--out", "out/q.json", "--device", "cpu"]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("text.py").write_text(TEXT)
-    return tmp_path
 
 
 def test_a_spec_is_a_name_and_fields():

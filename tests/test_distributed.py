@@ -30,7 +30,6 @@ from hope import Hope
 from train import TrainConfig, main, resumed, train
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i % 7}\n" for i in range(300))
 SMALL = {"d_model": 16, "n_layers": 2, "n_heads": 2, "chunk": 8, "hidden": 32}
 
 
@@ -44,14 +43,6 @@ def server():
     context.set_forkserver_preload(["test_distributed", *slow])
     yield context
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training, "plot", lambda folder, title: None)
-    Path("text.py").write_text(TEXT)
-    return tmp_path
 
 
 def small(**changes) -> TrainConfig:

@@ -27,16 +27,6 @@ from vocabulary import n_bytes, tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"d_model": 32, "n_layers": 1, "n_heads": 2, "chunk": 8}
-TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i % 7}\n" for i in range(300))
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A working folder with a small text file in it. No pictures: they take longer than these runs."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training, "plot", lambda folder, title: None)
-    Path("text.py").write_text(TEXT)
-    return tmp_path
 
 
 def small(**changes) -> TrainConfig:
@@ -490,7 +480,7 @@ OTHER_RUN += " --data=other.py"
 @pytest.mark.parametrize("change", [*OTHER_RUN.split(), "--tokens=64"])
 def test_resuming_refuses_what_would_be_another_run(here, capsys, change):
     train(small(out="run", tokens=96))
-    Path("other.py").write_text(TEXT[1:])
+    Path("other.py").write_text(Path("text.py").read_text()[1:])
     before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
     capsys.readouterr()
     assert main(["--resume", "run", change]) == 2
@@ -584,7 +574,7 @@ def test_eval_scores_the_whole_of_another_text(here):
 
 def test_eval_refuses_held_out_text_that_has_changed(here):
     train(small(out="run", tokens=64))
-    Path("text.py").write_text(TEXT[40:])
+    Path("text.py").write_text(Path("text.py").read_text()[40:])
     with pytest.raises(ValueError, match="has changed since run was trained"):
         evaluation.evaluate("run")
 
