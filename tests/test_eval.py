@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_train import here, small  # noqa: F401  (a fixture)
+from test_train import small
 
 import checkpoint
 import eval as evaluation
