@@ -1,7 +1,7 @@
 """Measure models against each other: speed and memory of a training step, and what they learn from the same data.
 
     python bench.py speed                                              # hope and its control against the Transformer
-    python bench.py speed --models hope,hope:memory=mlp,gated_deltanet --batch 1 --seq-len 4096
+    python bench.py speed --models hope,hope:memory=mlp,gated_deltanet --batch 1 --seq-len 1024,4096,16384
     python bench.py speed --profile hope                               # where the time of one training step goes
     python bench.py quality                                            # bits per byte after equal tokens: 36 runs
     python bench.py quality --models hope,transformer --seeds 0 --minutes 5      # and after equal time
@@ -67,7 +67,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import first_line
+from checkpoint import first_line, write_beside
 from data import batch, load_corpus
 from hope import Hope, HopeConfig, device_for
 from optimizers import OPTIMIZERS, optimizer_by_name
@@ -182,30 +182,44 @@ def step_memory(config: HopeConfig, batch_size: int, seq_len: int, device: str, 
     return None if before is None else peak_memory(device) - before
 
 
-def profile(spec: str, config: HopeConfig, args) -> None:
+def profile(spec: str, config: HopeConfig, length: int, args) -> None:
     """Prints the 15 operations that take the most time of their own in one training step."""
-    model, inputs, targets = build(config, args.batch, args.seq_len, args.device)
+    model, inputs, targets = build(config, args.batch, length, args.device)
     training_step(model, inputs, targets)
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * inputs.is_cuda
     with torch.profiler.profile(activities=kinds) as run:
         training_step(model, inputs, targets)
-    print(f"{spec}: one training step of {args.batch} x {args.seq_len} tokens")
+    print(f"{spec}: one training step of {args.batch} x {length} tokens")
     order = "self_cuda_time_total" if inputs.is_cuda else "self_cpu_time_total"
     print(run.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=60))
 
 
 def speed(args) -> dict:
-    """Times and peak memory of training steps, interleaved; prints the table and returns what it holds."""
+    """Times and peak memory of training steps, length by length; prints a table for each and returns what they hold."""
     sizes = {"d_model": args.d_model, "n_layers": args.n_layers, "n_heads": args.n_heads}
+    lengths = args.seq_len
     args.device = str(device_for(args.device))
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.profile:
-        return profile(args.profile, spec_config(args.profile, **sizes), args)
+        return profile(args.profile, spec_config(args.profile, **sizes), lengths[0], args)
     specs = ["transformer"] + [spec for spec in split_specs(args.models) if spec != "transformer"]
     configs = {spec: spec_config(spec, **sizes) for spec in specs}
-    built = {spec: build(config, args.batch, args.seq_len, args.device) for spec, config in configs.items()}
-    rounds = {spec: [] for spec in specs}
+    print(f"training steps of {args.batch} row{'s' * (args.batch > 1)}, d {args.d_model}, {args.n_layers} layers, "
+          f"{args.n_heads} heads; {where(args.device, torch.get_num_threads())}, medians of {args.repeats} rounds")
+    rows = [row for length in lengths for row in speed_at(length, configs, args)]
+    if len(lengths) > 1:
+        draw_speed(Path(args.out).with_suffix(".png"), specs, lengths, rows)
+        line = lambda spec, name: [f"{row[name]:,.0f}" if row[name] else "-" for row in rows if row["model"] == spec]  # noqa: E731
+        for title, name in (("tokens/s", "tokens_per_s"), ("peak MiB", "memory_mib")):
+            print("\n" + markdown([title, *map(str, lengths)], [[f"`{spec}`", *line(spec, name)] for spec in specs]))
+    return {"rows": rows}
+
+
+def speed_at(length: int, configs: dict[str, HopeConfig], args) -> list[dict]:
+    """A row for each model: steps on rows of that length, the models interleaved; the first one is the base of ratios."""
+    built = {spec: build(config, args.batch, length, args.device) for spec, config in configs.items()}
+    rounds = {spec: [] for spec in configs}
     for number in range(args.repeats + 1):
         for spec, parts in built.items():
             seconds = training_step(*parts)
@@ -214,32 +228,49 @@ def speed(args) -> dict:
                 rounds[spec].append(seconds)
     del built, parts
 
-    rows = []
+    rows, width = [], max(map(len, configs)) + 2
+    head = f"{length:,} tokens"
+    print(f"\n{head:<{width}}{'parameters':>12}{'ms/step':>10}{'tokens/s':>10}{'ratio':>8}{'MiB':>9}{'ratio':>8}")
     for spec, config in configs.items():
-        call = (config, args.batch, args.seq_len, args.device, args.threads)
+        call = (config, args.batch, length, args.device, args.threads)
         if args.device == "cpu":
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
                 memory = fresh.submit(step_memory, *call).result()
         else:
             memory = step_memory(*call)
-        median = statistics.median(rounds[spec])
-        ratio = statistics.median(t / own for t, own in zip(rounds["transformer"], rounds[spec], strict=True))
-        rows.append({"model": spec, "parameters": parameters(config), "seconds": median,
-                     "tokens_per_s": args.batch * args.seq_len / median, "ratio": ratio, "memory_mib": memory,
-                     "rounds": rounds[spec]})  # fmt: skip
+        median, base = statistics.median(rounds[spec]), rounds[next(iter(configs))]
+        ratio = statistics.median(t / own for t, own in zip(base, rounds[spec], strict=True))
+        r = {"model": spec, "seq_len": length, "parameters": parameters(config), "seconds": median,
+             "tokens_per_s": args.batch * length / median, "ratio": ratio, "memory_mib": memory, "rounds": rounds[spec]}
+        rows.append(r)
         base = rows[0]["memory_mib"]
-        rows[-1]["memory_ratio"] = memory / base if memory is not None and base else None
-
-    print(f"training step of {args.batch} x {args.seq_len} tokens, d {args.d_model}, {args.n_layers} layers, "
-          f"{args.n_heads} heads\n{where(args.device, torch.get_num_threads())}, medians of {args.repeats} rounds\n")
-    width = max(len(spec) for spec in specs) + 2
-    print(f"{'model':<{width}}{'parameters':>12}{'ms/step':>10}{'tokens/s':>10}{'ratio':>8}{'MiB':>9}{'ratio':>8}")
-    for r in rows:
-        memory = "-" if r["memory_mib"] is None else f"{r['memory_mib']:,.0f}"
+        r["memory_ratio"] = memory / base if memory is not None and base else None
+        used = "-" if memory is None else f"{memory:,.0f}"
         times = "-" if r["memory_ratio"] is None else f"{r['memory_ratio']:.2f}"
-        print(f"{r['model']:<{width}}{r['parameters']:>12,}{1e3 * r['seconds']:>10,.0f}{r['tokens_per_s']:>10,.0f}"
-              f"{r['ratio']:>8.2f}{memory:>9}{times:>8}")  # fmt: skip
-    return {"rows": rows}
+        print(f"{spec:<{width}}{r['parameters']:>12,}{1e3 * median:>10,.0f}{r['tokens_per_s']:>10,.0f}"
+              f"{ratio:>8.2f}{used:>9}{times:>8}", flush=True)  # fmt: skip
+    return rows
+
+
+def draw_speed(path: Path, specs: list[str], lengths: list[int], rows: list[dict]) -> None:
+    """Tokens per second and peak memory of a training step against the length of its rows; Hope's models are thick."""
+    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    panels = (("tokens_per_s", "tokens/s of a training step"), ("memory_mib", "peak memory of a training step, MiB"))
+    for axes, (name, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        for i, spec in enumerate(specs):
+            own = spec.startswith("hope")
+            values = [row[name] for row in rows if row["model"] == spec]
+            if None not in values:
+                axes.plot(lengths, values, marker="o" if own else ".", color="tab:red" if spec == "hope" else f"C{i % 10}",
+                          linestyle=("-", "--", ":")[i // 10 % 3], linewidth=2.5 if own else 1, label=spec)  # fmt: skip
+        axes.set(xscale="log", yscale="log", title=title, xlabel="tokens in a row", xticks=lengths)
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    write_beside(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -741,7 +772,7 @@ def kernel_calls(what: str, N: int, T: int, chunk: int, device) -> dict:
     else:
         x, q = normal(N, T, d).bfloat16(), memory.l2norm(normal(N, T, d)).bfloat16()
         W, W0, heads = torch.zeros(N, 3 * d + 2, d, device=device), normal(16, 3 * d + 2, d) * d**-0.5, N // 16
-        gates = [torch.full((N,), value, device=device) for value in (0.0, titans.retention_bias(0.9), 1.0)]
+        gates = [torch.full((N,), value, device=device) for value in (0.0, -math.log(9), 1.0)]
 
         def torch_step(x, q, W0):
             flat = [g[:, None] for g in gates]
@@ -891,7 +922,8 @@ def parser() -> Parser:
     o = commands.add_parser("optimizers", formatter_class=defaults, help="the same, of models under several optimizers")
     d = commands.add_parser("digits", formatter_class=defaults, help="optimizers on a small vision transformer")
     s.add_argument("--models", default="hope,hope:inner_step=0", help="comma-separated; transformer is always measured")
-    s.add_argument("--seq-len", type=whole, default=1024, help="tokens in a row")
+    s.add_argument("--seq-len", default="1024", type=lambda text: [whole(part) for part in text.split(",")],
+                   help="tokens in a row; several, with commas, are also drawn")  # fmt: skip
     s.add_argument("--d-model", type=whole, default=256, help="width")
     s.add_argument("--n-layers", type=whole, default=4, help="blocks")
     s.add_argument("--n-heads", type=whole, default=4, help="heads")

@@ -100,11 +100,13 @@ def test_other_settings_are_other_cells(here):
 
 
 def test_speed_gives_ratios_to_the_transformer(here, capsys):
-    flags = ["--batch", "2", "--seq-len", "512", "--d-model", "32", "--n-layers", "1", "--n-heads", "2"]
+    flags = ["--batch", "2", "--seq-len", "512,64", "--d-model", "32", "--n-layers", "1", "--n-heads", "2"]
     flags += ["--device", "cpu", "--repeats", "3", "--threads", "1"]
     assert main(["speed", "--models", f"hope{TINY}", *flags, "--out", "s.json"]) == 0
     rows = json.loads(Path("s.json").read_text())["rows"]
-    assert [row["model"] for row in rows] == ["transformer", f"hope{TINY}"]
+    models = ["transformer", f"hope{TINY}"]
+    assert [(row["model"], row["seq_len"]) for row in rows] == [(model, T) for T in (512, 64) for model in models]
+    assert Path("s.png").stat().st_size > 10_000 and "| peak MiB | 512 | 64 |" in capsys.readouterr().out
     assert rows[0]["ratio"] == 1 and len(rows[1]["rounds"]) == 3
     assert all(row["ratio"] > 0 and math.isfinite(row["tokens_per_s"]) for row in rows)
     assert main(["speed", "--profile", f"hope{TINY}", *flags]) == 0

@@ -69,7 +69,7 @@ def scan_problem(seed, N, T, dk, dv, momentum, delta, q=True, dtype=torch.float3
 
 
 def modify_problem(seed, N, heads, T, d, dtype=torch.float32):
-    """x, q, W, W0, b_eta, b_alpha, A of kernels.self_modify, around the values where the layer starts (alpha 0.9)."""
+    """x, q, W, W0, b_eta, b_alpha, A of kernels.self_modify, around alpha 0.9, where the shortest heads start."""
     rng = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
