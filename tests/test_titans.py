@@ -397,6 +397,16 @@ def test_fused_chunk_step_equals_its_definition_in_float32_over_long_sequences()
         assert (gradients[name] - g).norm() < 1e-3 * g.norm(), name
 
 
+@pytest.mark.parametrize("n_heads, tokens", [(1, [100]), (2, [10, 1000]), (5, [10, 31.6228, 100, 316.228, 1000])])
+def test_heads_start_with_memories_of_many_lengths(n_heads, tokens):
+    layer = SelfModifyingTitans(4 * n_heads, n_heads).double()
+    x = torch.zeros(1, 1, 4 * n_heads, dtype=torch.float64)  # gates are rows of the memory: at 0 the biases are left
+    state = layer.start_state(1)
+    state["running"] = state["boundary"] = [torch.ones_like(W) for W in state["running"]]
+    kept = layer(x, state)[1]["running"][0][0, :, -1].mean(-1)  # one step of retention; nothing to write at a key of 0
+    assert (1 / (1 - kept)).tolist() == pytest.approx(tokens, rel=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Causality and state
 
