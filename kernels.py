@@ -203,9 +203,8 @@ def _scan_forward(W, k, u, q, eta, alpha, theta, delta, y, W_T, W_kept, r_kept, 
     TYPE: tl.constexpr = k.dtype.element_ty
     n, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
     v, h = j * DV + tl.arange(0, DV), tl.arange(0, DK)
-    lo, hi, every = first + tl.program_id(2) * EVERY, tiles, EVERY
-    if AGAIN:
-        hi, every = tl.minimum(lo + EVERY, first + tiles), 1
+    lo = first + tl.program_id(2) * EVERY
+    hi, every = (tl.minimum(lo + EVERY, first + tiles), 1) if AGAIN else (tiles, EVERY)
     w, z = _get_pair(W, n * segments + lo // EVERY % segments, dv, dk, v, h, MOMENTUM)
     for i in tl.range(lo, hi, disable_licm=True):
         tok, ok, last = _tile(i, T, C, 1, C)
@@ -373,12 +372,6 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, r_kept, dW_kept,
 
 
 @triton.jit
-def _own(x, C: tl.constexpr, D: tl.constexpr):
-    """x [D, C] -> [4 D, C] with x in blocks 0, 1, 2: the identity of M(z) = z + (W0 + W) z. It never is rounded with W0."""
-    return tl.reshape(tl.where(tl.arange(0, 4)[:, None, None] < 3, x[None], 0.0), (4 * D, C))
-
-
-@triton.jit
 def _blocks(G, lo: tl.constexpr, hi: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
     """Sum of the blocks lo..hi-1 of G [4 D, C], each [D, C]."""
     m = tl.arange(0, 4)[:, None, None]
@@ -386,23 +379,11 @@ def _blocks(G, lo: tl.constexpr, hi: tl.constexpr, C: tl.constexpr, D: tl.conste
 
 
 @triton.jit
-def _stack(k, v, eta, alpha, C: tl.constexpr, D: tl.constexpr):
-    """[4 D, C] with k, v [D, C] in blocks 1 and 2, eta, alpha [C] in the first rows of block 3, zeros elsewhere."""
+def _stack(x, k, v, eta, alpha, C: tl.constexpr, D: tl.constexpr):
+    """[4 D, C] with x, k, v [D, C] in blocks 0, 1, 2, eta, alpha [C] in the first rows of block 3, zeros elsewhere."""
     m, i = tl.arange(0, 4)[:, None, None], tl.arange(0, D)[None, :, None]
     gates = tl.where(i == 0, eta[None, None, :], tl.where(i == 1, alpha[None, None, :], 0.0))
-    return tl.reshape(tl.where(m == 1, k[None], tl.where(m == 2, v[None], tl.where(m == 3, gates, 0.0))), (4 * D, C))
-
-
-@triton.jit
-def _across(a, b, C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr):
-    """a^T b [C, C] of a, b [4 D, C], by 32 rows in every warp: the few tokens would give each warp all of a and b."""
-    parts = tl.permute(tl.reshape(a, (D // 8, 32, C)), (0, 2, 1))
-    return tl.sum(_dot(parts, tl.reshape(b, (D // 8, 32, C)), TYPE), 0)
-
-
-@triton.jit
-def _softplus(z):
-    return tl.maximum(z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z)))
+    return tl.reshape(tl.where(m == 1, k[None], tl.where(m == 2, v[None], tl.where(m == 3, gates, x[None]))), (4 * D, C))
 
 
 @triton.jit
@@ -413,9 +394,8 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
     TYPE: tl.constexpr = x.dtype.element_ty
     n, R, NT = tl.program_id(0).to(tl.int64), 3 * D + 2, tl.num_programs(0).to(tl.int64) * T
     row, col = tl.arange(0, 4 * D), tl.arange(0, D)
-    lo, hi, every = first + tl.program_id(1) * EVERY, tiles, EVERY
-    if AGAIN:
-        hi, every = tl.minimum(lo + EVERY, first + tiles), 1
+    lo = first + tl.program_id(1) * EVERY
+    hi, every = (tl.minimum(lo + EVERY, first + tiles), 1) if AGAIN else (tiles, EVERY)
     w = _get_state(W, n * segments + lo // EVERY % segments, R, D, row, col)
     be, ba, rate = tl.load(b_eta + n), tl.load(b_alpha + n), step * tl.load(A + n)
     narrow = w.to(TYPE)  # carried round the loop: so products get it in shared memory and not in registers
@@ -437,7 +417,8 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
         K, V = K * nk[None, :], V * nv[None, :]
         z_eta = tl.sum(tl.where((row == 3 * D)[:, None], G, 0.0), 0) + be
         z_alpha = tl.sum(tl.where((row == 3 * D + 1)[:, None], G, 0.0), 0) + ba
-        al = tl.where(ok, tl.exp(-rate * _softplus(z_alpha)), 1.0)
+        softplus = tl.maximum(z_alpha, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z_alpha)))
+        al = tl.where(ok, tl.exp(-rate * softplus), 1.0)
         et = tl.where(ok, step * (1.0 + al) * tl.sigmoid(z_eta), 0.0)
         if AGAIN:
             _put(K_kept, K, n * T, tok, ok, D, col)
@@ -448,7 +429,8 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
         # the errors of all rows, then read, then write
         A0, a0 = _decay(al)
         X = _inverse(A0 * et[None, :] * _dot(tl.trans(K), K, TYPE))
-        r = _own(V - K, C, D) + _dot(B, V, TYPE)
+        own, none = V - K, tl.zeros([C], tl.float32)  # of M(z) = z + (W0 + W) z, the z: it never is rounded with W0
+        r = _stack(own, own, own, none, none, C, D) + _dot(B, V, TYPE)
         r += _dot(_get_state(W0, n % H, R, D, row, col), -K, TYPE)
         r += _dot(narrow, -a0[None, :] * K, TYPE)
         r = _dot(r, tl.trans(X), tl.float32)
@@ -493,7 +475,9 @@ def _modify_chain(x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kep
         d = _dot(d, tl.load(_square(X_kept, kept, C)), tl.float32).to(TYPE)
         _put(d_all, d, held, tok, ok, 4 * D, row)
         dK = _get(dk_read, n * T, tok, ok, D, col) + _dot(tl.trans(narrow), (wr * et)[None, :] * r, TYPE)
-        dM = -_across(d, r, C, D, TYPE)
+        # dM = -d^T r by 32 rows in every warp: the few tokens would give each warp all of d and r
+        parts = tl.permute(tl.reshape(d, (D // 8, 32, C)), (0, 2, 1))
+        dM = -tl.sum(_dot(parts, tl.reshape(r, (D // 8, 32, C)), TYPE), 0)
         # through the errors
         w = _get_state(W_kept, kept, R, D, row, col)
         da = tl.where(t == last, tl.sum(dw * w.to(tl.float32)), 0.0)
@@ -529,7 +513,7 @@ def _modify_chain(x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kep
         nk, nv = tl.load(g + 4 * NT, mask=ok, other=0.0), tl.load(g + 5 * NT, mask=ok, other=0.0)
         dK = (dK - K * tl.sum(dK * K, 0)[None, :]) * nk[None, :]
         dV = (dV - V * tl.sum(dV * V, 0)[None, :]) * nv[None, :]
-        _put(dG_all, _stack(dK, dV, d_eta, d_alpha, C, D), held, tok, ok, 4 * D, row)
+        _put(dG_all, _stack(tl.zeros_like(dK), dK, dV, d_eta, d_alpha, C, D), held, tok, ok, 4 * D, row)
         if i % PER == 0:  # all that was generated in this chunk came from the weights at its start
             tl.debug_barrier()
             for j in range(0, PER):
