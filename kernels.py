@@ -177,17 +177,10 @@ def _square(p, j, C: tl.constexpr):
 
 @triton.jit
 def _tile(i, T, chunk, PER, C: tl.constexpr):
-    """Tile i, cut so that a chunk is PER tiles of C tokens, the last one shorter: its tokens, which there are, the last."""
+    """Tile i where a chunk is PER tiles of C tokens, the last one shorter: its tokens, which there are, the last, the first."""
     begin, end = i // PER * chunk + i % PER * C, tl.minimum(T, (i // PER + 1) * chunk)
     tok = begin + tl.arange(0, C)
-    return tok, tok < end, tl.minimum(end - begin, C) - 1
-
-
-@triton.jit
-def _held(n, T, chunk, PER, first, tiles):
-    """Where the row of token 0 of memory n would be in what is held for the tokens of tiles [first, first + tiles) only."""
-    before = first // PER * chunk
-    return n * (tl.minimum(T, tl.cdiv(first + tiles, PER) * chunk) - before) - before
+    return tok, tok < end, tl.minimum(end - begin, C) - 1, begin
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,7 +200,7 @@ def _scan_forward(W, k, u, q, eta, alpha, theta, delta, y, W_T, W_kept, r_kept, 
     hi, every = (tl.minimum(lo + EVERY, first + tiles), 1) if AGAIN else (tiles, EVERY)
     w, z = _get_pair(W, n * segments + lo // EVERY % segments, dv, dk, v, h, MOMENTUM)
     for i in tl.range(lo, hi, disable_licm=True):
-        tok, ok, last = _tile(i, T, C, 1, C)
+        tok, ok, last, _ = _tile(i, T, C, 1, C)
         K = _get(k, n * T, tok, ok, dk, h)
         et, _, _, a0, c0, b0, a1, b1, c1, _, _, T1, t1 = _weights(eta, alpha, theta, n * T, tok, ok, C, MOMENTUM)
         if DELTA:
@@ -224,7 +217,7 @@ def _scan_forward(W, k, u, q, eta, alpha, theta, delta, y, W_T, W_kept, r_kept, 
                 r -= (d * b0)[None, :] * _dot(z, K, TYPE)
             r = _dot(r, tl.trans(X), tl.float32)
         if AGAIN:
-            _put(r_kept, r, _held(n, T, C, 1, first, tiles), tok, ok, dv, v)
+            _put(r_kept, r, (n * tiles - first) * C, tok, ok, dv, v)
         if READ:
             Q = _get(q, n * T, tok, ok, dk, h)
             Y = a1[None, :] * _dot(w, Q, TYPE)
@@ -251,7 +244,7 @@ def _scan_chain(k, q, eta, alpha, theta, delta, dy, X_kept, dW, dW_kept, du, T, 
     dw, dz = _get_pair(dW, n, dv, dk, v, h, MOMENTUM)
     for back in tl.range(1, tiles + 1, disable_licm=True):
         kept = n * tiles + tiles - back
-        tok, ok, last = _tile(first + tiles - back, T, C, 1, C)
+        tok, ok, last, _ = _tile(first + tiles - back, T, C, 1, C)
         K = _get(k, n * T, tok, ok, dk, h)
         et, _, _, a0, c0, b0, a1, b1, c1, _, _, T1, t1 = _weights(eta, alpha, theta, n * T, tok, ok, C, MOMENTUM)
         _put_pair(dW_kept, dw, dz, kept, dv, dk, v, h, MOMENTUM)
@@ -286,11 +279,10 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, r_kept, dW_kept,
     n, j, i = tl.program_id(0).to(tl.int64), tl.program_id(1), first + tl.program_id(2)
     v, h, t = j * DV + tl.arange(0, DV), tl.arange(0, DK), tl.arange(0, C)
     kept, share = n * tiles + i - first, (j * tl.num_programs(0) + n) * T
-    tok, ok, last = _tile(i, T, chunk, PER, C)
+    tok, ok, last, begin = _tile(i, T, chunk, PER, C)
     K = _get(k, n * T, tok, ok, dk, h)
     et, al, A0, a0, c0, b0, a1, b1, c1, T0, t0, T1, t1 = _weights(eta, alpha, theta, n * T, tok, ok, C, MOMENTUM)
-    held = _held(n, T, chunk, PER, first, tiles)
-    r = _get(r_kept, held, tok, ok, wide, v)
+    r = _get(r_kept, kept * C - begin, tok, ok, wide, v)
     w, z = _get_pair(W_kept, kept, rows, dk, v, h, MOMENTUM)
     dK, dc1 = tl.zeros([DK, C], tl.float32), tl.zeros([C, C], tl.float32)
     det, da = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
@@ -331,7 +323,7 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, r_kept, dW_kept,
     dc0, da0, db0 = al[:, None] * dc1, al * da, al * db
     if DELTA:  # through the errors
         tl.debug_barrier()  # loaded once more, for the registers are full
-        K, r = _get(k, n * T, tok, ok, dk, h), _get(r_kept, held, tok, ok, wide, v)
+        K, r = _get(k, n * T, tok, ok, dk, h), _get(r_kept, kept * C - begin, tok, ok, wide, v)
         d = tl.load(delta + n * T + tok, mask=ok, other=0.0) if DELTA == 2 else tl.full([C], 1.0, tl.float32)
         dr = _get(du, n * T, tok, ok, dv, v)
         part = _dot(tl.trans(w), dr, TYPE)
@@ -401,7 +393,7 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
     narrow = w.to(TYPE)  # carried round the loop: so products get it in shared memory and not in registers
     B = narrow
     for i in tl.range(lo, hi, disable_licm=True):
-        tok, ok, last = _tile(i, T, chunk, PER, C)
+        tok, ok, last, begin = _tile(i, T, chunk, PER, C)
         if i % PER == 0:
             B = (_get_state(W0, n % H, R, D, row, col).to(tl.float32) + w).to(TYPE)
         if i % every == 0:
@@ -436,7 +428,7 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
         r = _dot(r, tl.trans(X), tl.float32)
         A1 = al[:, None] * A0 + tl.where(tok[:, None] == tok[None, :], 1.0, 0.0)
         if AGAIN:
-            _put(r_kept, r, _held(n, T, chunk, PER, first, tiles), tok, ok, 4 * D, row)
+            _put(r_kept, r, (n * tiles + i - first) * C - begin, tok, ok, 4 * D, row)
             tl.store(_square(X_kept, n * tiles + i - first, C), X)
         else:
             Q = _get(q, n * T, tok, ok, D, col)
@@ -456,18 +448,20 @@ def _modify_chain(x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kep
     dgates, from those of eta and alpha in the read to those of z_eta and log alpha."""
     TYPE: tl.constexpr = x.dtype.element_ty
     n, R, NT = tl.program_id(0).to(tl.int64), 3 * D + 2, tl.num_programs(0).to(tl.int64) * T
-    row, col, t, held = tl.arange(0, 4 * D), tl.arange(0, D), tl.arange(0, C), _held(n, T, chunk, PER, first, tiles)
+    row, col, t = tl.arange(0, 4 * D), tl.arange(0, D), tl.arange(0, C)
+    before = first // PER * chunk  # tokens before those that d_all and dG_all hold; held: where their row of token 0 would be
+    held = n * (tl.minimum(T, tl.cdiv(first + tiles, PER) * chunk) - before) - before
     dw = _get_state(dW, n, R, D, row, col)
     narrow = dw.to(TYPE)
     rate = step * tl.load(A + n)
     for back in tl.range(1, tiles + 1, disable_licm=True):
         i, kept = first + tiles - back, n * tiles + tiles - back
-        tok, ok, last = _tile(i, T, chunk, PER, C)
+        tok, ok, last, begin = _tile(i, T, chunk, PER, C)
         g, dg = g_kept + n * T + tok, dgates + n * T + tok
         et, al = tl.load(g, mask=ok, other=0.0), tl.load(g + NT, mask=ok, other=1.0)
         A0, a0 = _decay(al)
         A1 = al[:, None] * A0 + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
-        K, r = _get(K_kept, n * T, tok, ok, D, col), _get(r_kept, held, tok, ok, 4 * D, row)
+        K, r = _get(K_kept, n * T, tok, ok, D, col), _get(r_kept, kept * C - begin, tok, ok, 4 * D, row)
         # through the write, then the solve
         wr, dr = _row(A1, last), _dot(narrow, K, TYPE)
         dwr = tl.sum(dr * r, 0)
@@ -517,7 +511,7 @@ def _modify_chain(x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kep
         if i % PER == 0:  # all that was generated in this chunk came from the weights at its start
             tl.debug_barrier()
             for j in range(0, PER):
-                tok, ok, _ = _tile(i + j, T, chunk, PER, C)
+                tok, ok, _, _ = _tile(i + j, T, chunk, PER, C)
                 v, xs = _get(V_kept, n * T, tok, ok, D, col), _get(x, n * T, tok, ok, D, col)
                 dw += _dot(_get(d_all, held, tok, ok, 4 * D, row), tl.trans(v), TYPE)
                 dw += _dot(_get(dG_all, held, tok, ok, 4 * D, row), tl.trans(xs), TYPE)
@@ -530,8 +524,8 @@ def _modify_chain(x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kep
 
 EVERY = 8  # tiles from one kept state to the next: 1/8 of what keeping all would take, and 1/8 of the backward's parallel work
 SPAN = 64  # tiles whose states the backward holds at once, a multiple of EVERY
+# one stage, no loads ahead: shared memory is full of operands
 LAUNCH = {"scan": dict(num_warps=4, num_stages=1), "modify": dict(num_warps=8, num_stages=1)}
-# one stage: no loads ahead, for shared memory is full of operands
 
 
 def _sizes(x, tile, delta):
@@ -574,12 +568,11 @@ def _scan_backward(grads: list[Tensor], kept: list[Tensor], x: list[Tensor], til
         r, X = k.new_empty(N, tiles * C, dv), W.new_empty(N, tiles, C, C)
         _scan_forward[(N, blocks, triton.cdiv(tiles, EVERY))](
             *kept, k, u, q, *series, dy, dW, W_all, r, X, T, dv, dk, kept[0].shape[1], EVERY, first, tiles,
-            **constants | dict(READ=False), AGAIN=True,
-        )  # fmt: skip
+            **constants | dict(READ=False), AGAIN=True)  # fmt: skip
         _scan_chain[(N, blocks)](k, q, *series, dy, X, dW, dW_all, du, T, dv, dk, first, tiles, **constants)
         _scan_local[(N, blocks, tiles)](
-            k, q, *series, dy, du, W_all, r, dW_all, *shares, T, dv, dk, dv, dv, C, 1, first, tiles, **constants, WRITE=True
-        )
+            k, q, *series, dy, du, W_all, r, dW_all, *shares, T, dv, dk, dv, dv, C, 1, first, tiles,
+            **constants, WRITE=True)  # fmt: skip
     dk_out, *rest = (g.sum(0).to(t.dtype) if blocks > 1 else g[0] for g, t in zip(shares, (k, q, *series), strict=True))
     return [dW, dk_out, du, *rest]
 
@@ -607,8 +600,8 @@ def scan(W, k, u, eta, alpha, q, theta, S, delta, tile):
     pair = flat(W, 2)[:, None] if S is None else torch.stack([flat(W, 2), flat(S, 2)], 1)
     matrices, series = [flat(x, 2, same) for x in (k, u, q)], [flat(x, 1) for x in (eta, alpha, theta, delta)]
     y, pair, _ = _scan([pair, *matrices, *series], tile, number)
-    W_T, *S_T = (x.unflatten(0, lead) for x in pair.unbind(1))
-    return None if q is None else y.unflatten(0, lead), W_T, S_T[0] if S_T else None
+    W_T, *S_T = (x.reshape(lead + x.shape[1:]) for x in pair.unbind(1))
+    return None if q is None else y.reshape(lead + y.shape[1:]), W_T, S_T[0] if S_T else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -652,15 +645,14 @@ def _modify_backward(grads: list[Tensor], kept: list[Tensor], inputs: list[Tenso
         tiles, states = (all_tiles - tail, W_last[:, None]) if first == tail else (min(span, tail - first), W_kept)
         lo, hi = first // per * chunk, min(T, triton.cdiv(first + tiles, per) * chunk)
         W_all, X = x.new_empty(N, tiles, R, D), W.new_empty(N, tiles, C, C)
-        r, d, dG = (x.new_empty(N, hi - lo, 4 * D) for _ in range(3))
+        r, d, dG = (x.new_empty(N, tokens, 4 * D) for tokens in (tiles * C, hi - lo, hi - lo))
         _modify_forward[(N, triton.cdiv(tiles, every))](
             x, q, W0, states, b_eta, b_alpha, A, none, none, none, W_all, K, V, g, r, X, T, H, step, chunk, per,
-            states.shape[1], every, first, tiles, C=C, D=D, **LAUNCH["modify"], AGAIN=True,
-        )  # fmt: skip
+            states.shape[1], every, first, tiles, C=C, D=D, **LAUNCH["modify"], AGAIN=True)  # fmt: skip
         _scan_local[(N, 1, tiles)](
-            K, q, g[0], g[1], none, none, dy, dr, W_all, r, none, dk, dq, dg[0], dg[1], none, none, T, D, D, R, 4 * D,
-            chunk, per, first, tiles, C=C, DV=D, DK=D, MOMENTUM=0, DELTA=0, READ=True, WRITE=False, **LAUNCH["scan"],
-        )  # fmt: skip
+            K, q, g[0], g[1], none, none, dy, dr, W_all, r, none, dk, dq, dg[0], dg[1], none, none,
+            T, D, D, R, 4 * D, chunk, per, first, tiles, C=C, DV=D, DK=D,
+            MOMENTUM=0, DELTA=0, READ=True, WRITE=False, **LAUNCH["scan"])  # fmt: skip
         _modify_chain[(N,)](x, q, W0, A, dy, W_all, K, V, g, r, X, dr, dk, dg, dW, d, dG, T, H, step, chunk, per,
                             first, tiles, C=C, D=D, **LAUNCH["modify"])  # fmt: skip
         # what is left are plain products, for all chunks at once

@@ -136,6 +136,12 @@ def test_random_scans_cover_every_switch():
     assert {c["q"] for c in cases} == {True, False} and any(c["dv"] == 80 for c in cases) and any(c["T"] < 16 for c in cases)
 
 
+def test_a_single_memory_needs_no_leading_dimension():
+    batch = [x.detach() if torch.is_tensor(x) else x for x in scan_problem(4, 1, 5, 16, 12, True, "series").values()]
+    for one, of_batch in zip(scan_with("triton")(*(x[0] for x in batch)), scan_with("triton")(*batch), strict=True):
+        assert torch.equal(one, of_batch[0])
+
+
 def test_states_between_kept_ones_are_computed_again(monkeypatch):
     """More tiles than the backward holds at once, and a last segment that is shorter."""
     monkeypatch.setattr(kernels, "EVERY", 2)
