@@ -289,13 +289,14 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, r_kept, dW_kept,
     db, dt1, dT1 = da, da, dc1
     if WRITE:
         here = t == last
-        dw, dz = _get_pair(dW_kept, kept, rows, dk, v, h, MOMENTUM)
+        dw = _get_state(dW_kept, kept * (1 + MOMENTUM), rows, dk, v, h)
         wr, dwr = _row(c1, last), tl.sum(_dot(dw, K, TYPE) * r, 0)
         dK += _dot(tl.trans(dw), (wr * et)[None, :] * r, TYPE)
         det += wr * dwr
         dc1 += tl.where(here[:, None], (et * dwr)[None, :], 0.0)
         da += tl.where(here, tl.sum(dw.to(tl.float32) * w.to(tl.float32)), 0.0)
         if MOMENTUM:
+            dz = _get_state(dW_kept, kept * 2 + 1, rows, dk, v, h)  # not earlier, for the registers are full
             wr, dwr = _row(T1, last), tl.sum(_dot(dz, K, TYPE) * r, 0)
             dK += _dot(tl.trans(dz), (wr * et)[None, :] * r, TYPE)
             det += wr * dwr
