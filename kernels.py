@@ -72,8 +72,9 @@ def _dot(a, b, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _decay(x, C: tl.constexpr):
+def _decay(x):
     """x [C] -> P [C, C], P[t, s] = prod_{s < i < t} x_i below the diagonal, else 0; p[t] = prod_{i < t} x_i."""
+    C: tl.constexpr = x.shape[0]
     t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     before = tl.sum(tl.where(s == t - 1, x[None, :], tl.where((t == 0) & (s == 0), 1.0, 0.0)), 1)  # x[t-1], and 1 at t = 0
     P = tl.cumprod(tl.where(s < t - 1, before[:, None], 1.0), 0)
@@ -87,8 +88,9 @@ def _decay_gradient(P, p, dP, dp):
 
 
 @triton.jit
-def _inverse(L, C: tl.constexpr):
+def _inverse(L):
     """(I + tril(L, -1))^-1: forward substitution in all diagonal blocks of 16 at once, then doubling of the blocks."""
+    C: tl.constexpr = L.shape[0]
     t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     X = tl.where(t == s, 1.0, 0.0)
     for j in range(0, 15):  # column j of every block
@@ -103,37 +105,28 @@ def _inverse(L, C: tl.constexpr):
 
 
 @triton.jit
-def _row(M, last, C: tl.constexpr):
+def _row(M, last):
     """Row `last` of M [C, n], or element `last` of a vector."""
-    here = tl.arange(0, C) == last
+    here = tl.arange(0, M.shape[0]) == last
     return tl.sum(tl.where(here if len(M.shape) == 1 else here[:, None], M, 0.0), 0)
 
 
 @triton.jit
-def _weights(alpha, theta, tok, ok, C: tl.constexpr, MOMENTUM: tl.constexpr):
-    """What W_t holds of the past: A0, a0, c0, b0, a1, b1, c1, then T0, t0, T1, t1 of the equations at the top."""
+def _weights(eta, alpha, theta, start, tok, ok, C: tl.constexpr, MOMENTUM: tl.constexpr):
+    """eta, alpha of the tokens start + tok, then what W_t holds of the past, by the equations at the top."""
     t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    al = tl.load(alpha + tok, mask=ok, other=1.0)
-    A0, a0 = _decay(al, C)
+    et, al = tl.load(eta + start + tok, mask=ok, other=0.0), tl.load(alpha + start + tok, mask=ok, other=1.0)
+    A0, a0 = _decay(al)
     T1 = tl.where(t == s, 1.0, 0.0)
     a1, c0, b0, b1, T0, t0, t1 = al * a0, A0, a0, a0, A0, a0, a0
     if MOMENTUM:
-        th = tl.load(theta + tok, mask=ok, other=1.0)
-        T0, t0 = _decay(th, C)
+        th = tl.load(theta + start + tok, mask=ok, other=1.0)
+        T0, t0 = _decay(th)
         T1, t1 = th[:, None] * T0 + T1, th * t0
         c0 = tl.where(s < t, _dot(A0, T1, tl.float32), 0.0)
         b0 = tl.sum(A0 * t1[None, :], 1)
         b1 = al * b0 + t1
-    return A0, a0, c0, b0, a1, b1, al[:, None] * c0 + T1, T0, t0, T1, t1
-
-
-@triton.jit
-def _factor(delta, tok, ok, C: tl.constexpr, DELTA: tl.constexpr):
-    """delta [C]: 1 for the plain rule (DELTA 1), else its series (2)."""
-    d = tl.full([C], 1.0, tl.float32)
-    if DELTA == 2:
-        d = tl.load(delta + tok, mask=ok, other=0.0)
-    return d
+    return et, al, A0, a0, c0, b0, a1, b1, al[:, None] * c0 + T1, T0, t0, T1, t1
 
 
 @triton.jit
@@ -163,6 +156,20 @@ def _put_state(p, w, j, rows, width, row, col):
 
 
 @triton.jit
+def _get_pair(p, j, rows, width, row, col, MOMENTUM: tl.constexpr):
+    """W and S, the j-th pair in p [..., 2, rows, width]; without momentum W twice, p [..., 1, rows, width]."""
+    j *= 1 + MOMENTUM
+    return _get_state(p, j, rows, width, row, col), _get_state(p, j + MOMENTUM, rows, width, row, col)
+
+
+@triton.jit
+def _put_pair(p, w, z, j, rows, width, row, col, MOMENTUM: tl.constexpr):
+    _put_state(p, w, j * (1 + MOMENTUM), rows, width, row, col)
+    if MOMENTUM:
+        _put_state(p, z, j * 2 + 1, rows, width, row, col)
+
+
+@triton.jit
 def _square(p, j, C: tl.constexpr):
     """Where the j-th of the matrices p [..., C, C] lies."""
     return p + j * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
@@ -170,17 +177,10 @@ def _square(p, j, C: tl.constexpr):
 
 @triton.jit
 def _tile(i, T, chunk, PER, C: tl.constexpr):
-    """Tile i, cut so that a chunk is PER tiles of C tokens, the last one shorter: its tokens, which there are, the last."""
+    """Tile i where a chunk is PER tiles of C tokens, the last one shorter: its tokens, which there are, the last, the first."""
     begin, end = i // PER * chunk + i % PER * C, tl.minimum(T, (i // PER + 1) * chunk)
     tok = begin + tl.arange(0, C)
-    return tok, tok < end, tl.minimum(end - begin, C) - 1
-
-
-@triton.jit
-def _held(n, T, chunk, PER, first, tiles):
-    """Where the row of token 0 of memory n would be in what is held for the tokens of tiles [first, first + tiles) only."""
-    before = first // PER * chunk
-    return n * (tl.minimum(T, tl.cdiv(first + tiles, PER) * chunk) - before) - before
+    return tok, tok < end, tl.minimum(end - begin, C) - 1, begin
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,37 +188,28 @@ def _held(n, T, chunk, PER, first, tiles):
 
 
 @triton.jit
-def _scan_forward(W, S, k, u, q, eta, alpha, theta, delta, y, W_T, S_T, W_kept, S_kept, r_kept, X_kept,
+def _scan_forward(W, k, u, q, eta, alpha, theta, delta, y, W_T, W_kept, r_kept, X_kept,
                   T, dv, dk, segments, EVERY, first, tiles, C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr,
-                  TYPE: tl.constexpr, MOMENTUM: tl.constexpr, DELTA: tl.constexpr, READ: tl.constexpr,
-                  AGAIN: tl.constexpr):  # fmt: skip
+                  MOMENTUM: tl.constexpr, DELTA: tl.constexpr, READ: tl.constexpr, AGAIN: tl.constexpr):  # fmt: skip
     """Rows [j DV, (j + 1) DV) of one memory n, from one of its `segments` states in W on, keeping every EVERY-th state.
     AGAIN: for the backward, only the EVERY tiles up to the next kept state, now keeping every state, and r and X."""
+    TYPE: tl.constexpr = k.dtype.element_ty
     n, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
     v, h = j * DV + tl.arange(0, DV), tl.arange(0, DK)
-    lo, hi, every = first + tl.program_id(2) * EVERY, tiles, EVERY
-    if AGAIN:
-        hi, every = tl.minimum(lo + EVERY, first + tiles), 1
-    start = n * segments + lo // EVERY % segments
-    w = _get_state(W, start, dv, dk, v, h)
-    z = w
-    if MOMENTUM:
-        z = _get_state(S, start, dv, dk, v, h)
+    lo = first + tl.program_id(2) * EVERY
+    hi, every = (tl.minimum(lo + EVERY, first + tiles), 1) if AGAIN else (tiles, EVERY)
+    w, z = _get_pair(W, n * segments + lo // EVERY % segments, dv, dk, v, h, MOMENTUM)
     for i in tl.range(lo, hi, disable_licm=True):
-        tok, ok, last = _tile(i, T, C, 1, C)
+        tok, ok, last, _ = _tile(i, T, C, 1, C)
         K = _get(k, n * T, tok, ok, dk, h)
-        et = tl.load(eta + n * T + tok, mask=ok, other=0.0)
-        A0, a0, c0, b0, a1, b1, c1, _, _, T1, t1 = _weights(alpha + n * T, theta + n * T, tok, ok, C, MOMENTUM)
+        et, _, _, a0, c0, b0, a1, b1, c1, _, _, T1, t1 = _weights(eta, alpha, theta, n * T, tok, ok, C, MOMENTUM)
         if DELTA:
-            d = _factor(delta + n * T, tok, ok, C, DELTA)
-            X = _inverse(d[:, None] * c0 * et[None, :] * _dot(tl.trans(K), K, TYPE), C)
+            d = tl.load(delta + n * T + tok, mask=ok, other=0.0) if DELTA == 2 else tl.full([C], 1.0, tl.float32)
+            X = _inverse(d[:, None] * c0 * et[None, :] * _dot(tl.trans(K), K, TYPE))
             if AGAIN:
                 tl.store(_square(X_kept, n * tiles + i - first, C), X)
         if i % every == 0:
-            kept = n * tl.cdiv(tiles, every) + (i - first) // every
-            _put_state(W_kept, w, kept, dv, dk, v, h)
-            if MOMENTUM:
-                _put_state(S_kept, z, kept, dv, dk, v, h)
+            _put_pair(W_kept, w, z, n * tl.cdiv(tiles, every) + (i - first) // every, dv, dk, v, h, MOMENTUM)
         r = _get(u, n * T, tok, ok, dv, v).to(tl.float32)
         if DELTA:
             r -= (d * a0)[None, :] * _dot(w, K, TYPE)
@@ -226,7 +217,7 @@ def _scan_forward(W, S, k, u, q, eta, alpha, theta, delta, y, W_T, S_T, W_kept, 
                 r -= (d * b0)[None, :] * _dot(z, K, TYPE)
             r = _dot(r, tl.trans(X), tl.float32)
         if AGAIN:
-            _put(r_kept, r, _held(n, T, C, 1, first, tiles), tok, ok, dv, v)
+            _put(r_kept, r, (n * tiles - first) * C, tok, ok, dv, v)
         if READ:
             Q = _get(q, n * T, tok, ok, dk, h)
             Y = a1[None, :] * _dot(w, Q, TYPE)
@@ -234,40 +225,34 @@ def _scan_forward(W, S, k, u, q, eta, alpha, theta, delta, y, W_T, S_T, W_kept, 
                 Y += b1[None, :] * _dot(z, Q, TYPE)
             Y += _dot(r, tl.trans(c1 * et[None, :] * _dot(tl.trans(Q), K, TYPE)), TYPE)
             _put(y, Y, n * T, tok, ok, dv, v)
-        w = _row(a1, last, C) * w + _dot((_row(c1, last, C) * et)[None, :] * r, tl.trans(K), TYPE)
+        w = _row(a1, last) * w + _dot((_row(c1, last) * et)[None, :] * r, tl.trans(K), TYPE)
         if MOMENTUM:
-            w += _row(b1, last, C) * z
-            z = _row(t1, last, C) * z + _dot((_row(T1, last, C) * et)[None, :] * r, tl.trans(K), TYPE)
+            w += _row(b1, last) * z
+            z = _row(t1, last) * z + _dot((_row(T1, last) * et)[None, :] * r, tl.trans(K), TYPE)
     if not AGAIN:
-        _put_state(W_T, w, n, dv, dk, v, h)
-        if MOMENTUM:
-            _put_state(S_T, z, n, dv, dk, v, h)
+        _put_pair(W_T, w, z, n, dv, dk, v, h, MOMENTUM)
 
 
 @triton.jit
-def _scan_chain(k, q, eta, alpha, theta, delta, dy, X_kept, dW, dS, dW_kept, dS_kept, du, T, dv, dk, first, tiles,
-                C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, TYPE: tl.constexpr, MOMENTUM: tl.constexpr,
-                DELTA: tl.constexpr, READ: tl.constexpr):  # fmt: skip
+def _scan_chain(k, q, eta, alpha, theta, delta, dy, X_kept, dW, dW_kept, du, T, dv, dk, first, tiles,
+                C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr,
+                MOMENTUM: tl.constexpr, DELTA: tl.constexpr, READ: tl.constexpr):  # fmt: skip
     """The part of the backward that must walk the tiles in reverse: dW, dS (updated in place) and du."""
+    TYPE: tl.constexpr = k.dtype.element_ty
     n, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
     v, h = j * DV + tl.arange(0, DV), tl.arange(0, DK)
-    dw = _get_state(dW, n, dv, dk, v, h)
-    dz = dw
-    if MOMENTUM:
-        dz = _get_state(dS, n, dv, dk, v, h)
+    dw, dz = _get_pair(dW, n, dv, dk, v, h, MOMENTUM)
     for back in tl.range(1, tiles + 1, disable_licm=True):
         kept = n * tiles + tiles - back
-        tok, ok, last = _tile(first + tiles - back, T, C, 1, C)
+        tok, ok, last, _ = _tile(first + tiles - back, T, C, 1, C)
         K = _get(k, n * T, tok, ok, dk, h)
-        et = tl.load(eta + n * T + tok, mask=ok, other=0.0)
-        A0, a0, c0, b0, a1, b1, c1, _, _, T1, t1 = _weights(alpha + n * T, theta + n * T, tok, ok, C, MOMENTUM)
-        _put_state(dW_kept, dw, kept, dv, dk, v, h)
-        dr = (_row(c1, last, C) * et)[None, :] * _dot(dw, K, TYPE)
+        et, _, _, a0, c0, b0, a1, b1, c1, _, _, T1, t1 = _weights(eta, alpha, theta, n * T, tok, ok, C, MOMENTUM)
+        _put_pair(dW_kept, dw, dz, kept, dv, dk, v, h, MOMENTUM)
+        dr = (_row(c1, last) * et)[None, :] * _dot(dw, K, TYPE)
         if MOMENTUM:
-            _put_state(dS_kept, dz, kept, dv, dk, v, h)
-            dr += (_row(T1, last, C) * et)[None, :] * _dot(dz, K, TYPE)
-            dz = _row(t1, last, C) * dz + _row(b1, last, C) * dw
-        dw *= _row(a1, last, C)
+            dr += (_row(T1, last) * et)[None, :] * _dot(dz, K, TYPE)
+            dz = _row(t1, last) * dz + _row(b1, last) * dw
+        dw *= _row(a1, last)
         if READ:
             Q, dY = _get(q, n * T, tok, ok, dk, h), _get(dy, n * T, tok, ok, dv, v)
             dr += _dot(dY, c1 * et[None, :] * _dot(tl.trans(Q), K, TYPE), TYPE)
@@ -275,52 +260,44 @@ def _scan_chain(k, q, eta, alpha, theta, delta, dy, X_kept, dW, dS, dW_kept, dS_
             if MOMENTUM:
                 dz += _dot(b1[None, :] * dY, tl.trans(Q), TYPE)
         if DELTA:
-            d = _factor(delta + n * T, tok, ok, C, DELTA)
+            d = tl.load(delta + n * T + tok, mask=ok, other=0.0) if DELTA == 2 else tl.full([C], 1.0, tl.float32)
             dr = _dot(dr, tl.load(_square(X_kept, kept, C)), tl.float32)
             dw += _dot((-d * a0)[None, :] * dr, tl.trans(K), TYPE)
             if MOMENTUM:
                 dz += _dot((-d * b0)[None, :] * dr, tl.trans(K), TYPE)
         _put(du, dr, n * T, tok, ok, dv, v)
-    _put_state(dW, dw, n, dv, dk, v, h)
-    if MOMENTUM:
-        _put_state(dS, dz, n, dv, dk, v, h)
+    _put_pair(dW, dw, dz, n, dv, dk, v, h, MOMENTUM)
 
 
 @triton.jit
-def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, dW_kept, dS_kept,
-                dk_out, dq, deta, dalpha, dtheta, ddelta, T, dv, dk, rows, wide, chunk, PER, first, tiles,
-                C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, TYPE: tl.constexpr, MOMENTUM: tl.constexpr,
-                DELTA: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr):  # fmt: skip
+def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, r_kept, dW_kept, dk_out, dq, deta, dalpha, dtheta, ddelta,
+                T, dv, dk, rows, wide, chunk, PER, first, tiles, C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr,
+                MOMENTUM: tl.constexpr, DELTA: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr):  # fmt: skip
     """The rest of the backward, all tiles at once: gradients of k, q and the series, a share per block of rows. States have
     `rows` rows and r `wide` columns, of which these are the first dv. Not WRITE: the read only, and its part of du."""
+    TYPE: tl.constexpr = k.dtype.element_ty
     n, j, i = tl.program_id(0).to(tl.int64), tl.program_id(1), first + tl.program_id(2)
     v, h, t = j * DV + tl.arange(0, DV), tl.arange(0, DK), tl.arange(0, C)
     kept, share = n * tiles + i - first, (j * tl.num_programs(0) + n) * T
-    tok, ok, last = _tile(i, T, chunk, PER, C)
+    tok, ok, last, begin = _tile(i, T, chunk, PER, C)
     K = _get(k, n * T, tok, ok, dk, h)
-    et = tl.load(eta + n * T + tok, mask=ok, other=0.0)
-    A0, a0, c0, b0, a1, b1, c1, T0, t0, T1, t1 = _weights(alpha + n * T, theta + n * T, tok, ok, C, MOMENTUM)
-    al = tl.load(alpha + n * T + tok, mask=ok, other=1.0)
-    held = _held(n, T, chunk, PER, first, tiles)
-    r = _get(r_kept, held, tok, ok, wide, v)
-    w = _get_state(W_kept, kept, rows, dk, v, h)
-    z = w
-    if MOMENTUM:
-        z = _get_state(S_kept, kept, rows, dk, v, h)
+    et, al, A0, a0, c0, b0, a1, b1, c1, T0, t0, T1, t1 = _weights(eta, alpha, theta, n * T, tok, ok, C, MOMENTUM)
+    r = _get(r_kept, kept * C - begin, tok, ok, wide, v)
+    w, z = _get_pair(W_kept, kept, rows, dk, v, h, MOMENTUM)
     dK, dc1 = tl.zeros([DK, C], tl.float32), tl.zeros([C, C], tl.float32)
     det, da = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     db, dt1, dT1 = da, da, dc1
     if WRITE:
         here = t == last
-        dw = _get_state(dW_kept, kept, rows, dk, v, h)
-        wr, dwr = _row(c1, last, C), tl.sum(_dot(dw, K, TYPE) * r, 0)
+        dw = _get_state(dW_kept, kept * (1 + MOMENTUM), rows, dk, v, h)
+        wr, dwr = _row(c1, last), tl.sum(_dot(dw, K, TYPE) * r, 0)
         dK += _dot(tl.trans(dw), (wr * et)[None, :] * r, TYPE)
         det += wr * dwr
         dc1 += tl.where(here[:, None], (et * dwr)[None, :], 0.0)
         da += tl.where(here, tl.sum(dw.to(tl.float32) * w.to(tl.float32)), 0.0)
         if MOMENTUM:
-            dz = _get_state(dS_kept, kept, rows, dk, v, h)
-            wr, dwr = _row(T1, last, C), tl.sum(_dot(dz, K, TYPE) * r, 0)
+            dz = _get_state(dW_kept, kept * 2 + 1, rows, dk, v, h)  # not earlier, for the registers are full
+            wr, dwr = _row(T1, last), tl.sum(_dot(dz, K, TYPE) * r, 0)
             dK += _dot(tl.trans(dz), (wr * et)[None, :] * r, TYPE)
             det += wr * dwr
             dT1 += tl.where(here[:, None], (et * dwr)[None, :], 0.0)
@@ -347,8 +324,8 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
     dc0, da0, db0 = al[:, None] * dc1, al * da, al * db
     if DELTA:  # through the errors
         tl.debug_barrier()  # loaded once more, for the registers are full
-        K, r = _get(k, n * T, tok, ok, dk, h), _get(r_kept, held, tok, ok, wide, v)
-        d = _factor(delta + n * T, tok, ok, C, DELTA)
+        K, r = _get(k, n * T, tok, ok, dk, h), _get(r_kept, kept * C - begin, tok, ok, wide, v)
+        d = tl.load(delta + n * T + tok, mask=ok, other=0.0) if DELTA == 2 else tl.full([C], 1.0, tl.float32)
         dr = _get(du, n * T, tok, ok, dv, v)
         part = _dot(tl.trans(w), dr, TYPE)
         dK -= (d * a0)[None, :] * part
@@ -388,12 +365,6 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, S_kept, r_kept, 
 
 
 @triton.jit
-def _own(x, C: tl.constexpr, D: tl.constexpr):
-    """x [D, C] -> [4 D, C] with x in blocks 0, 1, 2: the identity of M(z) = z + (W0 + W) z. It never is rounded with W0."""
-    return tl.reshape(tl.where(tl.arange(0, 4)[:, None, None] < 3, x[None], 0.0), (4 * D, C))
-
-
-@triton.jit
 def _blocks(G, lo: tl.constexpr, hi: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
     """Sum of the blocks lo..hi-1 of G [4 D, C], each [D, C]."""
     m = tl.arange(0, 4)[:, None, None]
@@ -401,41 +372,29 @@ def _blocks(G, lo: tl.constexpr, hi: tl.constexpr, C: tl.constexpr, D: tl.conste
 
 
 @triton.jit
-def _stack(k, v, eta, alpha, C: tl.constexpr, D: tl.constexpr):
-    """[4 D, C] with k, v [D, C] in blocks 1 and 2, eta, alpha [C] in the first rows of block 3, zeros elsewhere."""
+def _stack(x, k, v, eta, alpha, C: tl.constexpr, D: tl.constexpr):
+    """[4 D, C] with x, k, v [D, C] in blocks 0, 1, 2, eta, alpha [C] in the first rows of block 3, zeros elsewhere."""
     m, i = tl.arange(0, 4)[:, None, None], tl.arange(0, D)[None, :, None]
     gates = tl.where(i == 0, eta[None, None, :], tl.where(i == 1, alpha[None, None, :], 0.0))
-    return tl.reshape(tl.where(m == 1, k[None], tl.where(m == 2, v[None], tl.where(m == 3, gates, 0.0))), (4 * D, C))
-
-
-@triton.jit
-def _across(a, b, C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr):
-    """a^T b [C, C] of a, b [4 D, C], by 32 rows in every warp: the few tokens would give each warp all of a and b."""
-    parts = tl.permute(tl.reshape(a, (D // 8, 32, C)), (0, 2, 1))
-    return tl.sum(_dot(parts, tl.reshape(b, (D // 8, 32, C)), TYPE), 0)
-
-
-@triton.jit
-def _softplus(z):
-    return tl.maximum(z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z)))
+    return tl.reshape(tl.where(m == 1, k[None], tl.where(m == 2, v[None], tl.where(m == 3, gates, x[None]))), (4 * D, C))
 
 
 @triton.jit
 def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept,
                     T, H, step, chunk, PER, segments, EVERY, first, tiles,
-                    C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr, AGAIN: tl.constexpr):  # fmt: skip
+                    C: tl.constexpr, D: tl.constexpr, AGAIN: tl.constexpr):  # fmt: skip
     """One memory n; PER tiles make a chunk, else as `_scan_forward`."""
+    TYPE: tl.constexpr = x.dtype.element_ty
     n, R, NT = tl.program_id(0).to(tl.int64), 3 * D + 2, tl.num_programs(0).to(tl.int64) * T
     row, col = tl.arange(0, 4 * D), tl.arange(0, D)
-    lo, hi, every = first + tl.program_id(1) * EVERY, tiles, EVERY
-    if AGAIN:
-        hi, every = tl.minimum(lo + EVERY, first + tiles), 1
+    lo = first + tl.program_id(1) * EVERY
+    hi, every = (tl.minimum(lo + EVERY, first + tiles), 1) if AGAIN else (tiles, EVERY)
     w = _get_state(W, n * segments + lo // EVERY % segments, R, D, row, col)
     be, ba, rate = tl.load(b_eta + n), tl.load(b_alpha + n), step * tl.load(A + n)
     narrow = w.to(TYPE)  # carried round the loop: so products get it in shared memory and not in registers
     B = narrow
     for i in tl.range(lo, hi, disable_licm=True):
-        tok, ok, last = _tile(i, T, chunk, PER, C)
+        tok, ok, last, begin = _tile(i, T, chunk, PER, C)
         if i % PER == 0:
             B = (_get_state(W0, n % H, R, D, row, col).to(tl.float32) + w).to(TYPE)
         if i % every == 0:
@@ -451,7 +410,8 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
         K, V = K * nk[None, :], V * nv[None, :]
         z_eta = tl.sum(tl.where((row == 3 * D)[:, None], G, 0.0), 0) + be
         z_alpha = tl.sum(tl.where((row == 3 * D + 1)[:, None], G, 0.0), 0) + ba
-        al = tl.where(ok, tl.exp(-rate * _softplus(z_alpha)), 1.0)
+        softplus = tl.maximum(z_alpha, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z_alpha)))
+        al = tl.where(ok, tl.exp(-rate * softplus), 1.0)
         et = tl.where(ok, step * (1.0 + al) * tl.sigmoid(z_eta), 0.0)
         if AGAIN:
             _put(K_kept, K, n * T, tok, ok, D, col)
@@ -460,22 +420,23 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
             for m in tl.static_range(6):
                 tl.store(g_kept + m * NT + n * T + tok, series[m], mask=ok)
         # the errors of all rows, then read, then write
-        A0, a0 = _decay(al, C)
-        X = _inverse(A0 * et[None, :] * _dot(tl.trans(K), K, TYPE), C)
-        r = _own(V - K, C, D) + _dot(B, V, TYPE)
+        A0, a0 = _decay(al)
+        X = _inverse(A0 * et[None, :] * _dot(tl.trans(K), K, TYPE))
+        own, none = V - K, tl.zeros([C], tl.float32)  # of M(z) = z + (W0 + W) z, the z: it never is rounded with W0
+        r = _stack(own, own, own, none, none, C, D) + _dot(B, V, TYPE)
         r += _dot(_get_state(W0, n % H, R, D, row, col), -K, TYPE)
         r += _dot(narrow, -a0[None, :] * K, TYPE)
         r = _dot(r, tl.trans(X), tl.float32)
         A1 = al[:, None] * A0 + tl.where(tok[:, None] == tok[None, :], 1.0, 0.0)
         if AGAIN:
-            _put(r_kept, r, _held(n, T, chunk, PER, first, tiles), tok, ok, 4 * D, row)
+            _put(r_kept, r, (n * tiles + i - first) * C - begin, tok, ok, 4 * D, row)
             tl.store(_square(X_kept, n * tiles + i - first, C), X)
         else:
             Q = _get(q, n * T, tok, ok, D, col)
             M = A1 * et[None, :] * _dot(tl.trans(Q), K, TYPE)
             Y = (al * a0)[None, :] * _dot(narrow, Q, TYPE)
             _put(y, Y + _dot(r, tl.trans(M), TYPE), n * T, tok, ok, D, row)
-        w = _row(al * a0, last, C) * w + _dot((_row(A1, last, C) * et)[None, :] * r, tl.trans(K), TYPE)
+        w = _row(al * a0, last) * w + _dot((_row(A1, last) * et)[None, :] * r, tl.trans(K), TYPE)
         narrow = w.to(TYPE)
     if not AGAIN:
         _put_state(W_T, w, n, R, D, row, col)
@@ -483,35 +444,39 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
 
 @triton.jit
 def _modify_chain(x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept, dr_read, dk_read, dgates, dW, d_all, dG_all,
-                  T, H, step, chunk, PER, first, tiles,
-                  C: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
+                  T, H, step, chunk, PER, first, tiles, C: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """Backward through generation, errors and write of one memory n, tile by tile in reverse. Updated in place: dW, and
     dgates, from those of eta and alpha in the read to those of z_eta and log alpha."""
+    TYPE: tl.constexpr = x.dtype.element_ty
     n, R, NT = tl.program_id(0).to(tl.int64), 3 * D + 2, tl.num_programs(0).to(tl.int64) * T
-    row, col, t, held = tl.arange(0, 4 * D), tl.arange(0, D), tl.arange(0, C), _held(n, T, chunk, PER, first, tiles)
+    row, col, t = tl.arange(0, 4 * D), tl.arange(0, D), tl.arange(0, C)
+    before = first // PER * chunk  # tokens before those that d_all and dG_all hold; held: where their row of token 0 would be
+    held = n * (tl.minimum(T, tl.cdiv(first + tiles, PER) * chunk) - before) - before
     dw = _get_state(dW, n, R, D, row, col)
     narrow = dw.to(TYPE)
     rate = step * tl.load(A + n)
     for back in tl.range(1, tiles + 1, disable_licm=True):
         i, kept = first + tiles - back, n * tiles + tiles - back
-        tok, ok, last = _tile(i, T, chunk, PER, C)
+        tok, ok, last, begin = _tile(i, T, chunk, PER, C)
         g, dg = g_kept + n * T + tok, dgates + n * T + tok
         et, al = tl.load(g, mask=ok, other=0.0), tl.load(g + NT, mask=ok, other=1.0)
-        A0, a0 = _decay(al, C)
+        A0, a0 = _decay(al)
         A1 = al[:, None] * A0 + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
-        K, r = _get(K_kept, n * T, tok, ok, D, col), _get(r_kept, held, tok, ok, 4 * D, row)
+        K, r = _get(K_kept, n * T, tok, ok, D, col), _get(r_kept, kept * C - begin, tok, ok, 4 * D, row)
         # through the write, then the solve
-        wr, dr = _row(A1, last, C), _dot(narrow, K, TYPE)
+        wr, dr = _row(A1, last), _dot(narrow, K, TYPE)
         dwr = tl.sum(dr * r, 0)
         d = dr * (wr * et)[None, :] + _get(dr_read, n * T, tok, ok, D, row)
         d = _dot(d, tl.load(_square(X_kept, kept, C)), tl.float32).to(TYPE)
         _put(d_all, d, held, tok, ok, 4 * D, row)
         dK = _get(dk_read, n * T, tok, ok, D, col) + _dot(tl.trans(narrow), (wr * et)[None, :] * r, TYPE)
-        dM = -_across(d, r, C, D, TYPE)
+        # dM = -d^T r by 32 rows in every warp: the few tokens would give each warp all of d and r
+        parts = tl.permute(tl.reshape(d, (D // 8, 32, C)), (0, 2, 1))
+        dM = -tl.sum(_dot(parts, tl.reshape(r, (D // 8, 32, C)), TYPE), 0)
         # through the errors
         w = _get_state(W_kept, kept, R, D, row, col)
         da = tl.where(t == last, tl.sum(dw * w.to(tl.float32)), 0.0)
-        dw = _row(al * a0, last, C) * dw + _dot(-a0[None, :] * d, tl.trans(K), TYPE)
+        dw = _row(al * a0, last) * dw + _dot(-a0[None, :] * d, tl.trans(K), TYPE)
         a1dY = (al * a0)[None, :] * _get(dy, n * T, tok, ok, D, row)
         dw += _dot(a1dY, tl.trans(_get(q, n * T, tok, ok, D, col)), TYPE)
         part = _dot(tl.trans(w), d, TYPE)
@@ -527,7 +492,7 @@ def _modify_chain(x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kep
         # through step sizes and retention; loaded once more, for the registers are full
         tl.debug_barrier()
         et, al = tl.load(g, mask=ok, other=0.0), tl.load(g + NT, mask=ok, other=1.0)
-        A0, a0 = _decay(al, C)
+        A0, a0 = _decay(al)
         dA1 = tl.where(t[:, None] == last, (et * dwr)[None, :], 0.0)
         det = wr * dwr + tl.sum(G * A0, 0) + tl.load(dg, mask=ok, other=0.0)
         dal = da * a0 + tl.sum(dA1 * A0, 1) + _decay_gradient(A0, a0, al[:, None] * dA1 + G * et[None, :], da0)
@@ -543,11 +508,11 @@ def _modify_chain(x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kep
         nk, nv = tl.load(g + 4 * NT, mask=ok, other=0.0), tl.load(g + 5 * NT, mask=ok, other=0.0)
         dK = (dK - K * tl.sum(dK * K, 0)[None, :]) * nk[None, :]
         dV = (dV - V * tl.sum(dV * V, 0)[None, :]) * nv[None, :]
-        _put(dG_all, _stack(dK, dV, d_eta, d_alpha, C, D), held, tok, ok, 4 * D, row)
+        _put(dG_all, _stack(tl.zeros_like(dK), dK, dV, d_eta, d_alpha, C, D), held, tok, ok, 4 * D, row)
         if i % PER == 0:  # all that was generated in this chunk came from the weights at its start
             tl.debug_barrier()
             for j in range(0, PER):
-                tok, ok, _ = _tile(i + j, T, chunk, PER, C)
+                tok, ok, _, _ = _tile(i + j, T, chunk, PER, C)
                 v, xs = _get(V_kept, n * T, tok, ok, D, col), _get(x, n * T, tok, ok, D, col)
                 dw += _dot(_get(d_all, held, tok, ok, 4 * D, row), tl.trans(v), TYPE)
                 dw += _dot(_get(dG_all, held, tok, ok, 4 * D, row), tl.trans(xs), TYPE)
@@ -556,89 +521,68 @@ def _modify_chain(x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kep
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Launches. Both operators take a list of tensors (absent: empty) and give a list: three results, then what the backward needs
+# Launches. Both operators take a list of tensors (absent: empty) and give a list: results, then the states that are kept
 
 EVERY = 8  # tiles from one kept state to the next: 1/8 of what keeping all would take, and 1/8 of the backward's parallel work
 SPAN = 64  # tiles whose states the backward holds at once, a multiple of EVERY
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-STAGES = 1  # no loads ahead: shared memory is full of operands
-WARPS = {"scan forward": 4, "scan again": 4, "scan chain": 4, "scan local": 4,
-         "modify forward": 8, "modify again": 8, "modify chain": 8}  # fmt: skip
-
-
-def _launch(name):
-    return dict(num_warps=WARPS[name], num_stages=STAGES)
-
-
-def _padded(width, least=16):
-    return max(least, triton.next_power_of_2(width))
+# one stage, no loads ahead: shared memory is full of operands
+LAUNCH = {"scan": dict(num_warps=4, num_stages=1), "modify": dict(num_warps=8, num_stages=1)}
 
 
 def _sizes(x, tile, delta):
-    """Sizes and compile-time constants of a scan of W, S, k, u, q, eta, alpha, theta, delta, or a like list."""
-    W, _, k, u, q, _, _, theta, series = x
-    N, T, dv, dk = *k.shape[:2], u.shape[2], k.shape[2]
-    constants = dict(C=min(_padded(tile), 32), DV=min(_padded(dv), 64), DK=_padded(dk), TYPE=TYPES[k.dtype], READ=q.numel() > 0,
-                     MOMENTUM=theta.numel() > 0, DELTA=2 if series.numel() else int(delta))  # fmt: skip
-    return N, T, dv, dk, triton.cdiv(dv, constants["DV"]), triton.cdiv(T, constants["C"]), constants
-
-
-def _spans(tiles, span):
-    """(first tile, tiles) of what the backward holds at once, last ones first."""
-    return [(first, min(span, tiles - first)) for first in reversed(range(0, tiles, span))]
+    """N, T, dv, dk, blocks of rows, tiles and compile-time constants of a scan of x as `_scan` takes it."""
+    W, k, u, q, *_, series = x
+    (N, T, dk), dv = k.shape, u.shape[2]
+    C, DV, DK = (min(max(16, triton.next_power_of_2(n)), most) for n, most in ((tile, 32), (dv, 64), (dk, 64)))
+    constants = dict(C=C, DV=DV, DK=DK, MOMENTUM=W.shape[1] - 1, DELTA=2 if series.numel() else int(delta), READ=q.numel() > 0)
+    return N, T, dv, dk, triton.cdiv(dv, DV), triton.cdiv(T, C), constants | LAUNCH["scan"]
 
 
 @torch.library.custom_op("nested_learning::scan", mutates_args=())
 def _scan(x: list[Tensor], tile: int, delta: float) -> list[Tensor]:
-    """y, W_T, S_T, kept W, kept S for W, S [N, dv, dk], k [N, T, dk], u [N, T, dv], q, then eta, alpha, theta, delta [N, T]."""
+    """y, (W, S) at the end and those kept, of (W, S) [N, 1 or 2, dv, dk], k [N, T, dk], u [N, T, dv], q, then eta, alpha,
+    theta, delta [N, T]."""
     N, T, dv, dk, blocks, tiles, constants = _sizes(x, tile, delta)
     out = _scan_fake(x, tile, delta)
-    _scan_forward[(N, blocks)](*x, *out, *out[:2], T, dv, dk, 1, EVERY, 0, tiles, **constants, AGAIN=False,
-                               **_launch("scan forward"))  # fmt: skip
+    _scan_forward[(N, blocks)](*x, *out, *out[:2], T, dv, dk, 1, EVERY, 0, tiles, **constants, AGAIN=False)
     return out
 
 
 @_scan.register_fake
 def _scan_fake(x, tile, delta):
-    W, S, k, u, q = x[:5]
-    N, T, dv, dk, _, tiles, _ = _sizes(x, tile, delta)
-    kept, momentum = triton.cdiv(tiles, EVERY), min(1, S.numel())
-    return [W.new_empty(N * min(1, q.numel()), T, dv), torch.empty_like(W), torch.empty_like(S),
-            W.new_empty(N, kept, dv, dk), W.new_empty(N * momentum, kept, dv, dk)]  # fmt: skip
+    N, T, dv, _, _, tiles, constants = _sizes(x, tile, delta)
+    new = x[0].new_empty
+    return [new(N * constants["READ"], T, dv), new(x[0].shape), new(N, triton.cdiv(tiles, EVERY), *x[0].shape[1:])]
 
 
 @torch.library.custom_op("nested_learning::scan_backward", mutates_args=())
 def _scan_backward(grads: list[Tensor], kept: list[Tensor], x: list[Tensor], tile: int, delta: float) -> list[Tensor]:
     """Gradients of x, the arguments of `_scan`."""
     N, T, dv, dk, blocks, all_tiles, constants = _sizes(x, tile, delta)
-    W, S, k, u, q, *series = x
-    dy, dW, dS = grads[0], grads[1].clone(), grads[2].clone()
-    C, du, new = constants["C"], torch.empty_like(u), W.new_empty
+    W, k, u, q, *series = x
+    C, dy, dW, du = constants["C"], grads[0], grads[1].clone(), torch.empty_like(u)
     # gradients that all blocks of rows share: one copy per block, added up at the end
-    shares = [new(blocks, *t.shape, dtype=torch.float32 if blocks > 1 else t.dtype) for t in (k, q, *series)]
-    for first, tiles in _spans(all_tiles, SPAN):
-        states = [new(N * min(1, t.numel()), tiles, dv, dk, dtype=k.dtype) for t in (W, S, W, S)]
-        r, X = new(N, tiles * C, dv, dtype=k.dtype), new(N, tiles, C, C)
+    shares = [W.new_empty(blocks, *t.shape, dtype=torch.float32 if blocks > 1 else t.dtype) for t in (k, q, *series)]
+    for first in reversed(range(0, all_tiles, SPAN)):
+        tiles = min(SPAN, all_tiles - first)
+        W_all, dW_all = (k.new_empty(N, tiles, *W.shape[1:]) for _ in range(2))
+        r, X = k.new_empty(N, tiles * C, dv), W.new_empty(N, tiles, C, C)
         _scan_forward[(N, blocks, triton.cdiv(tiles, EVERY))](
-            *kept, k, u, q, *series, dy, dW, dS, *states[:2], r, X, T, dv, dk, kept[0].shape[1], EVERY, first, tiles,
-            **constants | dict(READ=False), AGAIN=True, **_launch("scan again"),
-        )  # fmt: skip
-        _scan_chain[(N, blocks)](k, q, *series, dy, X, dW, dS, *states[2:], du, T, dv, dk, first, tiles, **constants,
-                                 **_launch("scan chain"))  # fmt: skip
+            *kept, k, u, q, *series, dy, dW, W_all, r, X, T, dv, dk, kept[0].shape[1], EVERY, first, tiles,
+            **constants | dict(READ=False), AGAIN=True)  # fmt: skip
+        _scan_chain[(N, blocks)](k, q, *series, dy, X, dW, dW_all, du, T, dv, dk, first, tiles, **constants)
         _scan_local[(N, blocks, tiles)](
-            k, q, *series, dy, du, *states[:2], r, *states[2:], *shares, T, dv, dk, dv, dv, C, 1, first, tiles,
-            **constants, WRITE=True, **_launch("scan local"),
-        )  # fmt: skip
-    dk_out, dq, *dseries = (g.sum(0).to(t.dtype) if blocks > 1 else g.squeeze(0)
-                            for g, t in zip(shares, (k, q, *series), strict=True))  # fmt: skip
-    return [dW, dS, dk_out, du, dq, *dseries]
+            k, q, *series, dy, du, W_all, r, dW_all, *shares, T, dv, dk, dv, dv, C, 1, first, tiles,
+            **constants, WRITE=True)  # fmt: skip
+    dk_out, *rest = (g.sum(0).to(t.dtype) if blocks > 1 else g[0] for g, t in zip(shares, (k, q, *series), strict=True))
+    return [dW, dk_out, du, *rest]
 
 
 def unfit(x, width, chunk=1):
     """Why the kernels cannot run on tensors like x with keys of this width and chunks of so many tokens; None: they can."""
     if not INTERPRETED.value and (not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 0)):
         return f"they need an NVIDIA GPU of compute capability 8.0 or more (the tensors are on {x.device})"
-    if x.dtype not in TYPES:
+    if x.dtype not in (torch.float32, torch.bfloat16):
         return f"they need float32 or bfloat16, got {x.dtype}"
     if width > 64 or chunk > 128:
         return f"they need keys of width 64 at most and chunks of 128 tokens at most, got {width} and {chunk}"
@@ -654,9 +598,11 @@ def scan(W, k, u, eta, alpha, q, theta, S, delta, tile):
     def flat(x, n, dtype=torch.float32):
         return W.new_empty(0, dtype=dtype) if not torch.is_tensor(x) else x.to(dtype).reshape(-1, *x.shape[-n:]).contiguous()
 
-    matrices = [flat(W, 2), flat(S, 2), flat(k, 2, same), flat(u, 2, same), flat(q, 2, same)]
-    y, W, S = _scan([*matrices, *(flat(x, 1) for x in (eta, alpha, theta, delta))], tile, number)[:3]
-    return None if q is None else y.unflatten(0, lead), W.unflatten(0, lead), None if theta is None else S.unflatten(0, lead)
+    pair = flat(W, 2)[:, None] if S is None else torch.stack([flat(W, 2), flat(S, 2)], 1)
+    matrices, series = [flat(x, 2, same) for x in (k, u, q)], [flat(x, 1) for x in (eta, alpha, theta, delta)]
+    y, pair, _ = _scan([pair, *matrices, *series], tile, number)
+    W_T, *S_T = (x.reshape(lead + x.shape[1:]) for x in pair.unbind(1))
+    return None if q is None else y.reshape(lead + y.shape[1:]), W_T, S_T[0] if S_T else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -675,16 +621,15 @@ def _modify(x: list[Tensor], chunk: int, step: float) -> list[Tensor]:
     out = _modify_fake(x, chunk, step)
     (N, T, D), (C, per, tiles, every) = x[0].shape, _chunks(x[0].shape[1], chunk)
     _modify_forward[(N,)](*x, *out, *out, out[0], T, len(x[2]), step, chunk, per, 1, every, 0, tiles, C=C, D=D,
-                          TYPE=TYPES[x[0].dtype], AGAIN=False, **_launch("modify forward"))  # fmt: skip
+                          **LAUNCH["modify"], AGAIN=False)  # fmt: skip
     return out
 
 
 @_modify.register_fake
 def _modify_fake(x, chunk, step):
-    q, W = x[1], x[3]
-    _, _, tiles, every = _chunks(q.shape[1], chunk)
-    return [W.new_empty(q.shape), torch.empty_like(W), torch.empty_like(W),
-            W.new_empty(len(W), triton.cdiv(tiles, every), *W.shape[1:])]  # fmt: skip
+    _, _, tiles, every = _chunks(x[0].shape[1], chunk)
+    W, new = x[3], x[3].new_empty
+    return [new(x[1].shape), new(W.shape), new(W.shape), new(len(W), triton.cdiv(tiles, every), *W.shape[1:])]
 
 
 @torch.library.custom_op("nested_learning::modify_backward", mutates_args=())
@@ -695,25 +640,22 @@ def _modify_backward(grads: list[Tensor], kept: list[Tensor], inputs: list[Tenso
     (N, T, D), (C, per, all_tiles, every), R, H = x.shape, _chunks(x.shape[1], chunk), W.shape[1], len(W0)
     dx, dq, dW0 = torch.empty_like(x), torch.empty_like(q), torch.zeros_like(W)
     K, V, dr, dk = (torch.empty_like(x) for _ in range(4))
-    g, dg, none = W.new_empty(6, N, T), W.new_empty(2, N, T), W
-    constants = dict(C=C, D=D, TYPE=TYPES[x.dtype])
+    g, dg, none, span = W.new_empty(6, N, T), W.new_empty(2, N, T), W, every * max(1, SPAN // every)
     tail = (all_tiles - 1) // per * per  # the last chunk goes by itself: the gradient of the weights at its start joins there
-    for first, tiles in [(tail, all_tiles - tail), *_spans(tail, every * max(1, SPAN // every))]:
-        states = W_last[:, None] if first == tail else W_kept
-        lo, hi = first // per * chunk, min(T, -(-(first + tiles) // per) * chunk)
+    for first in (tail, *reversed(range(0, tail, span))):
+        tiles, states = (all_tiles - tail, W_last[:, None]) if first == tail else (min(span, tail - first), W_kept)
+        lo, hi = first // per * chunk, min(T, triton.cdiv(first + tiles, per) * chunk)
         W_all, X = x.new_empty(N, tiles, R, D), W.new_empty(N, tiles, C, C)
-        r, d, dG = (x.new_empty(N, hi - lo, 4 * D) for _ in range(3))
+        r, d, dG = (x.new_empty(N, tokens, 4 * D) for tokens in (tiles * C, hi - lo, hi - lo))
         _modify_forward[(N, triton.cdiv(tiles, every))](
             x, q, W0, states, b_eta, b_alpha, A, none, none, none, W_all, K, V, g, r, X, T, H, step, chunk, per,
-            states.shape[1], every, first, tiles, **constants, AGAIN=True, **_launch("modify again"),
-        )  # fmt: skip
+            states.shape[1], every, first, tiles, C=C, D=D, **LAUNCH["modify"], AGAIN=True)  # fmt: skip
         _scan_local[(N, 1, tiles)](
-            K, q, g[0], g[1], none, none, dy, dr, W_all, none, r, none, none, dk, dq, dg[0], dg[1], none, none,
-            T, D, D, R, 4 * D, chunk, per, first, tiles, C=C, DV=D, DK=D, TYPE=TYPES[x.dtype], MOMENTUM=False, DELTA=0,
-            READ=True, WRITE=False, **_launch("scan local"),
-        )  # fmt: skip
+            K, q, g[0], g[1], none, none, dy, dr, W_all, r, none, dk, dq, dg[0], dg[1], none, none,
+            T, D, D, R, 4 * D, chunk, per, first, tiles, C=C, DV=D, DK=D,
+            MOMENTUM=0, DELTA=0, READ=True, WRITE=False, **LAUNCH["scan"])  # fmt: skip
         _modify_chain[(N,)](x, q, W0, A, dy, W_all, K, V, g, r, X, dr, dk, dg, dW, d, dG, T, H, step, chunk, per,
-                            first, tiles, **constants, **_launch("modify chain"))  # fmt: skip
+                            first, tiles, C=C, D=D, **LAUNCH["modify"])  # fmt: skip
         # what is left are plain products, for all chunks at once
         now, B = slice(lo, hi), W0.repeat(N // H, 1, 1)[:, None] + W_all[:, ::per]
         dx[:, now] = (dG[..., :R].unflatten(1, (B.shape[1], -1)) @ B).flatten(1, 2) + sum(dG.split(D, 2)[1:3])
@@ -729,16 +671,17 @@ for operator, gradients in ((_scan, _scan_backward), (_modify, _modify_backward)
 
     def save(ctx, inputs, output):
         x, *ctx.numbers = inputs
-        ctx.shapes = [y.shape for y in output[:3]]
+        ctx.tensors, ctx.shapes = len(x), [y.shape for y in output[:-1]]
         ctx.set_materialize_grads(False)  # zeros for what is kept would be as large as that
-        ctx.save_for_backward(*output[-2:], *x)
+        ctx.save_for_backward(*x, *output[2:])
 
     def backward(ctx, grads, gradients=gradients):
-        saved = list(ctx.saved_tensors)  # asked for once only: a checkpoint computes them again
-        grads = [saved[0].new_zeros(shape) if g is None else g.contiguous()
-                 for g, shape in zip(grads[:3], ctx.shapes, strict=True)]  # fmt: skip
-        with torch.autocast(grads[0].device.type, enabled=False):
-            return gradients(grads, saved[:2], saved[2:], *ctx.numbers), None, None
+        saved = ctx.saved_tensors  # asked for once only: a checkpoint computes them again
+        x, kept = saved[: ctx.tensors], saved[ctx.tensors :]
+        grads = [kept[0].new_zeros(shape) if g is None else g.contiguous()
+                 for g, shape in zip(grads[:-1], ctx.shapes, strict=True)]  # fmt: skip
+        with torch.autocast(kept[0].device.type, enabled=False):
+            return gradients(grads, kept, x, *ctx.numbers), None, None
 
     operator.register_autograd(backward, setup_context=save)
     gradients.register_fake(lambda grads, kept, x, *numbers: [torch.empty_like(t) for t in x])

@@ -136,6 +136,12 @@ def test_random_scans_cover_every_switch():
     assert {c["q"] for c in cases} == {True, False} and any(c["dv"] == 80 for c in cases) and any(c["T"] < 16 for c in cases)
 
 
+def test_a_single_memory_needs_no_leading_dimension():
+    batch = [x.detach() if torch.is_tensor(x) else x for x in scan_problem(4, 1, 5, 16, 12, True, "series").values()]
+    for one, of_batch in zip(scan_with("triton")(*(x[0] for x in batch)), scan_with("triton")(*batch), strict=True):
+        assert torch.equal(one, of_batch[0])
+
+
 def test_states_between_kept_ones_are_computed_again(monkeypatch):
     """More tiles than the backward holds at once, and a last segment that is shorter."""
     monkeypatch.setattr(kernels, "EVERY", 2)
@@ -237,8 +243,9 @@ def test_the_operators_keep_their_promises(which):
     """Fake and real outputs agree in shape and dtype, nothing is mutated or aliased."""
     if which == "scan":
         a = scan_problem(0, N=1, T=9, dk=16, dv=12, momentum=True, delta=1.0)
-        x = [a[name] for name in ("W", "S", "k", "u", "q", "eta", "alpha", "theta")]
-        args, operator = ([*x, x[0].new_empty(0)], 16, 1.0), torch.ops.nested_learning.scan.default
+        W = torch.stack([a["W"], a["S"]], 1).detach().requires_grad_()
+        x = [W, *(a[name] for name in ("k", "u", "q", "eta", "alpha", "theta")), W.new_empty(0)]
+        args, operator = (x, 16, 1.0), torch.ops.nested_learning.scan.default
     else:
         x, q, W, W0, *gates = modify_problem(0, 1, 1, 9, 16)
         args, operator = ([x, q, W0, W, *gates], 16, 1.0), torch.ops.nested_learning.modify.default
@@ -246,7 +253,7 @@ def test_the_operators_keep_their_promises(which):
     backward = getattr(torch.ops.nested_learning, f"{which}_backward").default
     (x, *numbers), out = args, operator(*args)
     x, out = [t.detach() for t in x], [t.detach() for t in out]
-    opcheck_args = (out[:3], out[-2:], x, *numbers)
+    opcheck_args = (out[:-1], out[2:], x, *numbers)
     torch.library.opcheck(backward, opcheck_args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -290,23 +297,21 @@ COMPILED = ["scan forward", "scan again", "scan chain", "scan local",
 def compiled(name, dtype="bf16", **changes):
     """Registers, spill stack and shared memory (bytes) of a kernel for heads of 64, compiled for sm_90 as it is launched."""
     import triton
-    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     family, part = name.split()
     function = getattr(kernels, f"_{family}_{'forward' if part == 'again' else part}")
-    constants = dict(TYPE=tl.bfloat16 if dtype == "bf16" else tl.float32)
     if family == "scan":
-        constants |= dict(C=32, DV=64, DK=64, MOMENTUM=False, DELTA=1, READ=part != "again")
+        constants = dict(C=32, DV=64, DK=64, MOMENTUM=0, DELTA=1, READ=part != "again")
         constants |= {"WRITE": True} if part == "local" else {}
     else:
-        constants |= dict(C=16, D=64)
+        constants = dict(C=16, D=64)
     constants |= ({"AGAIN": part == "again"} if part in ("forward", "again") else {}) | changes
     narrow = {"k", "u", "q", "x", "dq", "du", "dk_out", "W0", "d_all", "dG_all", "dr_read", "dk_read"}
-    narrow |= {f"{name}_kept" for name in ("r", "K", "V", "dW", "dS")}
+    narrow |= {f"{name}_kept" for name in ("r", "K", "V", "dW")}
     if part != "forward":
-        narrow |= {"W_kept", "S_kept"}
+        narrow |= {"W_kept"}
     whole = {"T", "dv", "dk", "rows", "wide", "H", "chunk", "PER", "segments", "EVERY", "first", "tiles"}
 
     def kind(p):
@@ -318,7 +323,7 @@ def compiled(name, dtype="bf16", **changes):
     aligned = [i for i, (p, k) in enumerate(signature.items()) if k.startswith("*") or p in ("dk", "dv", "wide")]
     source = ASTSource(function, signature, {(function.arg_names.index(p),): v for p, v in constants.items()},
                        {(i,): [["tt.divisibility", 16]] for i in aligned})  # fmt: skip
-    options = dict(num_warps=kernels.WARPS[name], num_stages=kernels.STAGES)
+    options = kernels.LAUNCH[family]
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
@@ -341,9 +346,9 @@ def test_every_kernel_compiles_for_hopper_within_its_registers():
         assert row["stack"] <= STACK[name], row
 
 
-# Bytes of spill stack a thread may have: 0, 0, 0, 64, 0, 0, 248 with Triton 3.9 and 48, 0, 0, 56, 56, 256, 160 with 3.6.
+# Bytes of spill stack a thread may have: 0, 0, 0, 64, 0, 0, 224 with Triton 3.9 and 48, 0, 0, 48, 56, 192, 152 with 3.6.
 STACK = {"scan forward": 64, "scan again": 0, "scan chain": 0, "scan local": 64,
-         "modify forward": 64, "modify again": 256, "modify chain": 256}  # fmt: skip
+         "modify forward": 64, "modify again": 192, "modify chain": 224}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
