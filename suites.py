@@ -261,7 +261,7 @@ def run(args) -> dict:
     suite, models, seeds = args.suite, split_specs(args.models), numbers(args.seeds, int)
     if SEARCH_SEED in seeds or min(seeds) < 0:
         raise ValueError(f"seeds is {args.seeds}: legal are numbers from 0 on but {SEARCH_SEED}, which chooses learning rates")
-    tasks = [one_of("task", task.strip(), COLUMNS[suite]) for task in args.tasks.split(",")] if args.tasks else COLUMNS[suite]
+    tasks = [one_of("task", task.strip(), COLUMNS[suite]) for task in (args.tasks or ",".join(COLUMNS[suite])).split(",")]
     for model in models:
         if model == "lstm" and suite != "formal":
             raise ValueError("lstm is a reference on the formal languages only")

@@ -10,7 +10,7 @@ import torch
 
 import eval as evaluation
 import suites
-from suites import Autoencoder, Cell, build, data_sets, protocol, score, train_cell
+from suites import COLUMNS, Autoencoder, Cell, build, data_sets, protocol, score, train_cell
 from tasks import IGNORE, LANGUAGES, MAD
 
 TINY = {"d_model": 16, "n_layers": 1, "n_heads": 1, "chunk": 8}
@@ -127,6 +127,15 @@ def test_eval_tasks_trains_prints_draws_and_never_trains_a_cell_twice(here, caps
     assert evaluation.main([*RUN, "--jobs", "1", "--lrs", "1e-3,1e-2", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.count("4 of 4 cells are in") == 2
     assert json.loads(Path("out/t.json").read_text()) == result
+
+
+@pytest.mark.parametrize("suite", COLUMNS)
+def test_a_suite_is_all_its_tasks_where_none_is_named(here, capsys, suite):
+    one_step = ["--steps", "1", "--batch", "2", "--examples", "4", "--tests", "2", "--seeds", "0", "--jobs", "1"]
+    model = "hope:d_model=16:n_layers=1:n_heads=1"
+    assert suites.main(["--suite", suite, "--quick", "--models", model, *one_step, "--device", "cpu", "--out", "t.json"]) == 0
+    assert set(json.loads(Path("t.json").read_text())["rows"][0]["mean"]) == set(COLUMNS[suite])
+    assert Path("t.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("flags, told", [
