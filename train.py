@@ -68,7 +68,7 @@ from checkpoint import first_line, write_beside
 from data import batch, load_corpus, windows
 from distributed import gather, on_all, on_first, rank, total, world
 from hope import UPDATES, Hope, HopeConfig, device_for, flops_per_token, plain
-from memory import watch
+from memory import full_precision, watch
 from optimizers import OPTIMIZERS, optimizer_by_name
 from vocabulary import TOKENIZER, n_bytes, save_tokenizer, tokenizer, tokenizer_of
 
@@ -231,8 +231,8 @@ def optimizer_for(model: nn.Module, config: TrainConfig):
 
 
 def loss_fn(logits: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """Cross-entropy in nats, in float32. logits: [B, T, vocab], targets: [B, T] int64 -> a scalar (mean or sum)."""
-    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction=reduction)
+    """Cross-entropy in nats, in float32 or float64. logits: [B, T, vocab], targets: [B, T] int64 -> a scalar (mean or sum)."""
+    return F.cross_entropy(full_precision(logits).flatten(0, -2), targets.flatten(), reduction=reduction)
 
 
 def precision(device: torch.device):
