@@ -120,7 +120,7 @@ def test_eval_tasks_trains_prints_draws_and_never_trains_a_cell_twice(here, caps
         tests = np.array([c["test"] for c in own if c["seed"] != 100])
         assert row["mean"]["(aa)*"] == pytest.approx(100 * tests.mean(0))
         assert row["worst"]["(aa)*"] == pytest.approx(100 * tests.min(0))
-        searched = {c["lr"]: np.mean(c["valid"]) for c in own if c["seed"] == 100}
+        searched = {c["lr"]: (np.mean(c["valid"]), -c["steps"]) for c in own if c["seed"] == 100}
         assert {c["lr"] for c in own if c["seed"] != 100} == {max(searched, key=searched.get)}
     assert Path("out/t.png").stat().st_size > 1000
     monkeypatch.setattr("bench.ProcessPoolExecutor.submit", None)
