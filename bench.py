@@ -228,7 +228,7 @@ def speed_at(length: int, configs: dict[str, HopeConfig], args) -> list[dict]:
                 rounds[spec].append(seconds)
     del built, parts
 
-    rows, width = [], max(map(len, configs)) + 2
+    rows, width, first = [], max(map(len, configs)) + 2, next(iter(configs))
     head = f"{length:,} tokens"
     print(f"\n{head:<{width}}{'parameters':>12}{'ms/step':>10}{'tokens/s':>10}{'ratio':>8}{'MiB':>9}{'ratio':>8}")
     for spec, config in configs.items():
@@ -238,8 +238,8 @@ def speed_at(length: int, configs: dict[str, HopeConfig], args) -> list[dict]:
                 memory = fresh.submit(step_memory, *call).result()
         else:
             memory = step_memory(*call)
-        median, base = statistics.median(rounds[spec]), rounds[next(iter(configs))]
-        ratio = statistics.median(t / own for t, own in zip(base, rounds[spec], strict=True))
+        median = statistics.median(rounds[spec])
+        ratio = statistics.median(t / own for t, own in zip(rounds[first], rounds[spec], strict=True))
         r = {"model": spec, "seq_len": length, "parameters": parameters(config), "seconds": median,
              "tokens_per_s": args.batch * length / median, "ratio": ratio, "memory_mib": memory, "rounds": rounds[spec]}
         rows.append(r)
@@ -265,7 +265,7 @@ def draw_speed(path: Path, specs: list[str], lengths: list[int], rows: list[dict
             if None not in values:
                 axes.plot(lengths, values, marker="o" if own else ".", color="tab:red" if spec == "hope" else f"C{i % 10}",
                           linestyle=("-", "--", ":")[i // 10 % 3], linewidth=2.5 if own else 1, label=spec)  # fmt: skip
-        axes.set(xscale="log", yscale="log", title=title, xlabel="tokens in a row", xticks=lengths)
+        axes.set(xscale="log", yscale="log", title=title, xlabel="tokens in a row")
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
