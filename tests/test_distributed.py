@@ -4,7 +4,6 @@ The processes come from a fork server that has imported torch once, and meet as 
 """
 
 import contextlib
-import json
 import math
 import multiprocessing
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import Stopped, flags, log, stop_after
 
 import checkpoint
 import distributed
@@ -52,31 +52,8 @@ def small(**changes) -> TrainConfig:
     return TrainConfig(**{**options, **changes})
 
 
-def flags(config: TrainConfig) -> list[str]:
-    """The command line of a config."""
-    words = [f"--set={key}={value}" for key, value in config.set.items()]
-    names = ("data", "tokens", "batch_size", "seq_len", "save_every", "device", "out")
-    return words + [f"--{name}={getattr(config, name)}" for name in names]
-
-
-def log(run) -> list[dict]:
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-
-
 def losses(run) -> list[float]:
     return [r.get("bits_per_byte", r.get("val_bits_per_byte")) for r in log(run)]
-
-
-class Stopped(Exception):
-    """Thrown into a run in place of a kill."""
-
-
-def stop_after(step):
-    def on_step(record):
-        if record["step"] == step and "bits_per_byte" in record:
-            raise Stopped
-
-    return on_step
 
 
 def child(rank, world, port, folder, work, args):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_runs import Stopped, flags, log, stop_after
 
 import checkpoint
 import eval as evaluation
@@ -36,35 +37,12 @@ def small(**changes) -> TrainConfig:
     return TrainConfig(**{**options, **changes})
 
 
-def flags(config: TrainConfig) -> list[str]:
-    """The command line of a config."""
-    words = [f"--set={key}={value}" for key, value in config.set.items()]
-    names = ("data", "tokens", "batch_size", "seq_len", "eval_every", "eval_tokens", "save_every", "device", "out")
-    return words + [f"--{name}={getattr(config, name)}" for name in names if getattr(config, name) is not None]
-
-
-def log(run) -> list[dict]:
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-
-
 def losses(run) -> dict[int, float]:
     return {r["step"]: r["bits_per_byte"] for r in log(run) if "bits_per_byte" in r}
 
 
 def everything_below(folder) -> set[str]:
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*")}
-
-
-class Stopped(Exception):
-    """Thrown into a run in place of a kill."""
-
-
-def killed_after(step):
-    def on_step(record):
-        if record["step"] == step and "bits_per_byte" in record:
-            raise Stopped
-
-    return on_step
 
 
 # What a run is
@@ -198,7 +176,7 @@ def test_resumed_run_has_the_losses_of_an_uninterrupted_one(here, optimizer, ste
     settings = {"optimizer": optimizer, "tokens": steps * 32}  # M3: saved between two steps of its slow memory
     expected = train(small(out="whole", **settings))
     with pytest.raises(Stopped):
-        train(small(out="cut", **settings), killed_after(cut))
+        train(small(out="cut", **settings), stop_after(cut))
     assert set(losses("cut")) == set(range(1, cut + 1))
     result = train(resumed("cut"))
     assert losses("cut") == losses("whole")  # exactly, the last two of them computed a second time
@@ -210,7 +188,7 @@ def test_resumed_run_has_the_losses_of_an_uninterrupted_one(here, optimizer, ste
 
 def test_line_of_the_log_torn_by_a_kill_is_left_out(here):
     with pytest.raises(Stopped):
-        train(small(out="cut"), killed_after(5))
+        train(small(out="cut"), stop_after(5))
     with open("cut/metrics.jsonl", "a") as file:
         file.write('{"step": 6, "tok')
     train(resumed("cut"))
@@ -219,7 +197,7 @@ def test_line_of_the_log_torn_by_a_kill_is_left_out(here):
 
 def test_run_stopped_before_its_first_interval_resumes_from_the_start(here):
     with pytest.raises(Stopped):
-        train(small(out="cut", save_every=100), killed_after(2))
+        train(small(out="cut", save_every=100), stop_after(2))
     train(resumed("cut"))
     assert losses("cut") == losses(train(small(out="whole"))["run"])
 
@@ -261,7 +239,7 @@ def test_ctrl_c_finishes_the_step_and_saves(here):
 
 def test_kill_in_the_first_moment_of_a_run_starts_it_again(here):
     with pytest.raises(Stopped):
-        train(small(out="run"), killed_after(1))
+        train(small(out="run"), stop_after(1))
     shutil.rmtree("run/checkpoints")
     Path("run/metrics.jsonl").write_text("")  # config.json stands, nothing else yet
     train(resumed("run"))
@@ -283,7 +261,7 @@ def poisoned(monkeypatch, *steps):
 def test_step_that_is_not_finite_is_skipped_named_counted_and_leaves_everything_as_it_was(here, monkeypatch, optimizer):
     poisoned(monkeypatch, 4, 5)
     with pytest.raises(Stopped):
-        train(small(out="run", optimizer=optimizer, save_every=1, keep=9), killed_after(6))
+        train(small(out="run", optimizer=optimizer, save_every=1, keep=9), stop_after(6))
     lines = [r for r in log("run") if "val_tokens" not in r]
     assert [r["step"] for r in lines if "bits_per_byte" in r] == [1, 2, 3, 6]
     assert [(r["step"], r["tokens"], r["skipped"]) for r in lines if "skipped" in r] == [(4, 128, 1), (5, 160, 2)]
@@ -521,7 +499,7 @@ def test_levels_that_learn_in_context_are_trained_and_resumed_to_the_same_losses
     assert losses("whole") != losses("off")
     assert {r["cms_updates"] for r in log("whole") if "val_tokens" in r} == {updates}
     with pytest.raises(Stopped):
-        train(small(cms_updates=updates, set=IN_CONTEXT, out="killed"), on_step=killed_after(5))
+        train(small(cms_updates=updates, set=IN_CONTEXT, out="killed"), on_step=stop_after(5))
     train(resumed("killed"))
     assert losses("killed") == losses("whole")
     model, _ = Hope.load("whole")
