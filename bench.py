@@ -331,18 +331,25 @@ def cell_key(config: TrainConfig, corpus: dict) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def read_cells(path: Path) -> dict[str, dict]:
-    """{key: result} of the finished cells; a line torn by a kill does not count.
+def current_key(key: str) -> str:
+    """A finished cell's key with the defaults of settings that came later: a new field's default changes no model."""
+    old = json.loads(key)
+    new = {"train": asdict(TrainConfig(**old["train"])), "model": HopeConfig(**old["model"]).to_dict()}
+    return json.dumps(old | new, sort_keys=True)
 
-    Settings that came later than a cell have their defaults in its key: a new field's default changes no model.
-    """
-    cells = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):
+
+def read_cells(path: Path, key=current_key) -> dict[str, dict]:
+    """{key: line} of the finished cells. Lines torn by a kill, or with settings that are gone, do not count and are told."""
+    cells, lines = {}, path.read_text().splitlines() if path.exists() else []
+    lost = 0
+    for line in filter(None, lines):
+        try:
             cell = json.loads(line)
-            old = json.loads(cell["key"])
-            new = {"train": asdict(TrainConfig(**old["train"])), "model": HopeConfig(**old["model"]).to_dict()}
-            cells[json.dumps(old | new, sort_keys=True)] = cell
+            cells[key(cell["key"])] = cell
+        except (ValueError, KeyError, TypeError):
+            lost += 1
+    if lost:
+        print(f"note: {lost} lines of {path} do not count: torn, or with settings that this version does not know")
     return cells
 
 
@@ -473,8 +480,8 @@ def compare(args, pool) -> dict:
         )  # fmt: skip
 
     # Everything that can be wrong is found here, before anything is written.
-    search = [cell(spec, lr, SEARCH_SEED, args.lr_tokens) for lr in lrs for spec in specs]
-    [cell(specs[0], lrs[0], seed, args.tokens) for seed in seeds]
+    search = [cell(spec, lr, SEARCH_SEED, args.lr_tokens) for lr in lrs for spec in specs if len(lrs) > 1]
+    [cell(spec, lrs[0], seed, args.tokens) for seed in seeds for spec in specs]
     corpus = load_corpus(args.data)
     n_vocab = corpus.encoding.n_vocab
     models = {spec: spec_config(spec.partition("@")[0], args.preset, vocab_size=n_vocab) for spec in specs}
@@ -487,8 +494,8 @@ def compare(args, pool) -> dict:
     print(f"{len(search)} learning-rate runs, {len(specs) * len(seeds) * (2 if args.minutes else 1)} others, in "
           f"{args.jobs} processes on {where(device, threads)}", flush=True)  # fmt: skip
     searched = quality_cells(search, path, fingerprint, pool)
-    best = {}
-    for spec in specs:
+    best = dict.fromkeys(specs, lrs[0])
+    for spec in specs if search else ():
         own = [c for c in searched if c["spec"] == spec and c["bits_per_byte"] is not None]
         if not own:
             raise ValueError(f"model {spec!r} diverged at every learning rate of {args.lrs}: add smaller ones to --lrs")
@@ -500,7 +507,7 @@ def compare(args, pool) -> dict:
     if args.minutes:
         tokens = {}
         for spec in specs:
-            rate = statistics.median(c["tokens_per_s"] for c in searched if c["spec"] == spec and c["tokens_per_s"])
+            rate = statistics.median(c["tokens_per_s"] for c in searched or cells if c["spec"] == spec and c["tokens_per_s"])
             steps = max(1, round(rate * 60 * args.minutes / (args.batch * args.seq_len)))
             tokens[spec] = steps * args.batch * args.seq_len
         at_time = [cell(spec, best[spec], seed, tokens[spec]) for seed in seeds for spec in specs]
@@ -935,7 +942,7 @@ def parser() -> Parser:
     for command, tokens, seeds in ((q, 1_000_000, "0,1,2"), (o, 500_000, "0"), (a, 1_000_000, "0")):
         command.add_argument("--tokens", type=whole, default=tokens, help="of each run, rounded up to whole steps")
         command.add_argument("--seeds", default=seeds, help="of weights and batches")
-        command.add_argument("--lrs", default="1.5e-3,3e-3,6e-3", help="grid of learning rates")
+        command.add_argument("--lrs", default="1.5e-3,3e-3,6e-3", help="grid of learning rates; one: no search")
         command.add_argument("--lr-tokens", type=whole, default=tokens // 4, help="tokens of a learning-rate run")
         command.add_argument("--seq-len", type=whole, default=512, help="tokens in a row")
         command.add_argument("--eval-tokens", type=whole, default=262_144, help="held-out tokens, from the first on")

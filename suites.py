@@ -37,7 +37,6 @@ import math
 import statistics
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +45,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench import SEARCH_SEED, cores, numbers, run_cells, spec_config, split_specs, workers
+from bench import SEARCH_SEED, cores, numbers, read_cells, run_cells, spec_config, split_specs, workers
 from checkpoint import first_line, write_beside
 from hope import Hope, HopeConfig, device_for, one_of
 from tables import cell as shown
@@ -248,15 +247,6 @@ def train_cell(cell: Cell, device: str, threads: int) -> dict:
 # A suite
 
 
-def read_cells(path: Path) -> dict[str, dict]:
-    """{key: line} of the finished cells; a line torn by a kill does not count."""
-    cells = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(ValueError, KeyError):
-            cells[json.loads(line)["key"]] = json.loads(line)
-    return cells
-
-
 def run(args) -> dict:
     """All cells of a suite; prints its table, draws the heat-map and returns what they show."""
     suite, models, seeds = args.suite, split_specs(args.models), numbers(args.seeds, int)
@@ -295,7 +285,7 @@ def run(args) -> dict:
 
     def cells(wanted):
         train = partial(train_cell, device=device, threads=threads)
-        return run_cells(wanted, train, facts, told, path, read_cells(path), pool)
+        return run_cells(wanted, train, facts, told, path, read_cells(path, str), pool)
 
     with workers(args.jobs) as pool:
         searched = cells(search) if search else {}
