@@ -501,6 +501,7 @@ def _modify_chain(x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kep
         dal = tl.where(ok, dal + tl.load(dg + NT, mask=ok, other=0.0) + step * det * sig, 0.0) * al  # of log alpha
         d_eta = tl.where(ok, step * det * (1.0 + al) * sig * (1.0 - sig), 0.0)
         d_alpha = -rate * dal * tl.sigmoid(z_alpha)
+        tl.debug_barrier()  # every warp has a copy of these few numbers: none may store before all have loaded
         tl.store(dg, d_eta, mask=ok)
         tl.store(dg + NT, dal, mask=ok)
         # through the generation from the boundary weights
