@@ -17,3 +17,12 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr("train.plot", lambda folder, title: None)
     Path("text.py").write_text("".join(f"def f{i}(x):\n    return x * {i} + {i % 7}\n" for i in range(300)))
     return tmp_path
+
+
+@pytest.fixture
+def float64():
+    """Seed 0, and float64 wherever nothing else is said."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -46,12 +46,7 @@ MIXERS = {
 each_mixer = pytest.mark.parametrize("mixer", MIXERS, indirect=True)
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.fixture

@@ -13,12 +13,7 @@ D = 6
 LEVELS = [Level(2, 5), Level(6, 8), Level(12, 4), Level(None, 7)]
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def make(variant="sequential", levels=LEVELS):

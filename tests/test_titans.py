@@ -45,12 +45,7 @@ SELF_MODIFYING = [name for name in VARIANTS if not name.startswith("titans")]
 each_mixer = pytest.mark.parametrize("mixer", VARIANTS, indirect=True)
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def build(name, **changes):
