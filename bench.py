@@ -326,16 +326,17 @@ def code_version() -> str:
 
 
 def cell_key(config: TrainConfig, corpus: dict) -> str:
-    """All settings of a cell, defaults of the model included, and the checksum of its data."""
-    settings = {"train": asdict(config), "model": cell_model(config).to_dict(), "corpus": corpus}
+    """All settings of a cell, defaults of the model included, and its data by name and checksum, wherever it lies."""
+    train = asdict(config) | {"data": corpus["name"]}
+    settings = {"train": train, "model": cell_model(config).to_dict(), "corpus": corpus}
     return json.dumps(settings, sort_keys=True)
 
 
 def current_key(key: str) -> str:
     """A finished cell's key with the defaults of settings that came later: a new field's default changes no model."""
     old = json.loads(key)
-    new = {"train": asdict(TrainConfig(**old["train"])), "model": HopeConfig(**old["model"]).to_dict()}
-    return json.dumps(old | new, sort_keys=True)
+    train = asdict(TrainConfig(**old["train"])) | {"data": old["corpus"]["name"]}
+    return json.dumps(old | {"train": train, "model": HopeConfig(**old["model"]).to_dict()}, sort_keys=True)
 
 
 def read_cells(path: Path, key=current_key) -> dict[str, dict]:

@@ -99,6 +99,7 @@ def test_other_settings_are_other_cells(here):
     keys = {bench.cell_key(c, corpus) for c in [config, *others]}
     assert len(keys) == 6 and bench.cell_key(config, corpus) in keys
     assert bench.cell_key(config, {**corpus, "crc32": 0}) not in keys
+    assert bench.cell_key(dataclasses.replace(config, data=str(here / "text.py")), corpus) in keys  # wherever it lies
 
 
 def test_speed_gives_ratios_to_the_transformer(here, capsys):
