@@ -826,6 +826,7 @@ def kernel_speed(args) -> dict:
 
     import memory
 
+    torch.cuda.set_device(device.index or 0)  # events are recorded on the current one
     memory.AUTO_KERNELS = True  # the models, too, are measured with the kernels
     heads, lengths = numbers(args.heads, int), numbers(args.lengths, int)
     wrong = [N for N in heads if N < 16 or N % 16] + [T for T in lengths if T < 1]

@@ -44,7 +44,7 @@ import checkpoint
 from baselines import TTT, Attention, DeltaNet, GatedDeltaNet, LinearAttention, Mamba, RetNet, TitansMAC, TitansMAG, TitansMAL
 from checkpoint import first_line, load_file, write_beside
 from cms import CMS, VARIANTS, Level
-from memory import full_precision
+from memory import full_precision, no_auto_kernels
 from titans import NeuralMemory, SelfModifyingTitans
 
 # d_model, n_layers, n_heads, vocab_size: the sizes of the Transformer++ that all models of a preset equal in parameters
@@ -259,7 +259,7 @@ def plain(model):
 @contextlib.contextmanager
 def twice_differentiable(model):
     """Fused backward passes have no second derivative: within, there are none."""
-    with plain(model), sdpa_kernel(SDPBackend.MATH):
+    with plain(model), no_auto_kernels(), sdpa_kernel(SDPBackend.MATH):
         yield
 
 

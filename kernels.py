@@ -50,6 +50,8 @@ cache), sums join an accumulator with += of a product (with -= Triton keeps two)
 in the operands' type, which makes Triton hand them to products in shared memory.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -186,8 +188,11 @@ def _tile(i, T, chunk, PER, C: tl.constexpr):
 # ---------------------------------------------------------------------------------------------------------------------
 # The learning rule
 
+# A kernel is compiled once, not again where one of these is 1 or a multiple of 16.
+COUNTS = ["T", "H", "rows", "chunk", "PER", "segments", "EVERY", "first", "tiles"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=COUNTS)
 def _scan_forward(W, k, u, q, eta, alpha, theta, delta, y, W_T, W_kept, r_kept, X_kept,
                   T, dv, dk, segments, EVERY, first, tiles, C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr,
                   MOMENTUM: tl.constexpr, DELTA: tl.constexpr, READ: tl.constexpr, AGAIN: tl.constexpr):  # fmt: skip
@@ -233,7 +238,7 @@ def _scan_forward(W, k, u, q, eta, alpha, theta, delta, y, W_T, W_kept, r_kept, 
         _put_pair(W_T, w, z, n, dv, dk, v, h, MOMENTUM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _scan_chain(k, q, eta, alpha, theta, delta, dy, X_kept, dW, dW_kept, du, T, dv, dk, first, tiles,
                 C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr,
                 MOMENTUM: tl.constexpr, DELTA: tl.constexpr, READ: tl.constexpr):  # fmt: skip
@@ -269,7 +274,7 @@ def _scan_chain(k, q, eta, alpha, theta, delta, dy, X_kept, dW, dW_kept, du, T, 
     _put_pair(dW, dw, dz, n, dv, dk, v, h, MOMENTUM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, r_kept, dW_kept, dk_out, dq, deta, dalpha, dtheta, ddelta,
                 T, dv, dk, rows, wide, chunk, PER, first, tiles, C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr,
                 MOMENTUM: tl.constexpr, DELTA: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr):  # fmt: skip
@@ -379,7 +384,7 @@ def _stack(x, k, v, eta, alpha, C: tl.constexpr, D: tl.constexpr):
     return tl.reshape(tl.where(m == 1, k[None], tl.where(m == 2, v[None], tl.where(m == 3, gates, x[None]))), (4 * D, C))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept,
                     T, H, step, chunk, PER, segments, EVERY, first, tiles,
                     C: tl.constexpr, D: tl.constexpr, AGAIN: tl.constexpr):  # fmt: skip
@@ -442,7 +447,7 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
         _put_state(W_T, w, n, R, D, row, col)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _modify_chain(x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept, dr_read, dk_read, dgates, dW, d_all, dG_all,
                   T, H, step, chunk, PER, first, tiles, C: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """Backward through generation, errors and write of one memory n, tile by tile in reverse. Updated in place: dW, and
@@ -539,7 +544,19 @@ def _sizes(x, tile, delta):
     return N, T, dv, dk, triton.cdiv(dv, DV), triton.cdiv(T, C), constants | LAUNCH["scan"]
 
 
+def on_its_device(f):
+    """Operator f(..., list of tensors, number, number) with the GPU of these tensors as the current one: Triton takes that."""
+
+    @functools.wraps(f)
+    def run(*args):
+        with torch.cuda.device_of(args[-3][0]):
+            return f(*args)
+
+    return run
+
+
 @torch.library.custom_op("nested_learning::scan", mutates_args=())
+@on_its_device
 def _scan(x: list[Tensor], tile: int, delta: float) -> list[Tensor]:
     """y, (W, S) at the end and those kept, of (W, S) [N, 1 or 2, dv, dk], k [N, T, dk], u [N, T, dv], q, then eta, alpha,
     theta, delta [N, T]."""
@@ -557,6 +574,7 @@ def _scan_fake(x, tile, delta):
 
 
 @torch.library.custom_op("nested_learning::scan_backward", mutates_args=())
+@on_its_device
 def _scan_backward(grads: list[Tensor], kept: list[Tensor], x: list[Tensor], tile: int, delta: float) -> list[Tensor]:
     """Gradients of x, the arguments of `_scan`."""
     N, T, dv, dk, blocks, all_tiles, constants = _sizes(x, tile, delta)
@@ -579,14 +597,21 @@ def _scan_backward(grads: list[Tensor], kept: list[Tensor], x: list[Tensor], til
     return [dW, dk_out, du, *rest]
 
 
-def unfit(x, width, chunk=1):
-    """Why the kernels cannot run on tensors like x with keys of this width and chunks of so many tokens; None: they can."""
+def unfit(x, width, chunk=None):
+    """Why the kernels cannot run on tensors like x with keys of this width; None: they can. chunk: tokens of a chunk of
+    self-modifying Titans, None for `scan`."""
     if not INTERPRETED.value and (not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 0)):
         return f"they need an NVIDIA GPU of compute capability 8.0 or more (the tensors are on {x.device})"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"they need float32 or bfloat16, got {x.dtype}"
-    if width > 64 or chunk > 128:
-        return f"they need keys of width 64 at most and chunks of 128 tokens at most, got {width} and {chunk}"
+    if chunk is None and width > 64:
+        return f"they need keys of width 64 at most, got {width}"
+    if chunk is not None and (width not in (16, 32, 64) or chunk > 128):
+        return f"they need heads of width 16, 32 or 64 and chunks of 128 tokens at most, got {width} and {chunk}"
+    if chunk is not None and width == 64 and x.dtype == torch.float32 and x.is_cuda:
+        on_chip = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+        if on_chip < 160 << 10:
+            return f"in float32 they need 160 KiB of shared memory, this GPU has {on_chip >> 10}: train in bfloat16"
 
 
 def scan(W, k, u, eta, alpha, q, theta, S, delta, tile):
@@ -617,6 +642,7 @@ def _chunks(T, chunk):
 
 
 @torch.library.custom_op("nested_learning::modify", mutates_args=())
+@on_its_device
 def _modify(x: list[Tensor], chunk: int, step: float) -> list[Tensor]:
     """W_t q_t, W_T, W at the last boundary, kept W for x, q [N, T, d], W0 [H, 3d + 2, d], W [N, 3d + 2, d], gates [N]."""
     out = _modify_fake(x, chunk, step)
@@ -634,6 +660,7 @@ def _modify_fake(x, chunk, step):
 
 
 @torch.library.custom_op("nested_learning::modify_backward", mutates_args=())
+@on_its_device
 def _modify_backward(grads: list[Tensor], kept: list[Tensor], inputs: list[Tensor], chunk: int, step: float) -> list[Tensor]:
     """Gradients of the inputs of `_modify`."""
     x, q, W0, W, b_eta, b_alpha, A = inputs

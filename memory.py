@@ -144,13 +144,25 @@ def l2norm(x, eps=1e-6):
 AUTO_KERNELS = False
 
 
+@contextlib.contextmanager
+def no_auto_kernels():
+    """Within, "auto" is torch: the kernels have no second derivative."""
+    global AUTO_KERNELS
+    before, AUTO_KERNELS = AUTO_KERNELS, False
+    try:
+        yield
+    finally:
+        AUTO_KERNELS = before
+
+
 @functools.cache
 def _log_once(message):
     logging.getLogger(__name__).warning(message)
 
 
-def fused(what, x, width, chunk=1, backend="auto"):
-    """kernels.py where its Triton kernels fit x (device, dtype), the width of keys and the chunk in tokens; else None: torch.
+def fused(what, x, width, chunk=None, backend="auto"):
+    """kernels.py where its Triton kernels fit x (device, dtype), the width of keys and, of self-modification, the chunk in
+    tokens; else None: torch.
 
     Not to have them on a GPU is logged, once for each reason. backend "torch" declines them; "triton" insists: ValueError.
     """
