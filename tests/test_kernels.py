@@ -348,7 +348,8 @@ def compiled(name, dtype="bf16", **changes):
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+)\s+STACK:(\d+)", usage).groups())
-    return dict(kernel=name, registers=registers, stack=stack, shared=kernel.metadata.shared, warps=options["num_warps"])
+    return dict(kernel=name, registers=registers, stack=stack, shared=kernel.metadata.shared, warps=options["num_warps"],
+                triton=triton.__version__)  # fmt: skip
 
 
 def test_every_kernel_compiles_for_hopper_within_its_registers():
