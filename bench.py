@@ -325,18 +325,16 @@ def code_version() -> str:
     return f"{zlib.crc32(b''.join(sources)):08x}"
 
 
-def cell_key(config: TrainConfig, corpus: dict) -> str:
+def cell_key(config: TrainConfig, corpus: dict, model: HopeConfig | None = None) -> str:
     """All settings of a cell, defaults of the model included, and its data by name and checksum, wherever it lies."""
-    train = asdict(config) | {"data": corpus["name"]}
-    settings = {"train": train, "model": cell_model(config).to_dict(), "corpus": corpus}
-    return json.dumps(settings, sort_keys=True)
+    train, model = asdict(config) | {"data": corpus["name"]}, model or cell_model(config)
+    return json.dumps({"train": train, "model": model.to_dict(), "corpus": corpus}, sort_keys=True)
 
 
 def current_key(key: str) -> str:
     """A finished cell's key with the defaults of settings that came later: a new field's default changes no model."""
     old = json.loads(key)
-    train = asdict(TrainConfig(**old["train"])) | {"data": old["corpus"]["name"]}
-    return json.dumps(old | {"train": train, "model": HopeConfig(**old["model"]).to_dict()}, sort_keys=True)
+    return cell_key(TrainConfig(**old["train"]), old["corpus"], HopeConfig(**old["model"]))
 
 
 def read_cells(path: Path, key=current_key) -> dict[str, dict]:

@@ -604,11 +604,11 @@ def unfit(x, width, chunk=None):
         return f"they need an NVIDIA GPU of compute capability 8.0 or more (the tensors are on {x.device})"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"they need float32 or bfloat16, got {x.dtype}"
-    if chunk is None and width > 64:
-        return f"they need keys of width 64 at most, got {width}"
-    if chunk is not None and (width not in (16, 32, 64) or chunk > 128):
+    if chunk is None:
+        return f"they need keys of width 64 at most, got {width}" if width > 64 else None
+    if width not in (16, 32, 64) or chunk > 128:
         return f"they need heads of width 16, 32 or 64 and chunks of 128 tokens at most, got {width} and {chunk}"
-    if chunk is not None and width == 64 and x.dtype == torch.float32 and x.is_cuda:
+    if width == 64 and x.dtype == torch.float32 and x.is_cuda:
         on_chip = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
         if on_chip < 160 << 10:
             return f"in float32 they need 160 KiB of shared memory, this GPU has {on_chip >> 10}: train in bfloat16"
