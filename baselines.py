@@ -29,8 +29,47 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memory import delta_net, full_precision, gated_delta_net, l2norm, linear_attention, retention, scan
-from titans import NeuralMemory, ShortConvolution, by_chunk, head_width, heads, linear, retention_of
+from memory import full_precision, l2norm, scan, scan_products
+from titans import (
+    NeuralMemory,
+    Recurrent,
+    ShortConvolution,
+    component,
+    deep_memory,
+    head_width,
+    linear,
+    over_chunks,
+    recomputed,
+    retention_of,
+)
+
+
+def _zeros(v, k):
+    return v.new_zeros(*torch.broadcast_shapes(v.shape[:-2], k.shape[:-2]), v.shape[-1], k.shape[-1])
+
+
+def linear_attention(q, k, v, W=None, backend="auto"):
+    """W_t = W_{t-1} + v_t k_t^T (NL eq. 14-18)."""
+    return retention(q, k, v, k.new_ones(k.shape[-2]), W, backend)
+
+
+def retention(q, k, v, alpha, W=None, backend="auto"):
+    """W_t = alpha_t W_{t-1} + v_t k_t^T: RetNet with a fixed alpha [heads, 1], Mamba-2 with alpha from x_t."""
+    W = _zeros(v, k) if W is None else W
+    if alpha.shape[-1:] == (1,):
+        alpha = alpha.expand(*alpha.shape[:-1], k.shape[-2])
+    return scan(W, k, v, torch.ones_like(alpha), alpha, q, delta=0.0, backend=backend)
+
+
+def delta_net(q, k, v, beta, W=None, backend="auto"):
+    """W_t = W_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T."""
+    return gated_delta_net(q, k, v, beta, torch.ones_like(beta), W, backend)
+
+
+def gated_delta_net(q, k, v, beta, alpha, W=None, backend="auto"):
+    """W_t = alpha_t W_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T: retention comes before the error, so delta = alpha."""
+    W = _zeros(v, k) if W is None else W
+    return scan(W, k, v, beta, alpha, q, delta=alpha, backend=backend)
 
 
 @lru_cache(maxsize=8)
@@ -54,6 +93,16 @@ def rotate(x, position, base=10000.0):
     pairs = torch.view_as_complex((x if x.dtype == torch.float64 else x.float()).unflatten(-1, (-1, 2)))
     table = rotations(position, x.shape[1], x.shape[-1], base, pairs.dtype, x.device)
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+
+
+def attention_products(d, T, window, width=2):
+    """Multiply-adds per token, forward and backward, of causal attention in rows of T tokens.
+
+    width: of a key and a value together, in heads' widths.
+    """
+    n = min(window or T, T)
+    keys = n - n * (n - 1) / (2 * T)  # the mean over a row of min(t, n)
+    return 3 * width * d * keys
 
 
 class Attention(nn.Module):
@@ -116,46 +165,17 @@ class Attention(nn.Module):
             y.append(self.look(q[:, :, i : i + window], k[:, :, first:end], v[:, :, first:end], mask))
         return torch.cat(y, dim=2)
 
+    def products(self, T):
+        return attention_products(self.n_heads * self.width, T, self.window)
+
+    def components(self):
+        what = "attention (non-parametric)"
+        return [component(what, "every token", "keys and values, in context")]
+
 
 def mamba_dt_bias(n):
     """Biases b with softplus(b) log-uniform in [1e-3, 1e-1]: time constants of many lengths, as Mamba starts."""
     return torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1)).exp().expm1().log()
-
-
-class Recurrent(nn.Module):
-    """What recurrent baselines share around their memory: projections, short convolution, heads, norm per head, output gate.
-
-    A kind says how it remembers: remember(q, k [B, H, T, dk], v [B, H, T, dv], rates, state) -> (y [B, H, T, dv], memory),
-    with `rates` numbers per head and token [rates, B, H, T] and memory a dict of what goes into the state. conv: width of a
-    short convolution with SiLU over q, k and v, 0 for none. expand: dv / dk, with dk = d_model / n_heads.
-    State: memory | {"conv" (tail), "position" (tokens)}. Raises ValueError if n_heads does not divide d_model, or expand < 1.
-    """
-
-    def __init__(self, d_model, n_heads, conv, expand=1, rates=0, gate=True, out_scale=1.0):
-        super().__init__()
-        if expand < 1:
-            raise ValueError(f"expand is {expand}; values must be at least as wide as keys, so it must be at least 1")
-        self.n_heads, self.width, self.gate = n_heads, head_width(d_model, n_heads), gate
-        dv = expand * d_model
-        self.sizes = (d_model, d_model, dv, dv if gate else 0, rates * n_heads)  # q | k | v | gate | rates, in one product
-        self.proj = linear(d_model, sum(self.sizes))
-        self.conv = ShortConvolution(2 * d_model + dv, conv) if conv else None
-        self.norm = nn.RMSNorm(expand * self.width, eps=1e-6)
-        self.out = linear(dv, d_model, out_scale)
-
-    def forward(self, x, state=None):
-        """x [B, T, d_model] -> (y [B, T, d_model], state)."""
-        qkv, gate, rates = self.proj(x).split((sum(self.sizes[:3]), *self.sizes[3:]), dim=-1)
-        tail = state["conv"] if state else None
-        if self.conv is not None:
-            qkv, tail = self.conv(qkv, tail)
-        q, k, v = (heads(full_precision(z), self.n_heads) for z in qkv.split(self.sizes[:3], dim=-1))
-        rates = full_precision(rates).unflatten(-1, (-1, self.n_heads)).permute(2, 0, 3, 1) if rates.shape[-1] else None
-        with torch.autocast(x.device.type, enabled=False):
-            y, memory = self.remember(q, k, v, rates, state)
-        y = self.norm(y).to(x.dtype).transpose(1, 2).flatten(2)
-        y = self.out(y * F.silu(gate) if self.gate else y)
-        return y, memory | {"conv": tail, "position": x.shape[1] + (state["position"] if state else 0)}
 
 
 class LinearAttention(Recurrent):
@@ -171,8 +191,12 @@ class LinearAttention(Recurrent):
         self.norm = nn.Identity()
 
     def remember(self, q, k, v, rates, state):
-        y, W, _ = linear_attention(F.elu(q) + 1, F.elu(k) + 1, with_one(v), state["W"] if state else None)
+        y, W, _ = linear_attention(F.elu(q) + 1, F.elu(k) + 1, with_one(v), state["W"], self.backend)
         return y[..., :-1] / y[..., -1:], {"W": W}
+
+    def products(self, T):
+        w = self.width
+        return self.n_heads * scan_products(w, w + 1, T, T, delta=False)  # the value 1 sums the weights
 
 
 class RetNet(Recurrent):
@@ -187,11 +211,15 @@ class RetNet(Recurrent):
         self.norm = nn.LayerNorm(expand * self.width, eps=1e-6, elementwise_affine=False)
 
     def remember(self, q, k, v, rates, state):
-        past = state["position"] if state else 0
+        past = state["position"]
         q, k = (rotate(z.transpose(1, 2), past).transpose(1, 2) for z in (q, k * self.width**-0.5))
         alpha = 1 - 2.0 ** (-5 - torch.arange(self.n_heads, dtype=k.dtype, device=k.device))
-        y, W, _ = retention(q, k, v, alpha[:, None], state["W"] if state else None)
+        y, W, _ = retention(q, k, v, alpha[:, None], state["W"], self.backend)
         return y, {"W": W}
+
+    def products(self, T):
+        w = self.width
+        return self.n_heads * scan_products(w, self.expand * w, T, T, delta=False)
 
 
 class DeltaNet(Recurrent):
@@ -204,8 +232,12 @@ class DeltaNet(Recurrent):
         super().__init__(d_model, n_heads, conv, expand, rates=1, gate=False, out_scale=out_scale)
 
     def remember(self, q, k, v, rates, state):
-        y, W, _ = delta_net(l2norm(q), l2norm(k), v, rates[0].sigmoid(), state["W"] if state else None)
+        y, W, _ = delta_net(l2norm(q), l2norm(k), v, rates[0].sigmoid(), state["W"], self.backend)
         return y, {"W": W}
+
+    def products(self, T):
+        w = self.width
+        return self.n_heads * scan_products(w, self.expand * w, T, T)
 
 
 class GatedDeltaNet(Recurrent):
@@ -225,8 +257,12 @@ class GatedDeltaNet(Recurrent):
     def remember(self, q, k, v, rates, state):
         beta, a = rates
         alpha = retention_of(a + self.dt_bias[:, None], self.log_A.exp()[:, None])
-        y, W, _ = gated_delta_net(l2norm(q), l2norm(k), v, beta.sigmoid(), alpha, state["W"] if state else None)
+        y, W, _ = gated_delta_net(l2norm(q), l2norm(k), v, beta.sigmoid(), alpha, state["W"], self.backend)
         return y, {"W": W}
+
+    def products(self, T):
+        w = self.width
+        return self.n_heads * scan_products(w, self.expand * w, T, T, decays=1)
 
 
 class TTT(Recurrent):
@@ -257,22 +293,19 @@ class TTT(Recurrent):
         self.b_eta = nn.Parameter(torch.zeros(n_heads, 1))
 
     def remember(self, q, k, v, rates, state):
-        T, position = q.shape[2], state["position"] if state else 0
         eta = self.base * torch.sigmoid(rates[0] + self.b_eta) / self.chunk
-        state = state or self.start_state(q.shape[0])
-        boundary, running, y = state["boundary"], state["running"], []
-        for piece, begins in by_chunk(position, T, self.chunk):
-            boundary = running if begins else boundary
-            now = [z[:, :, piece] for z in (q, k, v, eta)]  # computed again in the backward pass, as in the paper
-            y_now, running = checkpoint(self.write, *now, boundary, running, use_reentrant=False, preserve_rng_state=False)
-            y.append(y_now)
-        if (position + T) % self.chunk == 0:
-            boundary = running
-        return torch.cat(y, 2), {"boundary": boundary, "running": running}
+
+        def one_chunk(piece, boundary, running, momentum):
+            now = [z[:, :, piece] for z in (q, k, v, eta)]
+            y, running = recomputed(self.write, *now, boundary, running)  # as in the paper
+            return y, running, momentum
+
+        y, state = over_chunks(one_chunk, state, q.shape[2], self.chunk)
+        return torch.cat(y, 2), state
 
     def start_state(self, batch):
         running = [full_precision(W).expand(batch, *W.shape).clone() for W in self.start]
-        return {"boundary": running, "running": running}
+        return {"position": 0, "conv": None, "boundary": running, "running": running}
 
     def write(self, q, k, v, eta, boundary, running):
         """Tokens of one chunk: gradients at `boundary`, read and written from `running` on -> (y, running)."""
@@ -292,9 +325,21 @@ class TTT(Recurrent):
             gradients.insert(0, (gradients[0] @ W[..., :-1]) * slope)
         h, new = q, []
         for i, (W, x, g) in enumerate(zip(running, inputs, gradients, strict=True)):
-            h, W, _ = scan(W, x, -g, eta / x.square().sum(-1), one, with_one(F.gelu(h) if i else h), delta=0.0)
+            h, W, _ = scan(W, x, -g, eta / x.square().sum(-1), one, with_one(F.gelu(h) if i else h), delta=0.0, backend=self.backend)
             new.append(W)
         return q + F.layer_norm(h, h.shape[-1:], eps=1e-6) * self.scale + self.shift, new
+
+    def products(self, T):
+        w = self.width
+        sizes = [(W.shape[-1], W.shape[-2]) for W in self.start]  # a bias is one more input
+        boundary = sum(i * o for i, o in sizes)  # outputs and errors at the boundary
+        if len(sizes) > 1:
+            boundary += 4 * w * w
+        scans = sum(scan_products(i, o, T, self.chunk, delta=False) for i, o in sizes)
+        return self.n_heads * (3 * boundary + scans)
+
+    def components(self):
+        return deep_memory(self, self.start)
 
 
 def with_one(x):
@@ -348,6 +393,13 @@ class Mamba(nn.Module):
         y = (torch.cat(y, dim=1).to(x.dtype) + self.D * x) * F.silu(gate)
         return self.out(y), {"h": h, "conv": tail, "position": T + (state["position"] if state else 0)}
 
+    def products(self, T):
+        d, n = self.log_A.shape
+        return 3 * d * n
+
+    def components(self):
+        return [component("state space", "every token", "keys and values, in context")]
+
 
 def selective_scan(h, A, x, dt, b, c):
     """h [B, d, n], A [d, n], x, dt [B, T, d], b, c [B, T, n] -> (h_t C_t [B, T, d], h_T)."""
@@ -387,6 +439,10 @@ class PersistentAttention(Attention):
         mask = F.pad(mask, (len(self.persistent), 0), value=True)
         v = torch.cat((fixed_v, v), dim=2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.width**-0.5)
+
+    def products(self, T):
+        d = self.n_heads * self.width  # a query is twice as wide, see `split`
+        return attention_products(d, T, self.window, 3) + 3 * 3 * d * len(self.persistent)
 
 
 class TitansMAC(nn.Module):
@@ -441,6 +497,16 @@ class TitansMAC(nn.Module):
         nothing = self.attention.persistent.new_zeros(batch, self.attention.n_heads, 0, self.attention.width)
         return {"memory": memory, "k": nothing, "v": nothing, "position": 0}
 
+    def products(self, T):
+        d = self.attention.n_heads * self.attention.width
+        n = min(self.segment, T)
+        retrieved = 3 * (4 * d * d + self.memory.depth * self.memory.width * d)  # keys and values of its own
+        persistent = len(self.attention.persistent)
+        return self.memory.products(T) + retrieved + 3 * 3 * d * (n + 1 + persistent)
+
+    def components(self):
+        return self.memory.components() + self.attention.components()
+
 
 class TitansMAG(nn.Module):
     """Memory as a gate: o = norm(attention(x)) * silu(norm(M_t(x))), attention in a window (Titans paper sec. 4.2).
@@ -462,6 +528,12 @@ class TitansMAG(nn.Module):
         y = self.out(self.norm(seen) * F.silu(learned))
         return y, {"memory": memory, "attention": attention, "position": memory["position"]}
 
+    def products(self, T):
+        return self.memory.products(T) + self.attention.products(T)
+
+    def components(self):
+        return self.memory.components() + self.attention.components()
+
 
 class TitansMAL(nn.Module):
     """Memory as a layer: o = attention(x + M_t(x)), attention in a window (Titans paper sec. 4.3). State: as TitansMAG."""
@@ -477,40 +549,14 @@ class TitansMAL(nn.Module):
         y, attention = self.attention(x + learned, state and state["attention"])
         return y, {"memory": memory, "attention": attention, "position": memory["position"]}
 
+    def products(self, T):
+        return self.memory.products(T) + self.attention.products(T)
 
-def main():
-    d_model, n_heads, lengths = 128, 2, (64, 4096)
-    mixers = {
-        "Attention": Attention(d_model, n_heads),
-        "Attention, conv 4": Attention(d_model, n_heads, conv=4),
-        "Attention, window 128": Attention(d_model, n_heads, window=128),
-        "Mamba": Mamba(d_model),
-        "LinearAttention": LinearAttention(d_model, n_heads),
-        "RetNet": RetNet(d_model, n_heads),
-        "DeltaNet": DeltaNet(d_model, n_heads),
-        "GatedDeltaNet": GatedDeltaNet(d_model, n_heads),
-        "TTT-Linear": TTT(d_model, n_heads),
-        "TTT-MLP": TTT(d_model, n_heads, depth=2),
-        "TitansMAC": TitansMAC(d_model, n_heads),
-        "TitansMAG": TitansMAG(d_model, n_heads),
-        "TitansMAL": TitansMAL(d_model, n_heads),
-    }
-
-    def size(state):
-        parts = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
-        return state.nbytes if torch.is_tensor(state) else sum(map(size, parts))
-
-    print(f"d_model {d_model}, {n_heads} heads, one row, float32\n")
-    print("mixer                   parameters" + "".join(f"   state after {T:>5}" for T in lengths))
-    for name, mixer in mixers.items():
-        line = f"{name:<24}{sum(p.numel() for p in mixer.parameters()):>10,}"
-        for T in lengths:
-            with torch.no_grad():
-                _, state = mixer(torch.randn(1, T, d_model))
-            line += f"{size(state) / 1024:>12,.1f} KiB  "
-        print(line)
-    print("\nOnly attention without a window grows with the text; every other state is bounded, whatever the length.")
+    def components(self):
+        return self.memory.components() + self.attention.components()
 
 
 if __name__ == "__main__":
-    main()
+    from runpy import run_module
+
+    run_module("bench.demos", run_name="baselines")

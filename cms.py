@@ -1,27 +1,27 @@
-"""Continuum Memory System: a chain of feed-forward memories, each updated at its own rate (NL sec. 7.1, eq. 70-74).
+"""Continuum Memory System: feed-forward memories, each updated at its own rate (NL eq. 70-74).
 
-A Transformer block has two memories: attention, new for every token, and a feed-forward network, fixed after
-training. CMS fills the range between: level l is an MLP whose weights take one step every `chunk` ticks and stand
-still otherwise (NL 71),
+A Transformer block has two memories: attention, new for every token, and a feed-forward network,
+fixed after training. A CMS fills the range between. Level l is an MLP whose weights take one step
+every `chunk` ticks and stand still otherwise (NL 71):
 
-    w_{i+1} = w_i - sum_{t = i-chunk+1..i} eta_t * error(w_t; x_t)     if i = 0 mod chunk,     else w_{i+1} = w_i
+    w_{i+1} = w_i - sum_{t = i-chunk+1..i} eta_t * error(w_t; x_t)     if i = 0 mod chunk
+    w_{i+1} = w_i                                                      else
 
-so fast levels hold what was just read and slow levels hold what lasts. A tick is a token (in context) or a step (in
-training). Three ways to put the levels together:
+so fast levels hold what was just read and slow levels hold what lasts. Three ways to combine them:
 
-    sequential (NL 70, 73)   x -> [fast] -> [mid] -> [slow] -> y       every level starts from its own learned weights
-    nested     (NL 72)       the same chain; a level returns to its learned start whenever the next slower level updates
-    independent (NL 74)      y = x + sum_l mix_l * MLP_l(x)            a learned weighted sum of parallel levels
+    sequential  (NL 70, 73)  x -> [fast] -> [mid] -> [slow] -> y     every level has its own start
+    nested      (NL 72)      the same chain; a level returns to its start when the next slower updates
+    independent (NL 74)      y = x + sum_l mix_l * MLP_l(x)          parallel levels, learned weights
 
-On the token clock (Hope.learn in hope.py) the parameters are the learned starts w_0; the weights of the moment ("fast
-weights", one copy per batch row) live in the state, so that the gradient of what is read later flows back into the
-starts. On the step clock (`LevelOptimizer`, at the end of this file) the parameters themselves are the weights of the
-moment, and each level's optimizer accumulates and steps at its own rate. One level that never updates is the usual
-SwiGLU block of a Transformer.
+A tick is a token (in context, learn.py) or a training step (`optimizers.LevelOptimizer`). On the
+token clock the parameters are the initial weights w_0, learned in training; the weights of the
+moment ("fast weights", one copy per batch row) live in the state, so that the gradient of what is
+read later flows back into w_0. One level that never updates is a Transformer's SwiGLU block.
 
-    python cms.py        the calendar of each variant, and what an update costs
+`python cms.py` shows the calendar of each variant, and what an update costs.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -34,26 +34,24 @@ VARIANTS = ("sequential", "nested", "independent")
 
 @dataclass(frozen=True)
 class Level:
-    """One memory of the chain. chunk: ticks between updates (C^(l) of NL 71), None = never; hidden: width of its MLP.
+    """One memory of a CMS. Raises ValueError for a chunk or a hidden width below 1."""
 
-    Raises ValueError for chunk < 1 or hidden < 1.
-    """
-
-    chunk: int | None
-    hidden: int
+    chunk: int | None  # ticks between updates (C^(l) of NL 71); None: never
+    hidden: int  # width of the MLP
 
     def __post_init__(self):
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"level chunk is {self.chunk}; it must be at least 1 tick, or None (never updates)")
+        if self.chunk is not None and (type(self.chunk) is not int or self.chunk < 1):
+            wanted = "an integer of at least 1 tick, or None (never updates)"
+            raise ValueError(f"chunk of a level must be {wanted}, got {self.chunk!r}")
         if self.hidden < 1:
-            raise ValueError(f"level hidden is {self.hidden}; it must be at least 1")
+            raise ValueError(f"hidden of a level must be at least 1, got {self.hidden}")
 
 
 class MLP(nn.Module):
-    """SwiGLU behind its norm, without the residual: `w_out (silu(gate) * up)`, `[gate; up] = w_in norm(x)`.
+    """SwiGLU behind its norm, without residual: `w_out (silu(gate) * up)`, gate and up from w_in.
 
-    w_in [2 hidden, d_model] holds both projections (one product); w_out [d_model, hidden]. Only these two are ever
-    fast: the norm, like everything outside the levels, moves on the training clock alone.
+    w_in [2 hidden, d_model] holds both projections (one product); w_out [d_model, hidden]. Only
+    these two are ever fast: the norm, like all outside the levels, moves in training alone.
     """
 
     def __init__(self, d_model, hidden, out_scale=1.0, eps=1e-6):
@@ -63,48 +61,52 @@ class MLP(nn.Module):
         self.w_out = nn.Parameter(torch.randn(d_model, hidden) * (out_scale * hidden**-0.5))
 
     def forward(self, x, fast=None):
-        """x [B, T, d_model] -> the same shape. fast: {"w_in" [B, 2h, d], "w_out" [B, d, h]}, one memory per row, or
-        None for the learned start."""
-        w_in, w_out = (self.w_in, self.w_out) if fast is None else (fast["w_in"], fast["w_out"])
-        gate, up = (self.norm(x) @ w_in.mT).chunk(2, dim=-1)
-        return (F.silu(gate) * up) @ w_out.mT
+        """x [B, T, d_model] -> the same shape.
+
+        fast: {"w_in" [B, 2h, d], "w_out" [B, d, h]}, a memory per row; None: the initial weights.
+        """
+        weights = {"w_in": self.w_in, "w_out": self.w_out} if fast is None else fast
+        gate, up = (self.norm(x) @ weights["w_in"].mT).chunk(2, dim=-1)
+        return (F.silu(gate) * up) @ weights["w_out"].mT
 
     def start(self, batch):
-        """The learned start as fast weights of `batch` rows: views, so every row's gradient reaches the parameters."""
+        """The initial weights as fast weights of `batch` rows: views, so gradients reach them."""
         return {name: getattr(self, name).expand(batch, -1, -1) for name in ("w_in", "w_out")}
 
 
 class CMS(nn.Module):
-    """Continuum Memory System (NL 70-74): residuals and norms included, `x, state = cms(x, state)`.
+    """Continuum Memory System (NL 70-74), residuals and norms included: x, state = cms(x, state).
 
-    levels: from fast to slow; each chunk is a multiple of the one before, so that a slow update always falls on the
-    end of a fast chunk, and only the last level may have chunk=None. variant: one of VARIANTS. out_scale: factor on
-    the initial w_out (1 / sqrt(2 n_layers) keeps a deep residual stream at unit scale).
+    levels: from fast to slow; each chunk is a multiple of the one before, so that a slow update
+    falls on the end of a fast chunk, and only the last level may have chunk=None.
+    variant: one of VARIANTS.
+    out_scale: factor on the initial w_out; 1 / sqrt(2 n_layers) keeps a deep stream at unit scale.
+    step: None, or the initial inner step size of every updating level (a number, or one per level),
+    from then on learned, as its logarithm.
 
-    step: None, or the initial inner step size of every updating level (a number, or one per level), which then is
-    learned, as its logarithm.
-
-    state is None when nothing updates in context. Otherwise it is a plain tree, {"position": ticks seen, "fast": [one
-    entry per level], "sums": [one per level]}: the level's fast weights (see MLP.forward), or None for a level that stays
-    at its start; the gradients it has collected since its last update, or None where there are none yet.
-    Raises ValueError for an empty or ill-ordered list of levels, an unknown variant, shapes that do not fit, a step <= 0.
+    state is None when nothing updates in context, else {"position": ticks seen, "fast", "sums"}, the
+    last two lists with an entry per level: its fast weights (see MLP.forward), None for a level that
+    stays at its start; the gradients collected since its last update, None where there are none.
+    Raises ValueError for levels that are empty or out of order, an unknown variant, a step <= 0.
     """
 
     def __init__(self, d_model, levels, variant="sequential", out_scale=1.0, step=None, eps=1e-6):
         super().__init__()
         if variant not in VARIANTS:
-            raise ValueError(f"unknown CMS variant {variant!r}; choose one of {', '.join(VARIANTS)}")
-        if d_model < 1:
-            raise ValueError(f"d_model is {d_model}; it must be at least 1")
-        if not levels:
-            raise ValueError("levels is empty; a CMS has at least one (chunk=None: an ordinary feed-forward block)")
-        for fast, slow in pairwise(levels):
-            if fast.chunk is None or (slow.chunk is not None and (slow.chunk <= fast.chunk or slow.chunk % fast.chunk)):
-                raise ValueError(
-                    f"level chunks are {[level.chunk for level in levels]}; they must grow from fast to slow, "
-                    "each a multiple of the one before, None (never updates) only as the last"
-                )
-        self.d_model, self.levels, self.variant = d_model, tuple(levels), variant
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        chunks = [level.chunk for level in levels]
+        ordered = len(chunks) > 0
+        for fast, slow in pairwise(chunks):
+            if fast is None or (slow is not None and (slow <= fast or slow % fast)):
+                ordered = False
+        if not ordered:
+            raise ValueError(
+                "levels must have chunks that grow from fast to slow, each a multiple of the one "
+                f"before, None (never updates) only as the last, got {chunks}"
+            )
+        self.d_model = d_model
+        self.levels = tuple(levels)
+        self.variant = variant
         self.mlps = nn.ModuleList(MLP(d_model, level.hidden, out_scale, eps) for level in levels)
         if variant == "independent":
             self.mix = nn.Parameter(torch.full((len(levels),), 1 / len(levels)))
@@ -112,173 +114,100 @@ class CMS(nn.Module):
         if step is not None:
             steps = self.steps(step)
             if min(steps, default=1) <= 0:
-                raise ValueError(f"step is {step}; a learned inner step size must start above 0")
-            self.log_step = nn.Parameter(torch.tensor(steps, dtype=torch.get_default_dtype()).log())
+                raise ValueError(f"step must be above 0 where it is learned, got {step}")
+            self.log_step = nn.Parameter(torch.tensor(steps, dtype=self.mlps[0].w_in.dtype).log())
 
     def steps(self, step=None):
-        """Step size of each updating level, from `step` (a number, or one for each) or, None, the learned ones."""
+        """Step size of each updating level, from `step` (a number, or one each); None: as learned."""
         count = sum(level.chunk is not None for level in self.levels)
         if step is None:
             if self.log_step is None:
-                raise ValueError("this CMS has no learned inner step size: build it with one (cms_step), or give step")
+                raise ValueError("this CMS has no learned step: build it with cms_step, or give step")
             return self.log_step.exp()
-        steps = [float(step)] * count if isinstance(step, (int, float)) else [float(s) for s in step]
-        if len(steps) != count or not all(0 <= s < float("inf") for s in steps):
-            raise ValueError(f"step is {step}; legal is one number >= 0, or one for each of the {count} levels that update")
-        return steps
+        steps = [step] * count if isinstance(step, (int, float)) else list(step)
+        if len(steps) != count or not all(0 <= s < math.inf for s in steps):
+            wanted = f"a number of at least 0, or one for each of the {count} levels that update"
+            raise ValueError(f"step must be {wanted}, got {step}")
+        return [float(s) for s in steps]
 
     def forward(self, x, state=None):
-        """x [B, T, d_model] -> (y [B, T, d_model], state with its position T ticks on; None stays None)."""
+        """x [B, T, d_model] -> (y [B, T, d_model], state, T ticks on; None stays None)."""
         if x.shape[-1] != self.d_model:
-            raise ValueError(f"x has width {x.shape[-1]}; this CMS has d_model {self.d_model}")
+            raise ValueError(f"x must have the CMS's width {self.d_model}, got {x.shape[-1]}")
         fast = [None] * len(self.mlps)
         if state is not None:
             self._check(state, x)
             fast = state["fast"]
             state = state | {"position": state["position"] + x.shape[1]}
         if self.variant == "independent":
-            return sum((mix * mlp(x, w) for mix, mlp, w in zip(self.mix, self.mlps, fast, strict=True)), start=x), state
+            y = x
+            for mix, mlp, w in zip(self.mix, self.mlps, fast, strict=True):
+                y = y + mix * mlp(x, w)
+            return y, state
         for mlp, w in zip(self.mlps, fast, strict=True):
             x = x + mlp(x, w)
         return x, state
 
     def _check(self, state, x):
         if len(state["fast"]) != len(self.mlps):
-            raise ValueError(f"the state has {len(state['fast'])} levels; this CMS has {len(self.mlps)}")
-        for number, w in enumerate(state["fast"]):
-            if w is not None and w["w_in"].shape[0] != x.shape[0]:  # a batch never shares a memory, so no broadcasting
-                rows = w["w_in"].shape[0]
-                raise ValueError(f"level {number} of the state has fast weights for {rows} rows; x has {x.shape[0]}")
+            have = len(state["fast"])
+            raise ValueError(f"state must have the CMS's {len(self.mlps)} levels, got {have}")
+        for number, w in enumerate(state["fast"]):  # a batch never shares a memory: no broadcasting
+            if w is not None and w["w_in"].shape[0] != x.shape[0]:
+                rows = f"{x.shape[0]} rows, as x, got {w['w_in'].shape[0]}"
+                raise ValueError(f"level {number} of the state must have fast weights for {rows}")
 
     def start_state(self, batch):
-        """State at tick 0 for `batch` rows: each level that has a chunk carries fast weights equal to its start."""
+        """State at tick 0: each level that has a chunk carries fast weights equal to its start."""
         if batch < 1:
-            raise ValueError(f"batch is {batch}; it must be at least 1 row")
-        updates = [level.chunk is not None for level in self.levels]
-        fast = [mlp.start(batch) if moves else None for mlp, moves in zip(self.mlps, updates, strict=True)]
+            raise ValueError(f"batch must be at least 1 row, got {batch}")
+        fast = []
+        for mlp, level in zip(self.mlps, self.levels, strict=True):
+            fast.append(None if level.chunk is None else mlp.start(batch))
         return {"position": 0, "fast": fast, "sums": [None] * len(fast)}
 
     def update(self, state, grads, step=None):
-        """NL 71 at tick state["position"]: every level adds `grads` to its sum; those that are due take their step.
+        """NL 71 at tick state["position"]: every level adds `grads` to its sum; the due ones step.
 
-        grads: one entry per level, like state["fast"]: the gradient of the summed loss of the ticks since the last call,
-        of which every tick at which a level is due must be the end. step: see `steps`. Returns the new state; nothing is
-        written in place, and the result can be differentiated in everything that can.
+        grads: an entry per level, like state["fast"]: the gradient of the summed loss of the ticks
+        since the last call, of which every tick at which a level is due must be the end. step: see
+        `steps`. Returns the new state. Nothing is written in place; the result can be differentiated
+        in everything that can.
         """
-        due, resets = self.due(state["position"]), self.resets(state["position"])
-        steps, fast, sums = iter(self.steps(step)), [], []
-        for number, (w, total, g) in enumerate(zip(state["fast"], state["sums"], grads, strict=True)):
+        due = self.due(state["position"])
+        resets = self.resets(state["position"])
+        steps = iter(self.steps(step))
+        fast = []
+        sums = []
+        for number, (w, g) in enumerate(zip(state["fast"], grads, strict=True)):
+            total = state["sums"][number]
             if w is not None:
-                eta, batch = next(steps), w["w_in"].shape[0]
+                eta = next(steps)
                 total = g if total is None else {name: total[name] + g[name] for name in g}
-                if number in resets:
-                    w, total = self.mlps[number].start(batch), None
+                if number in resets:  # deviation 12: straight to its start, without a last step
+                    w = self.mlps[number].start(w["w_in"].shape[0])
+                    total = None
                 elif number in due:
-                    w, total = {name: w[name] - eta * total[name] for name in w}, None
+                    w = {name: w[name] - eta * total[name] for name in w}
+                    total = None
             fast.append(w)
             sums.append(total)
         return state | {"fast": fast, "sums": sums}
 
     def due(self, tick):
-        """Numbers of the levels that update at the end of tick (the first is 1): chunk C at C, 2C, ... (NL 71)."""
+        """Numbers of the levels that update at the end of tick (from 1 on): chunk C at C, 2C, ..."""
         if tick < 1:
-            raise ValueError(f"tick is {tick}; ticks count from 1")
-        return [number for number, level in enumerate(self.levels) if level.chunk and tick % level.chunk == 0]
+            raise ValueError(f"tick must be at least 1, got {tick}")
+        return [i for i, level in enumerate(self.levels) if level.chunk and tick % level.chunk == 0]
 
     def resets(self, tick):
-        """Numbers of the levels that return to their learned start after the updates of tick: in the nested variant
-        those whose next slower level is due, so each takes C_slow / C_fast steps from one start (NL 72); else none."""
+        """Numbers of the levels that return to their start at tick: in the nested variant those whose
+        next slower level is due, so each takes C_slow / C_fast steps from one start (NL 72)."""
         due = self.due(tick)
         return [number for number in due if number + 1 in due] if self.variant == "nested" else []
 
 
-class LevelOptimizer:
-    """The step clock (NL 71 with ticks = training steps): each level accumulates gradients and steps every `chunk` steps.
-
-    optimizer: any torch optimizer, or several `Together`, of parameters of `model`. levels: {part of a parameter's name:
-    chunk in steps, None = never steps}; the first part found in a name decides, and "" is found in every name. Mixers and
-    embeddings deserve levels of their own, slower than most: they forget first.
-
-        optimizer = LevelOptimizer(AdamW(model.parameters()), model, {"mlps.0": 1, "mlps.1": 8, "": 16})
-
-    A level that is due hands the *sum* of its gradients (of one training step each) to the optimizer; the parameters of
-    the others have no gradient in that step, and so neither they nor their moments move. `due(step)` names the calendar.
-    `state_dict` holds the sums, so a run resumes in the middle of a period. Raises ValueError for a parameter that is not
-    the model's or has no level, a chunk < 1, a part that is in no name, the state of other levels.
-    """
-
-    def __init__(self, optimizer, model, levels):
-        for part, chunk in levels.items():
-            if chunk is not None and (type(chunk) is not int or chunk < 1):
-                raise ValueError(f"level {part!r} has chunk {chunk!r}; it must be at least 1 step, or None (never steps)")
-        self.optimizer, self.levels, self.ticks = optimizer, dict(levels), 0
-        self.parameters, self.level, self.sums = {}, {}, {}
-        names = {id(p): name for name, p in model.named_parameters()}
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            if (name := names.get(id(p))) is None:
-                raise ValueError(f"the optimizer has a parameter of shape {list(p.shape)} that is not the model's")
-            found = [part for part in levels if part in name]
-            if not found:
-                raise ValueError(f"parameter {name!r} has no level: the levels are {list(levels)}; '' takes all the others")
-            self.parameters[name], self.level[name] = p, found[0]
-        if unused := [part for part in levels if part and part not in self.level.values()]:
-            raise ValueError(f"level {unused[0]!r} has no parameter, among {', '.join(list(self.parameters)[:4])}, ...")
-
-    @property
-    def param_groups(self):
-        return self.optimizer.param_groups
-
-    def due(self, tick):
-        """The levels that step at the end of training step `tick` (the first is 1)."""
-        return [part for part, chunk in self.levels.items() if chunk and tick % chunk == 0]
-
-    @torch.no_grad()
-    def step(self):
-        """Take p.grad of every parameter, which is None afterwards, and let the levels that are due step."""
-        self.ticks += 1
-        due = self.due(self.ticks)
-        for name, p in self.parameters.items():
-            if p.grad is not None and self.levels[self.level[name]]:
-                self.sums[name] = self.sums[name].add_(p.grad) if name in self.sums else p.grad
-            p.grad = self.sums.pop(name, None) if self.level[name] in due else None
-        self.optimizer.step()
-        self.zero_grad()
-
-    def zero_grad(self, set_to_none=True):
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def state_dict(self):
-        return {"optimizer": self.optimizer.state_dict(), "ticks": self.ticks, "levels": self.levels,
-                "sums": {name: g.clone() for name, g in self.sums.items()}}  # fmt: skip
-
-    def load_state_dict(self, state):
-        if state["levels"] != self.levels:
-            raise ValueError(f"the state is of levels {state['levels']}; these are {self.levels}")
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ticks = state["ticks"]
-        self.sums = {name: g.to(self.parameters[name]).clone() for name, g in state["sums"].items()}
-
-
-def main():
-    levels = [Level(2, 64), Level(4, 128), Level(12, 256), Level(None, 512)]
-    print("Updates (u) and updates followed by a return to the learned start (R), tick by tick\n")
-    for variant in VARIANTS:
-        cms = CMS(64, levels, variant)
-        print(f"{variant:<14}" + "".join(f"{tick:>3}" for tick in range(1, 25)))
-        for number, level in enumerate(levels):
-            marks = ["R" if number in cms.resets(t) else "u" if number in cms.due(t) else "." for t in range(1, 25)]
-            print(f"  chunk {level.chunk or 'never':<6}" + "".join(f"{mark:>3}" for mark in marks))
-        print()
-    print("What it costs (d_model 64): a slow memory is large and cheap to update, because it seldom is\n")
-    print("  chunk   hidden  parameters  updated per tick")
-    for level, mlp in zip(cms.levels, cms.mlps, strict=True):
-        count = sum(w.numel() for w in mlp.parameters())
-        rate = (mlp.w_in.numel() + mlp.w_out.numel()) / level.chunk if level.chunk else 0
-        print(f"  {level.chunk or 'never':<6}{level.hidden:>8}{count:>12,}{rate:>18,.0f}")
-    y, state = cms(torch.randn(3, 10, 64), cms.start_state(batch=3))
-    shapes = [tuple(w["w_in"].shape) if w else None for w in state["fast"]]
-    print(f"\nafter {state['position']} tokens of 3 rows: y {tuple(y.shape)}, fast w_in per level {shapes}")
-
-
 if __name__ == "__main__":
-    main()
+    from runpy import run_module
+
+    run_module("bench.demos", run_name="cms")

@@ -21,33 +21,22 @@ with the published ones, and must not look it.
 
 import argparse
 import difflib
-import json
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import documents, is_shards, join, load_corpus
-from harness import Scorer, harness, token_losses
-from hope import Hope, device_for
-from tables import beside, cell, draw_position, markdown, published
+from bench.harness import Scorer, harness, token_losses
+from bench.tables import beside, cell, draw_position, markdown, published
+from support.config import Parser, whole_number
+from support.plan import peak_memory
+from support.run import Run
+from support.vocabulary import n_bytes
 from tasks import NEEDLES, babi, babilong, needle
-from train import (
-    NonFinite,
-    Parser,
-    TrainConfig,
-    peak_memory,
-    read_config,
-    read_metrics,
-    validate,
-    whole,
-    write_json,
-)
-from vocabulary import n_bytes, tokenizer
+from train import NonFinite, validate
 
 # Column of the paper: task and metric of lm-eval, and what guessing scores.
 TABLE2 = {
@@ -75,75 +64,6 @@ LOCAL_NOTES = {
     "hellaswag": "Hella: the local file was cleaned by others; where a context's last sentence begins is guessed.",
     "boolq": "BoolQ: the local file lacks the titles that lm-eval's passages begin with.",
 }
-
-
-@dataclass
-class Run:
-    """A trained run, opened."""
-
-    folder: Path
-    model: Hope
-    encoding: object
-    config: dict
-    train: TrainConfig
-    device: torch.device
-
-    @classmethod
-    def open(cls, folder: str, device: str = "auto") -> "Run":
-        """FileNotFoundError or ValueError says what is wrong with the folder, its checkpoint or the device."""
-        config, where = read_config(folder), device_for(device)
-        try:
-            train = TrainConfig(**config["train"])
-        except TypeError as error:
-            raise ValueError(f"{folder}/config.json is of another version: {error}") from None
-        model, name = Hope.load(folder)
-        encoding, size = tokenizer(name), model.config.vocab_size
-        if size != encoding.n_vocab:
-            raise ValueError(f"{folder} has a vocabulary of {size} symbols, but its tokenizer {name!r} has {encoding.n_vocab}")
-        return cls(Path(folder), model.to(where), encoding, config, train, where)
-
-    def text(self, data: str | None):
-        """(name, tokens [N], bytes) of `data`, or of the held-out part of the run's own corpus."""
-        if data is not None and is_shards(data):
-            corpus = load_corpus(data, self.encoding)
-            return f"held-out part of {corpus.name}", corpus.val, corpus.val_bytes
-        if data is not None:
-            files = [content for _, content in documents(data)]
-            return data, join(files, self.encoding), sum(len(content) for content in files)
-        try:
-            corpus = load_corpus(self.train.data, self.encoding)
-        except ValueError as error:
-            raise ValueError(f"{error}; --data names another text") from None
-        if corpus.fingerprint() != self.config["corpus"]:
-            raise ValueError(
-                f"data {self.train.data!r} has changed since {self.folder} was trained, so its held-out part may have "
-                "been trained on: name a text with --data"
-            )
-        return f"held-out part of {corpus.name}", corpus.val, corpus.val_bytes
-
-    def haystack(self, data: str | None) -> str:
-        """The same as a string."""
-        tokens = self.text(data)[1]
-        return self.encoding.decode(tokens[tokens != self.encoding.eot_token].tolist(), errors="ignore")
-
-    def facts(self) -> dict:
-        """What must stand beside every number."""
-        return {
-            "model": f"{self.train.model} ({self.train.preset})",
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "training_tokens": max((r["tokens"] for r in read_metrics(self.folder)), default=0),
-            "trained_on": self.config["corpus"]["name"],
-            "cms_steps_in_context": "off",  # whatever the training did: `validate` and `Scorer` read with updates off
-        }
-
-    def record(self, result: dict) -> None:
-        """Add to eval.json, keeping what other commands wrote there."""
-        path = self.folder / "eval.json"
-        try:
-            kept = json.loads(path.read_text())
-        except (OSError, ValueError):
-            kept = {}
-        write_json(path, kept | result)
 
 
 def evaluate(run: str, data: str | None = None, device: str = "auto") -> dict:
@@ -366,7 +286,7 @@ def run_tasks(args) -> None:
 
 def wholes(text: str) -> list[int]:
     """A flag: several, with commas."""
-    return [whole(part) for part in text.split(",")]
+    return [whole_number(part) for part in text.split(",")]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -386,12 +306,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", help="a text file or a folder, scored whole, or shards, of which the held-out part is "
                         "(default: the run's held-out text)")  # fmt: skip
     parser.add_argument("--data-dir", help="folder of benchmark files: no network is used")
-    parser.add_argument("--limit", type=whole, help="only the first so many items of a task of lm-eval: a look")
-    parser.add_argument("--max-length", type=whole, help="cut what is read to so many tokens (default: never), and the windows "
+    parser.add_argument("--limit", type=whole_number, help="only the first so many items of a task of lm-eval: a look")
+    parser.add_argument("--max-length", type=whole_number, help="cut what is read to so many tokens (default: never), and the windows "
                         "of rolling perplexity (default: as long as the training rows)")  # fmt: skip
     parser.add_argument("--lengths", type=wholes, default=[4096, 8192, 16384], help="of table1 and babilong, in tokens")
-    parser.add_argument("--samples", type=whole, default=100, help="questions a cell of table1 and babilong (default: 100)")
-    parser.add_argument("--context", type=whole, help="tokens of a row of position (default: 8 training rows)")
+    parser.add_argument("--samples", type=whole_number, default=100, help="questions a cell of table1 and babilong (default: 100)")
+    parser.add_argument("--context", type=whole_number, help="tokens of a row of position (default: 8 training rows)")
     parser.add_argument("--seed", type=int, default=0, help="of table1 and babilong")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 

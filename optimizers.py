@@ -30,12 +30,12 @@ gives the rest to AdamW. Read through Newton-Schulz, updates have AdamW's usual 
 
 import math
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from memory import OBJECTIVES, full_precision, scan, silu_derivative, surprise
+from fused import silu_derivative
+from memory import OBJECTIVES, full_precision, scan, surprise
 
 RMS = 0.2  # of AdamW's update divided by lr, in the course of usual training; Newton-Schulz reads are scaled to it
 
@@ -503,7 +503,7 @@ def split_parameters(model):
     return matrices, decayed, plain
 
 
-class Together:
+class CombinedOptimizer:
     """Optimizers of different parameters as one: what a training loop needs of torch.optim.Optimizer."""
 
     def __init__(self, *optimizers):
@@ -532,6 +532,73 @@ class Together:
             optimizer.load_state_dict(own)
 
 
+class LevelOptimizer:
+    """The step clock (NL 71 with ticks = training steps): each level accumulates gradients and steps every `chunk` steps.
+
+    optimizer: any torch optimizer, or several `CombinedOptimizer`, of parameters of `model`. levels: {part of a parameter's name:
+    chunk in steps, None = never steps}; the first part found in a name decides, and "" is found in every name. Mixers and
+    embeddings deserve levels of their own, slower than most: they forget first.
+
+        optimizer = LevelOptimizer(AdamW(model.parameters()), model, {"mlps.0": 1, "mlps.1": 8, "": 16})
+
+    A level that is due hands the *sum* of its gradients (of one training step each) to the optimizer; the parameters of
+    the others have no gradient in that step, and so neither they nor their moments move. `due(step)` names the calendar.
+    `state_dict` holds the sums, so a run resumes in the middle of a period. Raises ValueError for a parameter that is not
+    the model's or has no level, a chunk < 1, a part that is in no name, the state of other levels.
+    """
+
+    def __init__(self, optimizer, model, levels):
+        for part, chunk in levels.items():
+            if chunk is not None and (type(chunk) is not int or chunk < 1):
+                raise ValueError(f"level {part!r} has chunk {chunk!r}; it must be at least 1 step, or None (never steps)")
+        self.optimizer, self.levels, self.ticks = optimizer, dict(levels), 0
+        self.parameters, self.level, self.sums = {}, {}, {}
+        names = {id(p): name for name, p in model.named_parameters()}
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if (name := names.get(id(p))) is None:
+                raise ValueError(f"the optimizer has a parameter of shape {list(p.shape)} that is not the model's")
+            found = [part for part in levels if part in name]
+            if not found:
+                raise ValueError(f"parameter {name!r} has no level: the levels are {list(levels)}; '' takes all the others")
+            self.parameters[name], self.level[name] = p, found[0]
+        if unused := [part for part in levels if part and part not in self.level.values()]:
+            raise ValueError(f"level {unused[0]!r} has no parameter, among {', '.join(list(self.parameters)[:4])}, ...")
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def due(self, tick):
+        """The levels that step at the end of training step `tick` (the first is 1)."""
+        return [part for part, chunk in self.levels.items() if chunk and tick % chunk == 0]
+
+    @torch.no_grad()
+    def step(self):
+        """Take p.grad of every parameter, which is None afterwards, and let the levels that are due step."""
+        self.ticks += 1
+        due = self.due(self.ticks)
+        for name, p in self.parameters.items():
+            if p.grad is not None and self.levels[self.level[name]]:
+                self.sums[name] = self.sums[name].add_(p.grad) if name in self.sums else p.grad
+            p.grad = self.sums.pop(name, None) if self.level[name] in due else None
+        self.optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self):
+        return {"optimizer": self.optimizer.state_dict(), "ticks": self.ticks, "levels": self.levels,
+                "sums": {name: g.clone() for name, g in self.sums.items()}}  # fmt: skip
+
+    def load_state_dict(self, state):
+        if state["levels"] != self.levels:
+            raise ValueError(f"the state is of levels {state['levels']}; these are {self.levels}")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ticks = state["ticks"]
+        self.sums = {name: g.to(self.parameters[name]).clone() for name, g in state["sums"].items()}
+
+
 # Of the matrices of a model. All are read through Newton-Schulz, so what differs is the memory; one lr serves all and AdamW.
 MATRIX_OPTIMIZERS = {
     "muon": Muon,
@@ -557,96 +624,10 @@ def optimizer_by_name(model, name="adamw", lr=3e-3, weight_decay=0.1, betas=(0.9
     groups = [group for group in groups if group["params"]]
     parts = [MATRIX_OPTIMIZERS[name](matrices, lr=lr, weight_decay=weight_decay)] if matrices else []
     parts += [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)] if groups else []
-    return Together(*parts) if matrices else parts[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def toy_path(make, lr, omega, k=10.0, alpha=1.0, steps=300):
-    """[(r, theta, psi), ...] of an optimizer on psi = r^2 + k (r - theta + alpha sin(omega r))^2 from (-3.5, 2) (NL eq. 53).
-
-    A ravine along theta = r + alpha sin(omega r), k times as steep across as along: its direction changes with r.
-    """
-    w = nn.Parameter(torch.tensor([[-3.5, 2.0]], dtype=torch.float64))
-    optimizer, path = make([w], lr=lr), []
-    for _ in range(steps):
-        r, theta = w[0].tolist()
-        across = r - theta + alpha * math.sin(omega * r)
-        path.append((r, theta, r**2 + k * across**2))
-        if path[-1][-1] > 1e6:
-            break
-        slope = 2 * r + 2 * k * across * (1 + alpha * omega * math.cos(omega * r)), -2 * k * across
-        w.grad = torch.tensor([slope], dtype=w.dtype)
-        optimizer.step()
-    return path
-
-
-def steps_to_stay(path, below=1e-3):
-    """Steps after which psi stays below; infinite if it ends above."""
-    last = max(i for i, (_, _, psi) in enumerate(path) if not psi < below)
-    return last + 1 if last + 1 < len(path) else math.inf
-
-
-def draw(paths, omega, file, k=10.0, alpha=1.0):
-    """The toy's level lines with the paths {name: path}, and psi step by step, as a picture."""
-    import numpy as np
-    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
-
-    r, theta = np.meshgrid(np.linspace(-5, 3, 300), np.linspace(-5.5, 3.5, 300))
-    psi = r**2 + k * (r - theta + alpha * np.sin(omega * r)) ** 2
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    plane, fall = figure.subplots(1, 2)
-    plane.contourf(r, theta, np.log10(psi + 1e-3), 24, cmap="Greys_r", alpha=0.6)
-    for (name, path), color in zip(paths.items(), ("tab:blue", "tab:orange", "tab:green"), strict=True):
-        x, y, value = np.array(path).T
-        plane.plot(x, y, ".-", color=color, markersize=4, linewidth=1, label=name)
-        fall.semilogy(value, color=color, label=f"{name}: {steps_to_stay(path)} steps")
-    plane.plot(0, 0, "*", color="black", markersize=12)
-    plane.plot(-3.5, 2, "o", color="black")
-    plane.set(xlabel="r", ylabel="theta", xlim=(-5, 3), ylim=(-5.5, 3.5), title=f"k {k:g}, alpha {alpha:g}, omega {omega:g}")
-    fall.axhline(1e-3, color="black", linewidth=0.8, linestyle=":")
-    fall.set(xlabel="step", ylabel="psi", ylim=(1e-6, 1e3), xlim=(0, 200))
-    for axes in (plane, fall):
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    file.parent.mkdir(exist_ok=True)
-    figure.savefig(file, dpi=130)
-
-
-def demo():
-    makes = {"momentum": Momentum, "delta momentum": DeltaMomentum, "deep momentum": DeepMomentum}
-    rates, omegas = [2.0**-n for n in range(8, -1, -1)], (1.0, 2.0, 3.0)
-    print("NL figure 4: psi = r^2 + 10 (r - theta + sin(omega r))^2 from (-3.5, 2), defaults of every optimizer;\n"
-          "steps until psi stays below 0.001, at the best lr of 1, 1/2, ... 1/256\n")  # fmt: skip
-    print(f"{'':18}" + "".join(f"{f'omega {omega:g}':>20}" for omega in omegas))
-    shown = {}
-    for name, make in makes.items():
-        line = f"{name:18}"
-        for omega in omegas:
-            path, lr = min(((toy_path(make, lr, omega), lr) for lr in rates), key=lambda run: steps_to_stay(run[0]))
-            steps = steps_to_stay(path)
-            line += f"{f'{steps}  (lr {lr:.2g})' if steps < math.inf else f'over {len(path)}':>20}"
-            if omega == omegas[0]:
-                shown[name] = path
-        print(line, flush=True)
-    file = Path("runs/optimizers.png")
-    draw(shown, omegas[0], file)
-    print(f"\npaths for omega {omegas[0]:g} drawn in {file}\n")
-
-    print("NL eq. 45: 50 gradients along u1, then 50 along u2. How much of what was held along u1 is left:\n")
-    u = torch.eye(4).unsqueeze(1)
-    memories = {"momentum": (Momentum, "M"), "Muon": (Muon, "M"), "M3, fast": (M3, "M"), "M3, slow": (M3, "M2")}
-    for name, (make, key) in memories.items():
-        w = nn.Parameter(torch.zeros(1, 4))
-        optimizer, held = make([w]), []
-        for task in range(2):
-            for _ in range(50):
-                w.grad = u[task]
-                optimizer.step()
-            held.append(optimizer.state[w][key][0, 0].item())
-        print(f"{name:18}{held[1] / held[0]:>12.2%}")
+    return CombinedOptimizer(*parts) if matrices else parts[0]
 
 
 if __name__ == "__main__":
-    demo()
+    from runpy import run_module
+
+    run_module("bench.demos", run_name="optimizers")

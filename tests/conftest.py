@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 def here(tmp_path, monkeypatch):
     """A working folder with a small text file in it. No pictures of runs: they take longer than these runs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("train.plot", lambda folder, title: None)
+    monkeypatch.setattr("train.plot", lambda run: None)
     Path("text.py").write_text("".join(f"def f{i}(x):\n    return x * {i} + {i % 7}\n" for i in range(300)))
     return tmp_path
 

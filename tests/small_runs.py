@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from train import TrainConfig
+from support.config import TrainConfig
 
 
 def flags(config: TrainConfig) -> list[str]:

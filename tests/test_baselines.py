@@ -18,10 +18,12 @@ from baselines import (
     TitansMAC,
     TitansMAG,
     TitansMAL,
+    delta_net,
+    gated_delta_net,
     rotate,
 )
-from hope import map_state
-from memory import delta_net, gated_delta_net, l2norm, read
+from learn import map_state
+from memory import l2norm, read
 
 D, H = 16, 2
 MIXERS = {

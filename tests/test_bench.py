@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import bench
-from bench import main, parse_spec, read_cells, spec_config, split_specs
+from bench.__main__ import main
+from bench.cells import parse_spec, read_cells, spec_config, split_specs
 
 TINY = ":d_model=32:n_layers=1:n_heads=2:conv=4"
 QUALITY = ["quality", "--models", f"hope{TINY}:chunk=8,transformer{TINY}", "--tokens", "256", "--lr-tokens", "64"]

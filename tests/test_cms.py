@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cms import CMS, VARIANTS, Level, LevelOptimizer
-from optimizers import Together
+from cms import CMS, VARIANTS, Level
+from optimizers import CombinedOptimizer, LevelOptimizer
 
 D = 6
 LEVELS = [Level(2, 5), Level(6, 8), Level(12, 4), Level(None, 7)]
@@ -234,7 +234,7 @@ OPTIMIZERS = {
 
 
 def both(params):
-    return Together(torch.optim.SGD(params[::2], lr=0.1, momentum=0.9), torch.optim.AdamW(params[1::2], lr=0.01))
+    return CombinedOptimizer(torch.optim.SGD(params[::2], lr=0.1, momentum=0.9), torch.optim.AdamW(params[1::2], lr=0.01))
 
 
 def steps(optimizer, net, grads):

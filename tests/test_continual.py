@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-import continual
 import eval as evaluation
-from continual import (
+from bench import continual
+from bench.continual import (
     EWC,
     Domain,
     banking77,

@@ -24,8 +24,9 @@ import data
 import eval as eval_py
 import hope
 import train
-from data import Shards, batch, documents, join, load_corpus, main, windows
-from vocabulary import END, encode, n_bytes, tokenizer, train_tokenizer
+from data import main
+from support.corpus import Shards, batch, documents, join, load_corpus, windows
+from support.vocabulary import END, encode, n_bytes, tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the memory of a river keeps what it was told and forgets slowly what nobody asks for again".split()
@@ -295,7 +296,7 @@ def test_single_file_is_split_like_its_corpus(tmp_path, small_shards):
 
 
 def test_full_disk_leaves_shards_that_can_be_finished(library, shards, tmp_path, monkeypatch):
-    real, calls, out = data.write_beside, [], tmp_path / "again"
+    real, calls, out = data.atomic_write, [], tmp_path / "again"
     words = ["text", str(library), "--vocab", "300", "--out", str(out), "--jobs", "1"]
 
     def full(path, write):
@@ -304,7 +305,7 @@ def test_full_disk_leaves_shards_that_can_be_finished(library, shards, tmp_path,
             raise OSError("No space left on device")
         real(path, write)
 
-    monkeypatch.setattr(data, "write_beside", full)
+    monkeypatch.setattr(data, "atomic_write", full)
     for _ in range(20):
         try:
             main(words)

@@ -23,11 +23,12 @@ import pytest
 import torch
 from small_runs import Stopped, flags, log, stop_after
 
-import checkpoint
-import distributed
 import train as training
 from hope import Hope
-from train import TrainConfig, main, resumed, train
+from support import checkpoint, distributed
+from support.config import TrainConfig
+from support.run import resumed
+from train import main, train
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"d_model": 16, "n_layers": 2, "n_heads": 2, "chunk": 8, "hidden": 32}
@@ -151,7 +152,7 @@ def test_checkpoints_of_two_processes_are_read_by_one_and_the_reverse(here, serv
     train(small(out="whole", **settings))
     processes(server, 2, run, small(out="of two", fsdp=fsdp, **settings), 10)
     run(small(out="of one", **settings), 10)
-    assert checkpoint.steps("of two") == checkpoint.steps("of one") == [4, 8]
+    assert checkpoint.saved_steps("of two") == checkpoint.saved_steps("of one") == [4, 8]
     assert [path.name for path in checkpoint.folder("of two", 8).glob("*1_0.distcp")]  # process 1 wrote its share
     model, other = (Hope.load(each)[0] for each in ("of two", "of one"))
     torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=1e-5)
@@ -183,13 +184,13 @@ def test_a_torn_checkpoint_is_passed_over_with_a_warning(here, capsys, damage):
 
 def test_only_the_newest_checkpoints_are_kept(here):
     train(small(out="run", save_every=3, keep=3))
-    assert checkpoint.steps("run") == [15, 18, 20]
+    assert checkpoint.saved_steps("run") == [15, 18, 20]
     assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step-15", "step-18", "step-20"]
 
 
 def test_metadata_of_a_checkpoint_cannot_run_code(here):
     train(small(out="run", tokens=64))
-    for step in checkpoint.steps("run"):
+    for step in checkpoint.saved_steps("run"):
         path = checkpoint.folder("run", step) / ".metadata"
         path.write_bytes(pickle.dumps(os.system, 4).ljust(path.stat().st_size))
     with pytest.raises(ValueError, match="system has no place in a checkpoint"):
@@ -211,7 +212,7 @@ def test_disk_that_is_full_gives_one_line_and_leaves_the_earlier_checkpoint(here
     error = Path("out0").read_text().splitlines()[-1]
     assert "could not write run/checkpoints/step-10" in error and "the earlier run/checkpoints/step-5 is intact" in error
     assert "File too large; the disk has" in error
-    assert {path: path.read_bytes() for path in before} == before and checkpoint.steps("run") == [0, 5]
+    assert {path: path.read_bytes() for path in before} == before and checkpoint.saved_steps("run") == [0, 5]
     assert not list(Path("run/checkpoints").glob("*.tmp"))
     assert train(replace(resumed("run"), tokens=10 * 64))["step"] == 10
     assert finish(spawn(server, 0, limited_run, size // 8, flags(small(out="new")))) == [2]

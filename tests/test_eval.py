@@ -16,15 +16,16 @@ import pytest
 import torch
 from test_train import small
 
-import checkpoint
 import eval as evaluation
-import harness as harness_module
-from eval import TABLE2, needles, published
-from harness import Scorer, adapter, harness
+from bench import harness as harness_module
+from bench.harness import Scorer, adapter, harness
+from bench.tables import published
+from eval import TABLE2, needles
 from hope import Hope, HopeConfig
+from support import checkpoint
+from support.vocabulary import tokenizer
 from tasks import needle
 from train import train
-from vocabulary import tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = os.environ.get("NESTED_DATA")
@@ -303,9 +304,9 @@ def test_local_files_become_the_harness_s_prompts(few, monkeypatch):
 POSITION = """
 import sys
 import numpy as np, torch
-from vocabulary import tokenizer
+from support.vocabulary import tokenizer
 from eval import position
-from harness import Scorer
+from bench.harness import Scorer
 from hope import Hope, HopeConfig
 torch.set_num_threads(1)
 model = Hope(HopeConfig.preset("nano", sys.argv[1], d_model=32, n_layers=1)).eval()

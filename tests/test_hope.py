@@ -15,10 +15,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import baselines
-import checkpoint
 import hope
 import titans
-from hope import MIXERS, PRESETS, Hope, HopeConfig, flops_per_token, load_state, map_state, save_state
+from hope import MIXERS, PRESETS, Hope, HopeConfig
+from learn import map_state
+from support import checkpoint
+from support.checkpoint import load_state, save_state
+from support.plan import flops_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(vocab_size=11, d_model=16, n_layers=2, n_heads=2, hidden=24, chunk=4, window=8)

@@ -29,7 +29,8 @@ import hope  # noqa: E402
 import kernels  # noqa: E402
 import memory  # noqa: E402
 import titans  # noqa: E402
-from titans import SelfModifyingTitans, _SelfModify  # noqa: E402
+from fused import _SelfModify
+from titans import SelfModifyingTitans
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"  # interpreted, see conftest.py

@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hope import Hope, HopeConfig, load_state, map_state, save_state, tensors
+from hope import Hope, HopeConfig
+from learn import map_state, tensors
+from support.checkpoint import load_state, save_state
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(vocab_size=11, d_model=8, n_layers=2, n_heads=2, hidden=12, chunk=4, levels=[4, 8, None], cms_step=0.03)

@@ -17,19 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from memory import (
-    decay,
-    delta_net,
-    gated_delta_net,
-    l2norm,
-    linear_attention,
-    read,
-    retention,
-    scan,
-    scan_stepwise,
-    titans_linear,
-    write,
-)
+from baselines import delta_net, gated_delta_net, linear_attention, retention
+from fused import decay
+from memory import l2norm, read, scan, scan_stepwise, titans_linear, write
 
 # ---------------------------------------------------------------------------------------------- oracles and helpers
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-import plan
 import train
-from hope import PRESETS, Hope, HopeConfig, flops_per_token
-from train import TrainConfig, parse
+from hope import PRESETS, Hope, HopeConfig
+from support import plan
+from support.config import TrainConfig, parse
+from support.plan import flops_per_token
 
 TINY = dict(n_layers=2, d_model=64, n_heads=2, vocab_size=500)
 

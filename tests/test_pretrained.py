@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from hope import Hope
-from train import TrainConfig, resumed, train
-from vocabulary import tokenizer
+from support.config import TrainConfig
+from support.run import resumed
+from support.vocabulary import tokenizer
+from train import train
 
 transformers = pytest.importorskip("transformers", reason="optional: pip install transformers")
 pytest.importorskip("safetensors", reason="optional: pip install safetensors")
@@ -39,7 +41,7 @@ def checkpoint(folder, **changes):
 @pytest.mark.parametrize("levels", [[None], [4, None], [4, 8, 16]], ids=str)
 def test_at_the_start_and_with_step_0_it_is_the_pre_trained_model(kind, levels, tmp_path):
     llama, x = checkpoint(tmp_path, **KINDS[kind]), torch.randint(61, (2, 21))
-    model = Hope.from_pretrained(tmp_path, levels)
+    model = from_pretrained(tmp_path, levels)
     with torch.no_grad():
         expected = llama(x).logits
         assert expected.std() > 0.1
@@ -53,7 +55,7 @@ def test_at_the_start_and_with_step_0_it_is_the_pre_trained_model(kind, levels, 
 
 def test_the_levels_of_a_pre_trained_model_are_trained_on_both_clocks(tmp_path):
     checkpoint(tmp_path, num_key_value_heads=2)
-    model, x = Hope.from_pretrained(tmp_path, [4, 8, None], cms_step=0.01), torch.randint(61, (2, 21))
+    model, x = from_pretrained(tmp_path, [4, 8, None], cms_step=0.01), torch.randint(61, (2, 21))
     before = model.learn(x, updates="full")[0].mean()
     before.backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -77,15 +79,15 @@ def test_what_has_no_place_is_named(damage, message, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
     with pytest.raises(ValueError, match=message):
-        Hope.from_pretrained(tmp_path)
+        from_pretrained(tmp_path)
 
 
 def test_a_folder_without_a_checkpoint_and_levels_that_do_not_divide_are_named(tmp_path):
     with pytest.raises(ValueError, match="no readable checkpoint"):
-        Hope.from_pretrained(tmp_path / "none")
+        from_pretrained(tmp_path / "none")
     checkpoint(tmp_path)
     with pytest.raises(ValueError, match="multiple of the number of levels, got 48 for 5"):
-        Hope.from_pretrained(tmp_path, [2, 4, 8, 16, None])
+        from_pretrained(tmp_path, [2, 4, 8, 16, None])
 
 
 TEXT = "\u201cIt's 1877; they'll be ca\u00f1on-fodder\u201d.\n\n    x_1 = f(2048)\t# \u00e9 \U0001f600 <|end|>\r\n" * 40

@@ -9,8 +9,17 @@ import pytest
 import torch
 
 import eval as evaluation
-import suites
-from suites import COLUMNS, Autoencoder, Cell, build, data_sets, protocol, score, train_cell
+from bench import suites
+from bench.suites import (
+    COLUMNS,
+    Autoencoder,
+    Cell,
+    build,
+    data_sets,
+    protocol,
+    score,
+    train_cell,
+)
 from tasks import IGNORE, LANGUAGES, MAD
 
 TINY = {"d_model": 16, "n_layers": 1, "n_heads": 1, "chunk": 8}

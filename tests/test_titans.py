@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hope import Hope, HopeConfig, map_state
+from hope import Hope, HopeConfig
+from learn import map_state
 from titans import NeuralMemory, SelfModifyingTitans, ShortConvolution
 
 D, H, CHUNK = 8, 2, 5  # heads of width 4

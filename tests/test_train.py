@@ -18,13 +18,17 @@ import pytest
 import torch
 from small_runs import Stopped, flags, log, stop_after
 
-import checkpoint
 import eval as evaluation
 import train as training
-from data import load_corpus
-from hope import Hope, HopeConfig, flops_per_token, tensors
-from train import TrainConfig, learning_rate, loss_fn, main, optimizer_for, parse, resumed, train, validate
-from vocabulary import n_bytes, tokenizer
+from hope import Hope, HopeConfig, loss_fn
+from learn import tensors
+from support import checkpoint
+from support.config import TrainConfig, parse
+from support.corpus import load_corpus
+from support.plan import flops_per_token
+from support.run import optimizer_for, resumed
+from support.vocabulary import n_bytes, tokenizer
+from train import learning_rate, main, train, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"d_model": 32, "n_layers": 1, "n_heads": 2, "chunk": 8}
@@ -63,7 +67,7 @@ def test_a_run_is_a_folder_with_everything_in_it(here, capsys, monkeypatch):
     assert lines[-1]["val_tokens"] == len(load_corpus("text.py").val)  # the last validation takes all held-out text
     assert lines[-1]["val_bits_per_byte"] == result["val_bits_per_byte"]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert checkpoint.steps(run) == [6, 8]
+    assert checkpoint.saved_steps(run) == [6, 8]
     printed = capsys.readouterr().out
     for command in ("python eval.py runs/hope-nano", "python train.py --resume runs/hope-nano --tokens",
                     "python hope.py generate runs/hope-nano --prompt"):  # fmt: skip
@@ -233,7 +237,7 @@ def test_ctrl_c_finishes_the_step_and_saves(here):
     assert process.returncode == 130 and "Traceback" not in err
     assert "python train.py --resume run" in out
     last = max(losses("run"))
-    assert checkpoint.steps("run")[-1] == last
+    assert checkpoint.saved_steps("run")[-1] == last
     assert f"after step {last} of" in out
 
 
@@ -286,14 +290,14 @@ def test_too_many_steps_that_are_not_finite_stop_the_run_and_keep_the_checkpoint
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(r"error: step 6: .* is not finite .*, 3 steps in a row; the last checkpoint is kept", err)
     model, _ = Hope.load("run")
-    assert checkpoint.steps("run") == [4, 5] and all(x.isfinite().all() for x in model.state_dict().values())
+    assert checkpoint.saved_steps("run") == [4, 5] and all(x.isfinite().all() for x in model.state_dict().values())
 
 
 def test_run_that_explodes_stops(here, capsys):
     assert main([*flags(small(out="run", save_every=1)), "--lr", "1e30", "--max_skipped=0"]) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     step = int(re.search(r"error: step (\d+): .* is not finite", err).group(1))
-    assert checkpoint.steps("run")[-1] == step - 1 == max(losses("run"), default=0)
+    assert checkpoint.saved_steps("run")[-1] == step - 1 == max(losses("run"), default=0)
 
 
 def test_first_parameter_with_a_non_finite_gradient_is_named():
@@ -470,7 +474,7 @@ def test_resuming_refuses_what_would_be_another_run(here, capsys, change):
 @pytest.mark.parametrize("damage", ["torn", "missing", "other model"])
 def test_damaged_checkpoints_give_one_line(here, capsys, damage):
     train(small(out="run", tokens=64))
-    for step in checkpoint.steps("run"):
+    for step in checkpoint.saved_steps("run"):
         (checkpoint.folder("run", step) / ".metadata").write_bytes(b"torn")
     if damage != "torn":
         shutil.rmtree("run/checkpoints")

@@ -129,16 +129,16 @@ def _waiting(what):
         raise TimeoutError(f"process {rank()} waited for the others {what}, at most {limit}, in vain: {why}") from None
 
 
-def whole(t: torch.Tensor) -> torch.Tensor:
+def full_tensor(t: torch.Tensor) -> torch.Tensor:
     """t, gathered from its shares if it lies in shares."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def shard(model: nn.Module, device: torch.device, blocks_whole: bool = False) -> None:
+def shard(model: nn.Module, device: torch.device, whole_blocks: bool = False) -> None:
     """FSDP2, in place: every process keeps a share of all weights, gradients and moments; a block is gathered while it works.
 
     On a GPU matrices travel as bfloat16, in which they multiply. What fast weights start from, their rates, norms and the
-    embedding stay float32, and so do sums of gradients: fast weights add up many small steps. blocks_whole: all of a block
+    embedding stay float32, and so do sums of gradients: fast weights add up many small steps. whole_blocks: all of a block
     travels together, as float32, because hooks within a block would break its compiled graph.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -148,7 +148,7 @@ def shard(model: nn.Module, device: torch.device, blocks_whole: bool = False) ->
     # blocks return their states, some as views; nothing ever writes into a state
     warnings.filterwarnings("ignore", ".*returned a view tensor.*")
     for block in model.blocks:
-        if not blocks_whole:
+        if not whole_blocks:
             fully_shard([mlp.norm for mlp in block.cms.mlps])
             fully_shard([m for m in block.modules() if isinstance(m, (nn.Linear, MLP))], mp_policy=policy)
         fully_shard(block)

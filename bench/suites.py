@@ -45,13 +45,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench import SEARCH_SEED, cores, numbers, read_cells, run_cells, spec_config, split_specs, workers
-from checkpoint import first_line, write_beside
-from hope import Hope, HopeConfig, device_for, one_of
-from tables import cell as shown
-from tables import markdown, published, short
+from bench.cells import (
+    SEARCH_SEED,
+    cores,
+    numbers,
+    read_cells,
+    run_cells,
+    spec_config,
+    split_specs,
+    workers,
+)
+from bench.tables import cell as shown
+from bench.tables import markdown, published, short
+from hope import Hope, HopeConfig, loss_fn, one_of
+from support.checkpoint import atomic_write, first_line
+from support.config import Parser, TrainConfig, whole_number
+from support.run import device_for, optimizer_for, write_json
 from tasks import IGNORE, LANGUAGES, MAD, formal, mqar
-from train import NonFinite, Parser, TrainConfig, gradient_norm, learning_rate, loss_fn, optimizer_for, whole, write_json
+from train import NonFinite, gradient_norm, learning_rate
 
 COLUMNS = {  # task: column of the paper's table
     "formal": dict(zip(LANGUAGES, published("table5")["columns"], strict=True)),
@@ -340,7 +351,9 @@ def table(suite: str, tasks: list[str], rows: list[dict], args) -> str:
 
 def draw(path: Path, suite: str, tasks: list[str], rows: list[dict]) -> None:
     """Heat-map of mean accuracy: our models, and below them the published ones."""
-    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
+    from matplotlib.figure import (
+        Figure,  # slow to import; a Figure of its own needs no display
+    )
 
     bins = len(rows[0]["mean"][tasks[0]]) if suite == "formal" else 1
     names = [row["model"] for row in rows]
@@ -361,7 +374,7 @@ def draw(path: Path, suite: str, tasks: list[str], rows: list[dict]) -> None:
     axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set_title("accuracy %")
-    write_beside(path, lambda beside: figure.savefig(beside, dpi=120, format="png"))
+    atomic_write(path, lambda beside: figure.savefig(beside, dpi=120, format="png"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -374,9 +387,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0", help="of data, weights and batches")
     parser.add_argument("--lrs", help="grid of learning rates")
     for name in ("steps", "batch", "examples", "tests"):
-        parser.add_argument(f"--{name}", type=whole, help="another number than the protocol's")
-    parser.add_argument("--jobs", type=whole, default=2, help="cells trained at once; they share the cores")
-    parser.add_argument("--threads", type=lambda text: whole(text, 0), default=0, help="CPU threads of a process; 0: all")
+        parser.add_argument(f"--{name}", type=whole_number, help="another number than the protocol's")
+    parser.add_argument("--jobs", type=whole_number, default=2, help="cells trained at once; they share the cores")
+    parser.add_argument("--threads", type=lambda text: whole_number(text, 0), default=0, help="CPU threads of a process; 0: all")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", help="the result as JSON (default: results/tasks_SUITE.json)")
     try:

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import first_line
-from hope import map_state
-from train import precision
-from vocabulary import encode
+from learn import map_state
+from support.checkpoint import first_line
+from support.run import precision
+from support.vocabulary import encode
 
 LOCAL_TASKS = Path(__file__).resolve().parent / "tests" / "lm_eval_tasks"
 

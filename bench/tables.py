@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import write_beside
+from support.checkpoint import atomic_write
 
 
 def published(table: str) -> dict:
@@ -47,7 +47,9 @@ def beside(table: str, made: dict, run, guess: list | None = None) -> str:
 
 def draw(path: Path, paper: dict, values: list, facts: dict) -> None:
     """A panel for each column: this run in red, the published Hope black, the other published rows grey."""
-    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
+    from matplotlib.figure import (
+        Figure,  # slow to import; a Figure of its own needs no display
+    )
 
     columns = paper["columns"]
     figure = Figure(figsize=(1.4 * len(columns) + 1, 4), layout="constrained")
@@ -59,7 +61,7 @@ def draw(path: Path, paper: dict, values: list, facts: dict) -> None:
         axes.set(title=column, xticks=[], yscale="log" if "ppl" in column else "linear")
     size = f"{short(facts['parameters'])} parameters, {short(facts['training_tokens'])} training tokens"
     figure.suptitle(f"{paper['title']}\nred: {facts['model']}, {size}; black: published Hope; grey: other published rows")
-    write_beside(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
+    atomic_write(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
 
 
 def draw_position(run, made: dict) -> None:
@@ -82,4 +84,4 @@ def draw_position(run, made: dict) -> None:
     title = f"{facts['model']}, {short(facts['parameters'])} parameters, {short(facts['training_tokens'])} training tokens"
     top.set(xscale="log", ylabel="bits per token", title=title)
     bottom.set(xlabel="position (tokens)", ylabel=f"worse if begun\nafresh every {length}")
-    write_beside(run.folder / "position.png", lambda beside: figure.savefig(beside, format="png", dpi=120))
+    atomic_write(run.folder / "position.png", lambda beside: figure.savefig(beside, format="png", dpi=120))

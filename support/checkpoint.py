@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import distributed
-from distributed import on_all, on_first
+from learn import map_state
+from support import distributed
+from support.distributed import on_all, on_first
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One file
@@ -39,7 +40,7 @@ def reason(error: BaseException, path: Path) -> str:
     return f"{first_line(error)}; the disk has {shutil.disk_usage(path.parent).free / 2**20:,.1f} MiB free"
 
 
-def write_beside(path: Path, write: Callable[[Path], None]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file whole or not at all: `write` to a name beside it, then rename. OSError says what stayed."""
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -113,11 +114,11 @@ def _shares(optimizer):
 # Checkpoints
 
 
-class Torn(RuntimeError):
+class CorruptCheckpoint(RuntimeError):
     """A checkpoint that is not all there."""
 
 
-def steps(run: Path) -> list[int]:
+def saved_steps(run: Path) -> list[int]:
     """Steps of the checkpoints of a run, whole or torn, in order."""
     named = (re.fullmatch(r"step-(\d+)", path.name) for path in Path(run, "checkpoints").glob("step-*"))
     return sorted(int(name[1]) for name in named if name)
@@ -151,7 +152,7 @@ def save(run: Path, model: nn.Module, optimizer, step: int, keep: int = 1) -> No
             shutil.rmtree(path)
         beside.rename(path)
         flush(path.parent)
-        for old in steps(run)[:-keep]:
+        for old in saved_steps(run)[:-keep]:
             gone = folder(run, old)
             shutil.rmtree(gone.rename(gone.with_name(gone.name + ".tmp")))
 
@@ -163,7 +164,7 @@ def save(run: Path, model: nn.Module, optimizer, step: int, keep: int = 1) -> No
     except (OSError, RuntimeError) as error:
         why = reason(error, path.parent)  # before there is room again
         on_first(clear)
-        earlier = steps(run)
+        earlier = saved_steps(run)
         kept = f"the earlier {folder(run, earlier[-1])} is intact" if earlier else "nothing is left behind"
         raise OSError(f"could not write {path} ({why}); {kept}") from error
 
@@ -173,11 +174,11 @@ def load(run: Path, model: nn.Module, optimizer=None) -> int:
 
     ValueError in one line: no checkpoint, none that is whole, or one of another model.
     """
-    found, why = on_first(lambda: steps(run)), f"{Path(run, 'checkpoints')} has no checkpoint"
+    found, why = on_first(lambda: saved_steps(run)), f"{Path(run, 'checkpoints')} has no checkpoint"
     for step in reversed(found):
         try:
             return on_all(lambda step=step: _read(folder(run, step), model, optimizer))
-        except RuntimeError as error:  # Torn, here or in another process
+        except RuntimeError as error:  # CorruptCheckpoint, here or in another process
             why = first_line(error)
         if distributed.rank() == 0 and step != found[0]:
             print(f"warning: {why}: going back to the checkpoint before it", file=sys.stderr)
@@ -185,7 +186,7 @@ def load(run: Path, model: nn.Module, optimizer=None) -> int:
 
 
 def _read(path, model, optimizer):
-    """One checkpoint. Torn, or ValueError where it is of another model."""
+    """One checkpoint. CorruptCheckpoint, or ValueError where it is of another model."""
     import torch.distributed.checkpoint as dcp
 
     reader = dcp.FileSystemReader(path)
@@ -193,13 +194,14 @@ def _read(path, model, optimizer):
         kept = load_file(path / "rest.pt")
         for name, size in kept["sizes"].items():
             if (there := (path / name).stat().st_size) != size:
-                raise Torn(f"{name} has {there} bytes of {size}")
+                raise CorruptCheckpoint(f"{name} has {there} bytes of {size}")
         reader.read_metadata = lambda *_, **__: _metadata(path / ".metadata")
         saved = reader.read_metadata().state_dict_metadata
     except Exception as error:
-        raise Torn(f"checkpoint {path} is torn ({first_line(error)})") from None
+        raise CorruptCheckpoint(f"checkpoint {path} is torn ({first_line(error)})") from None
 
     tensors = _cut({"model": model.state_dict()})[1]
+    tensors = {_name_in(saved, name): tensor for name, tensor in tensors.items()}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     theirs = {name: tensor.size for name, tensor in saved.items() if name.startswith("model/")}
     if wrong := sorted(name for name in {**shapes, **theirs} if shapes.get(name) != theirs.get(name)):
@@ -217,13 +219,19 @@ def _read(path, model, optimizer):
     try:
         _call(dcp.load, tensors, storage_reader=reader)
     except (OSError, RuntimeError) as error:
-        raise Torn(f"checkpoint {path} is torn ({first_line(error)})") from None
+        raise CorruptCheckpoint(f"checkpoint {path} is torn ({first_line(error)})") from None
     if optimizer is not None:
         try:
             optimizer.load_state_dict(_join(kept["rest"], tensors)["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"checkpoint {path} is of another optimizer ({first_line(error)})") from None
     return kept["rest"]["step"]
+
+
+def _name_in(saved, name):
+    """What a tensor is called in a checkpoint: projections had other names in some mixers once."""
+    old = name.replace(".in_proj.", ".proj.").replace(".out_proj.", ".out.")
+    return old if name not in saved and old in saved else name
 
 
 def _call(work, tensors, **options):
@@ -260,3 +268,14 @@ def _metadata(path):
         metadata = _Unpickler(file).load()
     metadata.storage_meta = metadata.storage_meta or type(metadata.storage_meta)()
     return metadata
+
+
+def save_state(state, path):
+    """Write a state to a file: cut from the graph, on the CPU. OSError where that fails; never half a file."""
+    state = map_state(lambda t: t.detach().cpu().clone(), state)
+    atomic_write(Path(path), lambda beside: torch.save(state, beside))
+
+
+def load_state(path, device="cpu"):
+    """The state `save_state` wrote. Raises ValueError where the file is torn or no such file."""
+    return map_state(lambda t: t.to(device), load_file(path))

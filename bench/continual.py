@@ -37,6 +37,14 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+from hope import loss_fn
+from learn import tensors
+from optimizers import LevelOptimizer
+from support.config import TrainConfig
+from support.corpus import batch, documents, join
+from support.run import optimizer_for, resumed
+from support.vocabulary import encode, n_bytes, tokenizer
+
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in train.py
 
 import numpy as np
@@ -44,11 +52,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import first_line, write_beside
-from cms import LevelOptimizer
-from data import batch, documents, encode, join, n_bytes, tokenizer
-from hope import Hope, HopeConfig, one_of, tensors
-from train import TrainConfig, loss_fn, optimizer_for, resumed, train, validate
+from hope import Hope, HopeConfig, one_of
+from support.checkpoint import atomic_write, first_line
+from train import train, validate
 
 SIZE = dict(d_model=64, n_layers=2, n_heads=1)  # about 0.11M parameters, equal for all learners
 PERIODS = (1, 3, 9, 27)  # training steps between updates of level 1, 2, 3, 4
@@ -564,7 +570,9 @@ def table(records, command):
 
 def plot(records, command, path):
     """Curves and gains of the stream; or a heat-map of the matrix for every learner, and all settings that were tried."""
-    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
+    from matplotlib.figure import (
+        Figure,  # slow to import; a Figure of its own needs no display
+    )
 
     chosen = [r for r in records if r["seed"] != CHOSEN_ON] or records
     learners = in_order(chosen)
@@ -612,7 +620,7 @@ def plot(records, command, path):
         axes.legend(frameon=False, fontsize=6)
         for axes in grid[len(learners) + 1 :]:
             axes.remove()
-    write_beside(path, lambda beside: figure.savefig(beside, dpi=120, format="png"))
+    atomic_write(path, lambda beside: figure.savefig(beside, dpi=120, format="png"))
 
 
 def main(argv=None):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from checkpoint import write_beside
+from support.checkpoint import atomic_write
 
 END = "<|endoftext|>"
 TOKENIZER = "tokenizer.json"
@@ -105,7 +105,7 @@ def tokenizer_text(encoding: tiktoken.Encoding) -> str:
 
 def save_tokenizer(encoding: tiktoken.Encoding, folder: Path) -> None:
     """Write tokenizer.json into a folder, for `tokenizer` to read."""
-    write_beside(folder / TOKENIZER, lambda beside: beside.write_text(tokenizer_text(encoding), encoding="utf-8"))
+    atomic_write(folder / TOKENIZER, lambda beside: beside.write_text(tokenizer_text(encoding), encoding="utf-8"))
 
 
 def tokenizer_of(folder: str | Path, name: str) -> str:

@@ -13,20 +13,24 @@ share with --fsdp, which also holds the embedding and two blocks whole while the
 """
 
 import os
+import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import baselines
-from data import is_shards, load_corpus
-from hope import MIXERS, PRESETS, Hope, HopeConfig, flops_per_token, tensors
-from train import CMS_STEP, PEAK, Parser, TrainConfig, loss_fn, optimizer_for, parse, peak_flops
-from vocabulary import tokenizer
+from hope import MIXERS, PRESETS, Hope, HopeConfig, loss_fn
+from learn import tensors
+from support.config import CMS_STEP, Parser, TrainConfig, parse
+from support.corpus import is_shards, load_corpus
+from support.run import optimizer_for
+from support.vocabulary import tokenizer
 
 GB = {"B200": 180, "H200": 141, "H100": 80, "A100": 80, "L40S": 48, "L4": 24, "A10": 24, "4090": 24, "3090": 24, "V100": 32,
       "T4": 16}  # fmt: skip
@@ -74,7 +78,7 @@ def measure(model_config: HopeConfig, train: TrainConfig, rows: int, seq_len: in
         tokens = torch.zeros(rows, seq_len, dtype=torch.int64)
         before = alive.mark()
         with torch.autocast("cpu", torch.bfloat16):
-            logits, _ = model._read(tokens)
+            logits, _ = model.read(tokens)
         del _
         kept = alive.now - before
         loss = loss_fn(logits, tokens)
@@ -207,3 +211,41 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"gpu is {name!r}: legal are {', '.join(GB)}")
         size, peak = GB[name] * 1e9, PEAK[name]
     report(train, gpus, name, size, peak, own.utilisation)
+
+
+def flops_per_token(config: HopeConfig, seq_len: int) -> float:
+    """FLOPs of training on one token of rows of seq_len: forward and backward, CMS updates off.
+
+    Counted are products, 2 FLOPs per multiply-add: 6 per parameter of a matrix, once forward and
+    twice backward, plus what the mixers multiply besides (their `products`). Not counted: elementwise
+    work, and what a backward pass computes again to save memory. Attention counts the keys that its
+    queries see, half of a causal square, as fused attention computes; scans count whole tiles.
+    """
+    with torch.device("meta"):  # counts only
+        model = Hope(config)
+    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    for block in model.blocks:
+        for mlp in block.cms.mlps:
+            matrices += mlp.w_in.numel() + mlp.w_out.numel()
+    if config.tied:
+        matrices += config.vocab_size * config.d_model
+    return 6.0 * matrices + 2.0 * sum(block.mixer.products(seq_len) for block in model.blocks)
+
+
+# Peak of dense bfloat16 products, FLOPs per second, by a part of the GPU's name
+PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+        "A10": 125e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What one device can do at most, FLOPs per second; None where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK.items() if part in name), None)
+
+
+def peak_memory(device) -> float | None:
+    """Most memory held so far, in MiB: the GPU's, or this process's where Linux says (ru_maxrss may be the parent's)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10 if status.exists() else None

@@ -1,0 +1,134 @@
+"""Worked examples: what `python memory.py`, `titans.py`, `cms.py`, `hope.py` show.
+
+Each file runs this module under its own name; the functions below have the files' names.
+"""
+
+import argparse
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def memory():
+    """Pairs written into a matrix, some keys once more with new values; what each rule then reads."""
+    from memory import l2norm, scan
+
+    torch.manual_seed(0)
+    d, n, again = 32, 8, 4
+    k = l2norm(torch.randn(n, d))
+    v = torch.randn(n + again, d)
+    k = torch.cat([k, k[:again]])
+    one = torch.ones(n + again)
+    zero = torch.zeros(d, d)
+    print(f"{n} random pairs written into a {d} x {d} memory, then {again} of the keys once more")
+    print("with new values; relative error when read back:\n")
+    print(f"{'':34}{'rewritten keys':>16}{'other keys':>12}")
+    rules = {
+        "Hebbian        (delta 0)": scan(zero, k, v, one, one, delta=0.0),
+        "  with retention 0.9 ": scan(zero, k, v, one, 0.9 * one, delta=0.0),
+        "delta rule     (delta 1)": scan(zero, k, v, one, one),
+        "  with retention 0.9": scan(zero, k, v, one, 0.9 * one),
+        "  with momentum 0.3, step 0.7": scan(zero, k, v, 0.7 * one, one, theta=0.3 * one),
+    }
+    for name, (_, W, _) in rules.items():
+        error = (k[again:] @ W.mT - v[again:]).norm(dim=-1) / v[again:].norm(dim=-1)
+        print(f"{name:34}{error[-again:].mean():16.3f}{error[:-again].mean():12.3f}")
+
+
+def titans(pairs=6, symbols=16, steps=300, batch=64, d_model=64):
+    """Rows k1 v1 k2 v2 ... kn vn k_i: which v followed k_i? New pairs in every row."""
+    from titans import SelfModifyingTitans
+
+    print(f"one layer: {pairs} new pairs a row, asked for one; chance is {1 / symbols:.0%}\n")
+    print(f"{'training step':>24}{'memories learn':>18}{'memories frozen':>18}")
+    models = []
+    for inner_step in (1.0, 0.0):
+        torch.manual_seed(0)
+        embed = nn.Embedding(2 * symbols, d_model)
+        score = nn.Linear(d_model, symbols)
+        mixer = SelfModifyingTitans(d_model, 1, chunk=8, inner_step=inner_step)
+        layers = nn.ModuleList([embed, score, mixer])
+        models.append((layers, torch.optim.AdamW(layers.parameters(), lr=3e-3), []))
+    for step in range(1, steps + 1):
+        keys = torch.rand(batch, symbols).argsort(-1)[:, :pairs]
+        values = torch.randint(symbols, (batch, pairs))
+        asked = torch.randint(pairs, (batch, 1))
+        shown = torch.stack([keys, values + symbols], -1).flatten(1)  # [batch, 2 pairs]
+        tokens = torch.cat([shown, keys.gather(1, asked)], 1)
+        answers = values.gather(1, asked).squeeze(1)
+        for (embed, score, mixer), optimizer, hits in models:
+            logits = score(mixer(embed(tokens))[0][:, -1])
+            optimizer.zero_grad()
+            F.cross_entropy(logits, answers).backward()
+            optimizer.step()
+            hits.append((logits.argmax(-1) == answers).float().mean().item())
+        if step % (steps // 6) == 0:
+            means = [sum(hits[-20:]) / 20 for _, _, hits in models]
+            print(f"{step:>24}" + "".join(f"{mean:>18.0%}" for mean in means))
+
+
+def cms():
+    """The calendar of each variant, and what an update costs."""
+    from cms import CMS, VARIANTS, Level
+
+    levels = [Level(2, 64), Level(4, 128), Level(12, 256), Level(None, 512)]
+    print("Updates (u) and updates followed by a return to the start (R), tick by tick\n")
+    for variant in VARIANTS:
+        system = CMS(64, levels, variant)
+        print(f"{variant:<14}" + "".join(f"{tick:>3}" for tick in range(1, 25)))
+        for number, level in enumerate(levels):
+            line = f"  chunk {level.chunk or 'never':<6}"
+            for tick in range(1, 25):
+                mark = "u" if number in system.due(tick) else "."
+                line += f"{'R' if number in system.resets(tick) else mark:>3}"
+            print(line)
+        print()
+    print("What it costs (d_model 64): a slow memory is large and cheap, because it seldom updates\n")
+    print("  chunk   hidden  parameters  updated per tick")
+    for level, mlp in zip(system.levels, system.mlps, strict=True):
+        count = sum(w.numel() for w in mlp.parameters())
+        rate = (mlp.w_in.numel() + mlp.w_out.numel()) / level.chunk if level.chunk else 0
+        print(f"  {level.chunk or 'never':<6}{level.hidden:>8}{count:>12,}{rate:>18,.0f}")
+    y, state = system(torch.randn(3, 10, 64), system.start_state(batch=3))
+    shapes = [tuple(w["w_in"].shape) if w else None for w in state["fast"]]
+    print(f"\nafter {state['position']} tokens of 3 rows: y {tuple(y.shape)}, fast w_in {shapes}")
+
+
+def hope():
+    """A model as a nested system: who learns when, from what."""
+    from hope import Hope, HopeConfig
+
+    parser = argparse.ArgumentParser(prog="hope.py", description="a model as a nested system")
+    parser.add_argument("--preset", default="nano", help="(default nano)")
+    parser.add_argument("--model", default="hope", help="(default hope)")
+    args = parser.parse_args()
+    try:
+        config = HopeConfig.preset(args.preset, args.model)
+    except ValueError as error:
+        print(f"hope.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    with torch.device("meta"):  # counts only
+        model = Hope(config)
+    total = sum(p.numel() for p in model.parameters())
+    sizes = f"d_model {config.d_model}, {config.n_layers} layers, {config.n_heads} heads"
+    print(f"{config.model}: {total:,} parameters, {sizes}\n")
+    form = "{level:>5}  {component:<44}{updates:<38}{context:<42}{parameters:>12}"
+    names = ("level", "component", "updates", "context", "parameters")
+    print(form.format(**{name: name for name in names}))
+    for row in model.levels():
+        print(form.format(**row | {"parameters": f"{row['parameters']:,}"}))
+    print("\nLevel 1 updates most often. Parameters of a level that learns in context are its start.")
+
+
+def optimizers():
+    """NL figure 4, and what each memory keeps of old gradients."""
+    from bench.optimizers import demo
+
+    demo()
+
+
+DEMOS = {"memory": memory, "optimizers": optimizers, "titans": titans, "cms": cms, "hope": hope}
+if __name__ in DEMOS:
+    DEMOS[__name__]()

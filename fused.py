@@ -1,0 +1,333 @@
+"""Hand-derived backward passes in torch, for what autograd does slowly or inexactly.
+
+`decay`, `solve`                  products of retentions, unit lower triangular systems  (memory.py)
+`causal_convolution`              SiLU of a short depthwise convolution                  (titans.py)
+`self_modify`                     all chunks of self-modifying Titans, matrix memories   (titans.py)
+
+Each equals a definition elsewhere, which is its oracle in the tests: the tile equations at the top
+of memory.py, torch's conv1d, `SelfModifyingTitans._chunk`. kernels.py is the same in Triton.
+"""
+
+import functools
+import logging
+
+import torch
+import torch.nn.functional as F
+
+EPS = 1e-6  # of l2norm and of the norms around memories
+
+# --------------------------------------------------------------------------------------------------
+# Which backend computes it
+
+BACKENDS = ("auto", "torch", "triton")
+
+# Whether "auto" takes the Triton kernels on a GPU. They equal torch under Triton's interpreter and
+# compile for an H100 but have not run on a device: to be True once `pytest -m gpu` has passed on one.
+KERNELS_PROVEN = False
+
+
+def kernels_for(what, x, width, chunk=None, backend="auto"):
+    """The module kernels.py where its Triton kernels fit x (device, dtype), the width of the keys
+    and, in self-modification, the chunk in tokens; else None: torch computes it.
+
+    backend: "torch" declines the kernels, "triton" insists on them, "auto" takes them on a GPU once
+    they are proven. Why they do not fit is logged, once for each reason.
+    Raises ValueError for an unknown backend, and for "triton" where the kernels do not fit.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "torch" or (backend == "auto" and not (KERNELS_PROVEN and x.is_cuda)):
+        return None
+    try:
+        import kernels
+
+        reason = kernels.unfit(x, width, chunk)
+    except ImportError as error:
+        reason = f"Triton is missing ({error})"
+    if reason is None:
+        return kernels
+    if backend == "triton":
+        raise ValueError(f"backend 'triton' cannot run {what}: {reason}")
+    _log_once(f"{what} runs in torch, far slower than the fused kernels would: {reason}")
+    return None
+
+
+@functools.cache
+def _log_once(message):
+    logging.getLogger(__name__).warning(message)
+
+
+# --------------------------------------------------------------------------------------------------
+# Small pieces of algebra, with the backward passes that autograd would not find
+
+
+def decay_forward(alpha):
+    """alpha [..., C] -> P [..., C+1, C+1], see `decay`."""
+    C = alpha.shape[-1]
+    below = torch.ones(C + 1, C + 1, dtype=torch.bool, device=alpha.device).tril_(-1)
+    rows = F.pad(alpha, (1, 0)).unsqueeze(-1)  # [..., C+1, 1]; row t holds alpha_t
+    return torch.where(below, rows, rows.new_ones(())).cumprod(-2).tril_()
+
+
+def decay_backward(P, grad):
+    """d alpha_i = sum_{s < i <= t} grad[t, s] P[t, i] P[i-1, s].
+
+    No division, so it is exact at zeros and where products underflow.
+    """
+    return ((P[..., 1:].mT @ grad) * P[..., :-1, :]).sum(-1)
+
+
+class _Decay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, alpha):
+        P = decay_forward(alpha)
+        ctx.save_for_backward(P)
+        return P
+
+    @staticmethod
+    def backward(ctx, grad):
+        return decay_backward(*ctx.saved_tensors, grad)
+
+
+def decay(alpha):
+    """Products of retentions: alpha [..., C] -> P [..., C+1, C+1].
+
+    P[t, s] = prod_{i=s+1..t} alpha_i for s <= t, else 0. Exact for every alpha in [0, 1], gradients
+    included; differences of cumulative logarithms are not.
+    """
+    return _Decay.apply(alpha)
+
+
+def unit_lower_inverse(L, block=16):
+    """(I + tril(L, -1))^-1 for L [..., C, C]; what L holds on and above the diagonal is ignored.
+
+    Forward substitution over blocks: as stable as a triangular solve (unlike the nilpotent product,
+    whose powers of L grow when keys repeat), and several times faster than a batched LAPACK solve,
+    because almost all of it is batched matrix products.
+    """
+    C = L.shape[-1]
+    lead = L.shape[:-2]
+    n = -(-C // block)
+    L = L.reshape(-1, C, C)  # [N, C, C]
+    if C % block:
+        L = F.pad(L, (0, n * block - C) * 2)
+    D = torch.stack([L[:, i : i + block, i : i + block] for i in range(0, n * block, block)], 1)
+    one = torch.eye(block, dtype=L.dtype, device=L.device).expand_as(D)  # [N, n, block, block]
+    D = torch.linalg.solve_triangular(D, one, upper=False, unitriangular=True)
+    X = torch.zeros_like(L)
+    for j in range(n):
+        i = j * block
+        end = i + block
+        X[:, i:end, i:end] = D[:, j]
+        if j:
+            X[:, i:end, :i] = (D[:, j] @ (L[:, i:end, :i] @ X[:, :i, :i])).neg_()
+    return X[:, :C, :C].reshape(*lead, C, C)
+
+
+class _Solve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, L, b):
+        X = unit_lower_inverse(L)
+        r = X @ b
+        ctx.save_for_backward(X, r)
+        ctx.set_materialize_grads(False)
+        return r, X  # X is a result only so that the backward, too, can be differentiated
+
+    @staticmethod
+    def backward(ctx, dr, dX):
+        X, r = ctx.saved_tensors
+        dL = db = None
+        if dr is not None:
+            db = X.mT @ dr
+            dL = -(db @ r.mT).tril(-1)
+        if dX is not None:  # in a second derivative only
+            d = -(X.mT @ dX @ X.mT).tril(-1)
+            dL = d if dL is None else dL + d
+        return dL, db
+
+
+def solve(L, b):
+    """r with (I + tril(L, -1)) r = b, for L [..., C, C] and b [..., C, n]."""
+    return _Solve.apply(L, b)[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# The short convolution
+
+
+def silu_derivative(z):
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+class _CausalConv(torch.autograd.Function):
+    """SiLU of a depthwise convolution, as shifted multiply-adds: on a CPU faster than conv1d and its backward.
+
+    The backward computes the convolution again, which is cheaper than keeping what SiLU was applied to.
+    """
+
+    @staticmethod
+    def convolve(x, w):
+        T = x.shape[1] - len(w) + 1
+        y = x[:, :T] * w[0]
+        for j in range(1, len(w)):
+            y.addcmul_(x[:, j : j + T], w[j])
+        return y
+
+    @staticmethod
+    def forward(ctx, x, w):  # x [B, width-1+T, D], w [width, D]
+        ctx.save_for_backward(x, w)
+        return F.silu(_CausalConv.convolve(x, w), inplace=True)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        T = grad.shape[1]
+        y = _CausalConv.convolve(x, w)
+        if torch.is_grad_enabled():  # a second derivative is wanted, which the fused form has not
+            grad = grad * silu_derivative(y)
+        else:
+            grad = torch.ops.aten.silu_backward(grad, y)
+        dx, dw = torch.zeros_like(x, dtype=grad.dtype), []
+        for j in range(len(w)):
+            dx[:, j : j + T].addcmul_(grad, w[j])
+            dw.append((x[:, j : j + T] * grad).sum((0, 1)))
+        return dx, torch.stack(dw)
+
+
+causal_convolution = _CausalConv.apply
+
+# --------------------------------------------------------------------------------------------------
+# Self-modifying Titans with matrix memories: all chunks of one layer
+
+
+class _SelfModify(torch.autograd.Function):
+    """All chunks of one layer with hand-derived backward; `SelfModifyingTitans._chunk` is its readable definition.
+
+    x, q [N, T, d] (N = batch x heads, q of unit length), W, W0 [N, 3d + 2, d] rows [memory | k | v | eta | alpha],
+    b_eta, b_alpha, A [N, 1], starting on a chunk boundary -> W_t q_t [N, T, d], W_T, and W at the last boundary.
+
+    Symbols as at the top of memory.py. Backward walks the chunks in reverse with dW, the gradient at the chunk's end.
+    """
+
+    # What limits it now (`python bench.py speed --profile hope`: one training step, d 256, 4 x 1024 tokens, one CPU thread):
+    # this function takes 36% of the step (forward 13%, backward 23%), the projections and MLPs around it 42%. Two thirds of
+    # its time are batched products of 64 x 64 x 194, a third passes over the [C, C] decays and [C, rows] errors between
+    # them. Not measured on a GPU, where we expect it bound by the launches of these small kernels, one chunk after the other.
+
+    @staticmethod
+    def forward(ctx, x, q, W, W0, b_eta, b_alpha, A, chunk, step):
+        N, T, d = x.shape
+        y, saved = torch.empty_like(x), []
+        for i in range(0, T, chunk):
+            xc, qc = x[:, i : i + chunk], q[:, i : i + chunk]
+            C = xc.shape[1]
+            boundary = W
+            # generate from the boundary weights
+            g = xc @ (W + W0)[:, d:].mT
+            kv = g[..., : 2 * d].unflatten(-1, (2, d)) + xc.unsqueeze(2)
+            norm = torch.rsqrt(torch.linalg.vecdot(kv, kv).add_(EPS)).unsqueeze(-1)
+            kv.mul_(norm)
+            k, v = kv.unbind(2)
+            z_alpha = g[..., 2 * d + 1] + b_alpha
+            alpha = torch.exp(-step * A * F.softplus(z_alpha))
+            sig = torch.sigmoid(g[..., 2 * d] + b_eta)
+            eta = step * (1 + alpha) * sig
+            # solve for the errors r of all rows: targets - residual - a W k = v - k + W0 (v - k) + W (v - a k)
+            P = decay_forward(alpha)
+            a, ce = P[..., :1], P[..., 1:] * eta.unsqueeze(1)
+            kq = torch.cat([k, qc], 1)
+            S = kq @ k.mT
+            Z = torch.addcmul(v, a[:, :C], k, value=-1)
+            vk = v - k
+            r = torch.baddbmm(vk @ W0.mT, Z, W.mT)
+            r[..., : 3 * d].unflatten(-1, (3, d)).add_(vk.unsqueeze(2))
+            X = unit_lower_inverse(ce[:, :C] * S[:, :C])
+            r = X @ r
+            # read at the running weights, then write
+            y[:, i : i + chunk] = torch.baddbmm(a[:, 1:] * (qc @ W[:, :d].mT), ce[:, 1:] * S[:, C:], r[..., :d])
+            W = torch.baddbmm(a[:, C:] * W, (ce[:, C].unsqueeze(-1) * r).mT, k)
+            if any(ctx.needs_input_grad):
+                saved += [boundary, kv, norm, X, r, P, alpha, sig, z_alpha]
+        ctx.save_for_backward(x, q, W0, A, *saved)
+        ctx.chunk, ctx.step = chunk, step
+        return y, W, boundary.clone()  # a copy: the first one is an input
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dW, d_boundary):
+        with torch.autocast(dy.device.type, enabled=False):
+            return _SelfModify.gradients(ctx, dy, dW, d_boundary)
+
+    @staticmethod
+    def gradients(ctx, dy, dW, d_boundary):
+        x, q, W0, A, *saved = ctx.saved_tensors
+        N, T, d = x.shape
+        chunk, step, per_chunk = ctx.chunk, ctx.step, 9
+        dx, dq, dW0 = torch.empty_like(x), torch.empty_like(x), torch.zeros_like(W0)
+        dz_eta, dz_alpha, dA = x.new_empty(N, T), x.new_empty(N, T), torch.zeros_like(A)
+        for i in range((T - 1) // chunk * chunk, -1, -chunk):
+            j = i // chunk * per_chunk
+            W, kv, norm, X, r, P, alpha, sig, z_alpha = saved[j : j + per_chunk]
+            xc, qc, dyc = x[:, i : i + chunk], q[:, i : i + chunk], dy[:, i : i + chunk]
+            C = xc.shape[1]
+            k, v = kv.unbind(2)
+            kq, one_alpha = torch.cat([k, qc], 1), 1 + alpha
+            S = kq @ k.mT  # again: kept for all chunks it would be a seventh of what the function keeps
+            eta = step * one_alpha * sig
+            a, ce = P[..., :1], P[..., 1:] * eta.unsqueeze(1)
+            last = ce[:, C].unsqueeze(-1)
+            # through the write W_C = a_C W + (last * r)^T k
+            dr = k @ dW.mT
+            dk = (last * r) @ dW
+            d_last = torch.linalg.vecdot(dr, r)
+            dr.mul_(last)
+            da_C = torch.linalg.vecdot(dW.flatten(1), W.flatten(1))
+            dW = a[:, C:] * dW
+            # through the read y = a qW + (ce S_q) r
+            dr[..., :d].baddbmm_((ce[:, 1:] * S[:, C:]).mT, dyc)
+            d_read = dyc @ r[..., :d].mT
+            dyW = dyc @ W[:, :d]
+            dW[:, :d].baddbmm_((a[:, 1:] * dyc).mT, qc)
+            # through the solve (I + ce S_k) r = v - k + (v - k) W0^T + (v - a k) W^T
+            dr = X.mT @ dr
+            d_solve = (dr @ r.mT).neg_()
+            dW.baddbmm_(dr.mT, torch.addcmul(v, a[:, :C], k, value=-1))
+            dW0.baddbmm_(dr.mT, v - k)
+            dZ = dr @ W
+            d_res = dr[..., : 3 * d].unflatten(-1, (3, d)).sum(2).baddbmm_(dr, W0)
+            dk.addcmul_(a[:, :C], dZ, value=-1).sub_(d_res)
+            dv = dZ + d_res
+            # through the products of keys and queries, S = [k; q] k^T
+            dS = torch.cat([d_solve * ce[:, :C], d_read * ce[:, 1:]], 1)
+            dk.baddbmm_(dS.mT, kq)
+            dkq = dS @ k
+            dk.add_(dkq[:, :C])
+            dq[:, i : i + chunk] = dkq[:, C:].addcmul_(a[:, 1:], dyW)
+            # through step sizes and retention
+            dce = F.pad(d_solve.mul_(S[:, :C]), (0, 0, 0, 1))
+            dce[:, 1:].addcmul_(d_read, S[:, C:])
+            dce[:, C].add_(d_last)
+            deta = (dce * P[..., 1:]).sum(1)
+            da = F.pad(torch.linalg.vecdot(dyW, qc), (1, 0))
+            da[:, :C].sub_(torch.linalg.vecdot(k, dZ))
+            da[:, C].add_(da_C)
+            dP = torch.cat([da.unsqueeze(-1), dce * eta.unsqueeze(1)], -1)
+            d_alpha = decay_backward(P, dP).addcmul_(deta, sig, value=step).mul_(alpha)  # of log alpha
+            dz_eta[:, i : i + chunk] = dze = step * deta * one_alpha * sig * (1 - sig)
+            dz_alpha[:, i : i + chunk] = dza = -step * A * d_alpha * torch.sigmoid(z_alpha)
+            dA.sub_((step * d_alpha * F.softplus(z_alpha)).sum(1, keepdim=True))
+            # through the generation from the boundary weights
+            dkv = torch.stack([dk, dv], 2)
+            dkv.addcmul_(kv, torch.linalg.vecdot(kv, dkv).unsqueeze(-1), value=-1).mul_(norm)
+            dg = torch.cat([dkv.flatten(2), dze.unsqueeze(-1), dza.unsqueeze(-1)], -1)
+            dx[:, i : i + chunk] = torch.baddbmm(dkv.sum(2), dg, (W + W0)[:, d:])
+            dWg = dg.mT @ xc
+            dW[:, d:].add_(dWg)
+            dW0[:, d:].add_(dWg)
+            if i + chunk >= T:
+                dW.add_(d_boundary)
+        return dx, dq, dW, dW0, dz_eta.sum(1, keepdim=True), dz_alpha.sum(1, keepdim=True), dA, None, None
+
+
+self_modify = _SelfModify.apply

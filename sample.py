@@ -1,0 +1,57 @@
+"""Text from a trained model, streamed, at constant memory.
+
+    python sample.py generate runs/hope-nano --prompt "def "
+"""
+
+import argparse
+import sys
+
+import torch
+
+from support.checkpoint import first_line
+from support.run import Run
+
+
+def generate(args) -> None:
+    """Print the prompt and what the model writes after it, token by token."""
+    run = Run.open(args.run, args.device)
+    torch.manual_seed(args.seed)
+    ids = run.encoding.encode(args.prompt, disallowed_special=()) or [run.encoding.eot_token]
+    prompt = torch.tensor([ids], device=run.device)
+    tokens = run.model.generate(
+        prompt, args.n, temperature=args.temperature, top_k=args.top_k
+    )
+    print(args.prompt, end="", flush=True)
+    for token in tokens:
+        sys.stdout.buffer.write(run.encoding.decode_bytes(token.tolist()))
+        sys.stdout.flush()
+    print()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; exit status 0: done, 2: bad input, 130: stopped by Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    form = argparse.ArgumentDefaultsHelpFormatter
+    g = commands.add_parser("generate", help="stream text from a run", formatter_class=form)
+    g.add_argument("run", help="run folder of train.py")
+    g.add_argument("--prompt", default="def ", help="text to continue")
+    g.add_argument("--n", type=int, default=400, help="tokens to generate")
+    g.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+    g.add_argument("--top-k", type=int, default=None, help="sample among the k most likely tokens")
+    g.add_argument("--seed", type=int, default=0, help="of the sampling")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+    try:
+        generate(args)
+        return 0
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"sample.py: error: {first_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print()
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""What a training run is told: TrainConfig, the set-ups of the presets, and the command line.
+
+Every field of TrainConfig is a flag of train.py, with its help, its legal range in words and as a
+test, and whether a resumed run may change it.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+from learn import UPDATES
+from optimizers import OPTIMIZERS
+
+
+def flag(default, help, wanted="", check=lambda value: True, on_resume=False):
+    """A field that is also a flag. wanted: the legal range in words; on_resume: may be changed."""
+    metadata = {"help": help, "wanted": wanted, "check": check, "on_resume": on_resume}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+AT_LEAST_1 = ("at least 1", lambda value: value >= 1)
+AT_LEAST_0 = ("at least 0", lambda value: value >= 0)
+POSITIVE = ("above 0", lambda value: 0 < value < math.inf)
+FRACTION = ("from 0 to 1", lambda value: 0 <= value <= 1)
+BELOW_1 = ("from 0 to below 1", lambda value: 0 <= value < 1)
+SEED = ("from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+AN_OPTIMIZER = ("one of " + ", ".join(OPTIMIZERS), OPTIMIZERS.__contains__)
+AN_UPDATE = ("one of " + ", ".join(UPDATES), UPDATES.__contains__)
+# model is a flag of its own, vocab_size is the tokenizer's
+FREE = ("without model and vocab_size", {"model", "vocab_size"}.isdisjoint)
+
+CMS_STEP = 1e-3  # initial inner step size of the CMS levels where they learn in context
+
+
+@dataclass
+class TrainConfig:
+    """One run. Values are checked on creation; ValueError names field, value and legal range."""
+
+    model: str = flag("hope", "hope, hope_attention, titans, transformer, gated_deltanet, ...")
+    preset: str = flag("nano", "size of the model")
+    set: dict = flag({}, "set a field of HopeConfig, as --set n_layers=2 (repeatable)", *FREE)
+    pretrained: str | None = flag(
+        None, "folder of a Llama checkpoint to start from (support/pretrained.py)"
+    )
+    data: str = flag(
+        "stdlib",
+        "'stdlib' (this Python's own source), a text file, a folder of text or of shards (data.py)",
+        on_resume=True,
+    )
+    out: str | None = flag(
+        None, "folder of the run; without it runs/<model>-<preset>, numbered if taken"
+    )
+    resume: str | None = flag(None, "folder of a run to continue", on_resume=True)
+    tokens: int = flag(
+        2_000_000, "tokens to train on, rounded up to whole steps", *AT_LEAST_1, on_resume=True
+    )
+    batch_size: int = flag(4, "rows in a step, of all processes together", *AT_LEAST_1)
+    micro_batch: int = flag(
+        0,
+        "rows a process reads at once, to fit its memory; 0: all its rows",
+        *AT_LEAST_0,
+        on_resume=True,
+    )
+    seq_len: int = flag(512, "tokens in a row", *AT_LEAST_1)
+    optimizer: str = flag(
+        "adamw", "adamw, or for the matrices: " + ", ".join(OPTIMIZERS[1:]), *AN_OPTIMIZER
+    )
+    lr: float = flag(3e-3, "highest learning rate", *POSITIVE, on_resume=True)
+    min_lr_ratio: float = flag(
+        0.1, "learning rate of the last step, as a fraction of lr", *FRACTION, on_resume=True
+    )
+    warmup: float = flag(
+        0.05, "fraction of the steps in which the learning rate rises", *FRACTION, on_resume=True
+    )
+    weight_decay: float = flag(0.1, "on matrices", *AT_LEAST_0)
+    beta1: float = flag(0.9, "AdamW's", *BELOW_1)
+    beta2: float = flag(0.95, "AdamW's", *BELOW_1)
+    grad_clip: float = flag(
+        1.0, "longest gradient norm; a longer gradient is scaled to it", *POSITIVE, on_resume=True
+    )
+    seed: int = flag(0, "of the weights and the batches", *SEED)
+    eval_every: int = flag(
+        200, "steps between validations; 0: only at the end", *AT_LEAST_0, on_resume=True
+    )
+    eval_tokens: int = flag(
+        32_768, "held-out tokens of those; at the end, all", *AT_LEAST_1, on_resume=True
+    )
+    save_every: int = flag(200, "steps between checkpoints", *AT_LEAST_1, on_resume=True)
+    keep: int = flag(2, "newest checkpoints to keep", *AT_LEAST_1, on_resume=True)
+    max_skipped: int = flag(
+        10,
+        "steps in a row left out, for a loss or gradient that is not finite, before the run stops",
+        *AT_LEAST_0,
+        on_resume=True,
+    )
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N", on_resume=True)
+    threads: int = flag(0, "CPU threads; 0: torch's own choice", *AT_LEAST_0, on_resume=True)
+    cms_updates: str = flag(
+        "off",
+        "steps of the CMS levels in context: off, first_order or full; also in validation",
+        *AN_UPDATE,
+    )
+    compile: bool = flag(False, "torch.compile the model", on_resume=True)
+    fsdp: bool = flag(
+        False, "shard weights and optimizer (FSDP2, with recompute); needs torchrun", on_resume=True
+    )
+    recompute: bool = flag(
+        False,
+        "keep only the inputs of blocks for the backward pass: less memory, a third more work",
+        on_resume=True,
+    )
+    wandb: bool = flag(False, "log to Weights & Biases too (pip install wandb)", on_resume=True)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = _convert(f.name, f.type, getattr(self, f.name))
+            if not f.metadata["check"](value):
+                raise ValueError(f"{f.name} must be {f.metadata['wanted']}, got {value}")
+            setattr(self, f.name, value)
+        if self.cms_updates != "off":
+            for name in ("compile", "fsdp"):  # levels step outside the block that FSDP gathers
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} cannot be combined with cms_updates {self.cms_updates!r}; use "
+                        f"--no-{name} or --cms-updates off"
+                    )
+        if self.fsdp and self.optimizer == "dmgd":  # its memories are networks on whole gradients
+            raise ValueError("fsdp cannot be combined with optimizer dmgd; use another optimizer")
+        if self.pretrained:
+            if self.model not in ("hope", "hope_attention"):
+                raise ValueError(f"model must be hope_attention with pretrained, got {self.model!r}")
+            self.pretrained = os.path.abspath(self.pretrained)
+            self.model = "hope_attention"
+            self.preset = Path(self.pretrained).name
+        if self.data != "stdlib":
+            self.data = os.path.abspath(self.data)  # a run can be resumed from another folder
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return -(-self.tokens // self.tokens_per_step)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len
+
+    def model_fields(self) -> dict:
+        """The fields of HopeConfig that this config sets."""
+        step = {} if self.cms_updates == "off" else {"cms_step": CMS_STEP}
+        return step | self.set
+
+    def fresh_folder(self) -> Path:
+        """The folder a new run will make. ValueError if `out` is taken."""
+        if self.out:
+            if Path(self.out).exists():
+                use = f"name a new folder, or continue it with --resume {self.out}"
+                raise ValueError(f"out {self.out!r} exists: {use}")
+            return Path(self.out)
+        path = Path(f"runs/{self.model}-{self.preset}")
+        number = 2
+        while path.exists():
+            path = Path(f"runs/{self.model}-{self.preset}-{number}")
+            number += 1
+        return path
+
+
+def _convert(name: str, kind: type, value):
+    """`value`, maybe the text of a flag, as the field's type; 2e6 is an int."""
+    wanted = {int: "a whole number, as 2000000 or 2e6", float: "a number", dict: "field=value"}
+    try:
+        if kind is int:
+            return _whole(value)
+        if kind is float:
+            return float(value)
+        if kind is dict and not isinstance(value, dict):
+            pairs = dict(item.split("=", 1) for item in value)
+            return {key: json_or_text(text) for key, text in pairs.items()}
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{name} must be {wanted[kind]}, got {value!r}") from None
+    return value
+
+
+def _whole(value) -> int:
+    if isinstance(value, str) and value.lstrip("-").isdigit():
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if not float(value).is_integer():
+        raise ValueError
+    return int(float(value))
+
+
+def json_or_text(text: str):
+    """The value that a text is as JSON, else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+# --------------------------------------------------------------------------------------------------
+# Set-ups that presets bring along
+
+# How the Titans and Gated DeltaNet papers train: 340M on 15B, 760M on 30B, 1.3B on 100B tokens of
+# FineWeb-Edu. The two smaller presets, which they lack: 20 tokens a parameter. Warm-up: 1% of the
+# steps, as in Gated DeltaNet's code. micro_batch: what Hope can do on a GPU of 80 GB.
+PAPER = {
+    "data": "data/fineweb",
+    "batch_size": 128,
+    "seq_len": 4096,
+    "lr": 4e-4,
+    "min_lr_ratio": 0.1,
+    "warmup": 0.01,
+    "weight_decay": 0.1,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "grad_clip": 1.0,
+    "eval_every": 1000,
+    "eval_tokens": 2**20,
+    "save_every": 1000,
+}
+SETUPS = {
+    "30m": PAPER | {"tokens": 600_000_000, "micro_batch": 16},
+    "125m": PAPER | {"tokens": 2_500_000_000, "micro_batch": 8},
+    "340m": PAPER | {"tokens": 15_000_000_000, "micro_batch": 4},
+    "760m": PAPER | {"tokens": 30_000_000_000, "micro_batch": 2},
+    "1.3b": PAPER | {"tokens": 100_000_000_000, "micro_batch": 1},
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
+class Parser(argparse.ArgumentParser):
+    """A bad flag is a ValueError, one line like every other message."""
+
+    def error(self, message):
+        raise ValueError(f"{message} (--help lists the flags)")
+
+
+def whole_number(text: str, least: int = 1) -> int:
+    """A flag: a whole number, as 1000000 or 1e6."""
+    with contextlib.suppress(ValueError, OverflowError):
+        if float(text).is_integer() and float(text) >= least:
+            return int(float(text))
+    wanted = f"a whole number of at least {least}, as 4096 or 1e6"
+    raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
+
+
+def whole_numbers(text: str) -> list[int]:
+    """A flag: several whole numbers, with commas."""
+    return [whole_number(part) for part in text.split(",")]
+
+
+def parse(argv: list[str] | None, description: str, resumed: Callable) -> TrainConfig:
+    """TrainConfig from flags; resumed(folder, **changes) makes that of a run to continue.
+
+    ValueError for a bad flag.
+    """
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python train.py [--flag value ...]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for f in fields(TrainConfig):
+        default = "none" if f.default is MISSING or f.default is None else f.default
+        text = f"{f.metadata['help']} (default: {default})"
+        names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
+        if f.type is bool:
+            parser.add_argument(*names, help=text, action=argparse.BooleanOptionalAction)
+        elif f.type is dict:
+            parser.add_argument(*names, help=text, action="append", metavar="FIELD=VALUE")
+        else:
+            metavar = {int: "N", float: "X"}.get(f.type, "NAME")
+            parser.add_argument(*names, help=text, metavar=metavar)
+    given = vars(parser.parse_args(argv))
+    if given.get("resume"):
+        return resumed(given.pop("resume"), **given)
+    return TrainConfig(**SETUPS.get(given.get("preset"), {}) | given)

@@ -1,0 +1,144 @@
+"""What a person sees of a run: the progress line, loss.png, a sample, the rates of its memories."""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections import deque
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from learn import plain
+from memory import watch
+from support.checkpoint import atomic_write
+from support.distributed import rank
+from support.run import Run, precision
+
+
+def say(text: str) -> None:
+    """Print, in the first process."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+class progress_bar(tqdm):  # noqa: N801, as tqdm
+    """Steps done, mean loss and speed of the last 50, time left."""
+
+    def __init__(self, steps, start):
+        interval = 0.5 if sys.stderr.isatty() else 30
+        line = "{percentage:3.0f}%|{bar:20}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left"
+        super().__init__(
+            total=steps, initial=start, mininterval=interval, dynamic_ncols=True,
+            disable=rank() > 0, bar_format=line,
+        )
+        self.recent = deque(maxlen=50)
+
+    def show(self, record, skipped):
+        self.recent.append((record["bits_per_byte"], record["tokens_per_s"]))
+        loss, speed = np.mean(self.recent, axis=0)
+        note = f", {skipped} skipped" if skipped else ""
+        text = f"{loss:.3f} bits per byte, {speed:,.0f} tokens/s{note}"
+        self.set_postfix_str(text, refresh=False)
+
+
+@contextlib.contextmanager
+def interrupts():
+    """A list that fills at Ctrl-C or SIGTERM, so that the step can be finished; a second one kills."""
+    received = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def handler(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, what in before.items():
+            signal.signal(number, what)
+
+
+@torch.no_grad()
+def rates(model: nn.Module, tokens: torch.Tensor) -> dict:
+    """{"eta": [...], "alpha": [...]}: per layer, with which means its memories read tokens [B, T].
+
+    By the plain path of every mixer; None for a layer without memories, {} for a model without.
+    """
+    found = {"eta": [], "alpha": []}
+    with watch() as seen, plain(model), torch.compiler.set_stance("force_eager"):
+
+        def hook(*_):
+            for i, means in enumerate(found.values()):
+                means.append(float(sum(rate[i] for rate in seen)) / len(seen) if seen else None)
+            seen.clear()
+
+        hooks = [block.mixer.register_forward_hook(hook) for block in model.blocks]
+        model(tokens)
+        for handle in hooks:
+            handle.remove()
+    return {name: means for name, means in found.items() if set(means) != {None}}
+
+
+def plot(run: Run) -> None:
+    """loss.png from metrics.jsonl."""
+    from matplotlib.figure import (
+        Figure,  # slow to import; a Figure of its own needs no display
+    )
+
+    train = [(r["tokens"], r["bits_per_byte"]) for r in run.metrics() if "bits_per_byte" in r]
+    val = [(r["tokens"], r["val_bits_per_byte"]) for r in run.metrics() if "val_bits_per_byte" in r]
+    if not train:
+        return
+    x, y = np.array(train).T
+    val = np.array(val).reshape(-1, 2)
+    window = min(len(y), max(20, len(y) // 50))
+    total = np.cumsum(np.concatenate([[0.0], y]))
+    low = np.maximum(0, np.arange(1, len(y) + 1) - window)  # a trailing mean: no step looks ahead
+    smooth = (total[1:] - total[low]) / (np.arange(1, len(y) + 1) - low)
+
+    units = [(1e9, "billion"), (1e6, "million")]
+    unit, name = next((unit for unit in units if x[-1] >= unit[0]), (1e3, "thousand"))
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(x / unit, y, color="tab:blue", alpha=0.2, linewidth=0.8, label="training, each step")
+    label = f"training, mean of {window} steps"
+    axes.plot(x / unit, smooth, color="tab:blue", linewidth=1.8, label=label)
+    if len(val):
+        at = val[:, 0] / unit
+        axes.plot(at, val[:, 1], "o-", color="tab:orange", markersize=5, label="held-out files")
+        axes.annotate(
+            f"{val[-1, 1]:.3f}", (at[-1], val[-1, 1]), xytext=(0, 8), textcoords="offset points",
+            ha="right", color="tab:orange", fontweight="bold",
+        )
+    axes.set(xlabel=f"training tokens ({name})", ylabel="loss (bits per byte)", title=run.title)
+    shown = np.concatenate([smooth, val[:, 1]])
+    axes.set_ylim(0.95 * shown.min(), 1.02 * shown.max())
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    atomic_write(run.folder / "loss.png", lambda path: figure.savefig(path, dpi=150, format="png"))
+
+
+def write_sample(run: Run) -> str:
+    """Print text from the model and write it to sample.txt; returns the prompt."""
+    beginning = run.encoding.decode(run.corpus.val[:64].tolist(), errors="ignore").split("\n")[0]
+    prompt = "def " if run.config.data == "stdlib" else beginning or "\n"
+    tokens = torch.tensor([run.encoding.encode_ordinary(prompt)], device=run.device)
+    run.model.eval()
+    torch.manual_seed(run.config.seed)
+    # eager: these lengths no other step has
+    with precision(run.device), torch.compiler.set_stance("force_eager"):
+        written = [int(token) for token in run.model.generate(tokens, 200, temperature=0.8)]
+    sample = prompt + run.encoding.decode(written, errors="replace")
+    if rank() == 0:
+        text = sample + "\n"
+        path = run.folder / "sample.txt"
+        atomic_write(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    say(f"\na sample:\n{'-' * 80}\n{sample}\n{'-' * 80}")
+    return prompt

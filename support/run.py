@@ -1,0 +1,367 @@
+"""One way to open a run: its config, model, tokenizer, corpus, folder and device, checked once.
+
+    Run.start(config)            to train: a new run, or one that is continued (config.resume)
+    Run.open("runs/hope-nano")   a trained run, to read it: evaluate, generate, look inside
+
+A run is a folder; everything needed to continue is in it:
+
+    config.json     {"model": HopeConfig, "train": TrainConfig, "tokenizer": name, "corpus": ...}
+    metrics.jsonl   a line per step and validation, see train.py
+    loss.png        the same as a picture
+    checkpoints/    step-N: weights and optimizer, whole or not there (checkpoint.py)
+    tokenizer.json  where the tokenizer is not bytes
+    sample.txt      text generated at the end
+
+Weights are float32. Everything that can be wrong is found before anything is written.
+"""
+
+import contextlib
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from hope import Hope, HopeConfig
+from optimizers import optimizer_by_name
+from support import checkpoint, distributed
+from support.checkpoint import atomic_write, first_line
+from support.config import TrainConfig
+from support.corpus import Corpus, batch, documents, is_shards, join, load_corpus
+from support.distributed import gather, on_all, on_first, rank, world
+from support.pretrained import from_pretrained
+from support.vocabulary import (
+    TOKENIZER,
+    save_tokenizer,
+    tokenizer,
+    tokenizer_of,
+)
+
+
+@dataclass
+class Run:
+    """A run, opened. See the top of this file."""
+
+    config: TrainConfig
+    model: Hope
+    encoding: object  # tiktoken.Encoding
+    device: torch.device
+    folder: Path | None = None  # None: a run that is not kept (bench)
+    corpus: Corpus | None = None  # None: opened to read, see `text`
+    saved: dict | None = None  # config.json of a run that exists
+    begun: bool = False  # whether there is something to continue
+
+    @classmethod
+    def start(cls, config: TrainConfig, keep: bool = True) -> "Run":
+        """A run to train, in all processes. keep: False makes no folder (a benchmark's cell).
+
+        ValueError or OSError for whatever is wrong, before any file is touched.
+        """
+        device = on_all(lambda: device_for(config.device))
+        device = distributed.start(device)
+        parts = on_all(lambda: _prepare(config, keep))
+        fingerprints = gather(parts["corpus"].fingerprint())
+        if len(set(map(str, fingerprints))) > 1:
+            raise ValueError(f"data {config.data!r} differs between the processes: {fingerprints}")
+        begun = parts["saved"] is not None and on_first(lambda: _has_begun(parts["folder"]))
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        model_config = parts.pop("model_config")
+        model = parts.pop("model") or Hope(model_config)
+        model = model.to(device=device, dtype=torch.float32).train()
+        return cls(config, model, device=device, begun=begun, **parts)
+
+    @classmethod
+    def open(cls, folder: str | Path, device: str = "auto") -> "Run":
+        """A trained run, to read it: the model has the newest whole checkpoint, in eval mode.
+
+        FileNotFoundError or ValueError says what is wrong with folder, checkpoint or device.
+        """
+        saved = read_config(folder)
+        config = saved_train_config(folder, saved)
+        encoding = tokenizer(tokenizer_of(folder, saved["tokenizer"]))
+        model = Hope(saved_model_config(folder, saved))
+        check_vocabulary(f"{folder} has", model.config, encoding)
+        checkpoint.load(folder, model)
+        device = device_for(device)
+        return cls(config, model.to(device).eval(), encoding, device, Path(folder), saved=saved)
+
+    # What training does with a run
+
+    def new_optimizer(self):
+        return optimizer_for(self.model, self.config)
+
+    def restore(self, optimizer) -> int:
+        """Make the folder, or fill model and optimizer from its newest checkpoint -> its step."""
+        folder = self.folder
+        start = 0
+        if self.begun:
+            start = checkpoint.load(folder, self.model, optimizer)
+            if self.config.steps < start:
+                done = start * self.config.tokens_per_step
+                wanted = f"more than the {done} that {folder} has trained on"
+                raise ValueError(f"tokens must be {wanted}, got {self.config.tokens}")
+        if self.saved is None:
+            on_first(lambda: folder.mkdir(parents=True))
+        try:
+            on_first(lambda: self._write_folder(start))
+            if not self.begun:
+                self.save(optimizer, 0)  # a full disk shows now, not after the first hour
+        except OSError:
+            if not self.begun:
+                on_first(lambda: shutil.rmtree(folder))
+            raise
+        return start
+
+    def _write_folder(self, start: int) -> None:
+        everything = {
+            "model": self.model.config.to_dict(),
+            "train": {**asdict(self.config), "resume": None},
+            "tokenizer": self.encoding.name,
+            "corpus": self.corpus.fingerprint(),
+        }
+        write_json(self.folder / "config.json", everything)
+        if self.encoding.name != "bytes":
+            save_tokenizer(self.encoding, self.folder)  # the run outlives its shards
+        # What a killed run logged after its last checkpoint is computed again.
+        kept = [record for record in self.metrics() if record["step"] <= start]
+        lines = "".join(json.dumps(record) + "\n" for record in kept)
+        atomic_write(self.folder / "metrics.jsonl", lambda path: path.write_text(lines))
+
+    def save(self, optimizer, step: int) -> None:
+        """Write the checkpoint of a step. Called by all processes."""
+        checkpoint.save(self.folder, self.model, optimizer, step, self.config.keep)
+
+    @contextlib.contextmanager
+    def logging(self, on_step: Callable[[dict], None] | None = None):
+        """A function that appends a record to metrics.jsonl, shows it to on_step and to wandb."""
+        first = rank() == 0
+        wandb = _wandb(self.folder, self.config) if self.config.wandb and first else None
+        with open(self.folder / "metrics.jsonl", "a") if first else contextlib.nullcontext() as log:
+
+            def report(record: dict) -> None:
+                if log:
+                    log.write(json.dumps(record) + "\n")
+                    log.flush()
+                if wandb:
+                    wandb.log(record, step=record["step"])
+                if on_step:
+                    on_step(record)
+
+            yield report
+
+    def metrics(self) -> list[dict]:
+        """The lines of metrics.jsonl; a last line torn by a kill is left out."""
+        records = []
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            for line in (self.folder / "metrics.jsonl").read_text().splitlines():
+                records.append(json.loads(line))
+        return records
+
+    @property
+    def title(self) -> str:
+        size = sum(p.numel() for p in self.model.parameters())
+        name = f"{self.config.model}-{self.config.preset}"
+        return f"{name}, {size / 1e6:.2f}M parameters, on {self.corpus.name}"
+
+    # What evaluation does with a run
+
+    def text(self, data: str | None = None):
+        """(name, tokens [N], bytes) of `data`, or of the held-out part of the run's own corpus."""
+        if data is not None and not is_shards(data):
+            files = [content for _, content in documents(data)]
+            return data, join(files, self.encoding), sum(len(content) for content in files)
+        try:
+            corpus = load_corpus(data or self.config.data, self.encoding)
+        except ValueError as error:
+            hint = "" if data else "; --data names another text"
+            raise ValueError(f"{error}{hint}") from None
+        if data is None and corpus.fingerprint() != self.saved["corpus"]:
+            raise ValueError(
+                f"data {self.config.data!r} has changed since {self.folder} was trained, so its "
+                "held-out part may have been trained on: name a text with --data"
+            )
+        return f"held-out part of {corpus.name}", corpus.val, corpus.val_bytes
+
+    def facts(self) -> dict:
+        """What must stand beside every number."""
+        return {
+            "model": f"{self.config.model} ({self.config.preset})",
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "training_tokens": max((r["tokens"] for r in self.metrics()), default=0),
+            "trained_on": self.saved["corpus"]["name"],
+            "cms_steps_in_context": "off",  # `validate` and `Scorer` read with updates off
+        }
+
+    def record(self, result: dict) -> None:
+        """Add to eval.json, keeping what other commands wrote there."""
+        path = self.folder / "eval.json"
+        try:
+            kept = json.loads(path.read_text())
+        except (OSError, ValueError):
+            kept = {}
+        write_json(path, kept | result)
+
+
+# --------------------------------------------------------------------------------------------------
+# Opening
+
+
+def _prepare(config: TrainConfig, keep: bool) -> dict:
+    """The parts of a run to train. The model is None where it is to be made of model_config."""
+    saved = None
+    folder = None
+    if config.resume:
+        folder = Path(config.resume)
+        saved = read_config(folder)
+        resumed(config.resume, **{**asdict(config), "resume": config.resume})
+    elif keep:
+        folder = on_first(config.fresh_folder)
+    if config.batch_size % world():
+        wanted = f"a multiple of {world()}, the number of processes"
+        raise ValueError(f"batch_size must be {wanted}, got {config.batch_size}")
+    if config.fsdp and not distributed.started():
+        how = "torchrun --nproc_per_node=8 train.py"
+        raise ValueError(f"fsdp needs several processes: start it with {how}")
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb is on, but the package is not installed: pip install wandb")
+    if saved:
+        name = tokenizer_of(folder, saved["tokenizer"])
+    else:
+        name = config.pretrained and f"{config.pretrained}/{TOKENIZER}"
+    corpus = load_corpus(config.data, name and tokenizer(name))
+    encoding = corpus.encoding
+    model, model_config = _model_of(config, folder, saved, encoding)
+    if config.cms_updates != "off" and not 2 <= (model_config.levels[0] or 0) < config.seq_len:
+        wanted = f"begin with a chunk from 2 to {config.seq_len - 1} tokens"
+        why = f"else no token of a row of seq_len {config.seq_len} sees an update"
+        raise ValueError(f"levels must {wanted}, {why}, got {model_config.levels}")
+    if saved and corpus.fingerprint() != saved["corpus"]:
+        theirs = f"{folder} was trained on {saved['corpus']}"
+        raise ValueError(f"data {config.data!r} is {corpus.fingerprint()}, but {theirs}")
+    batch(corpus.train, 1, config.seq_len, config.seed, 0)  # raises for rows that are too long
+    parts = {"corpus": corpus, "encoding": encoding, "folder": folder, "saved": saved}
+    return parts | {"model": model, "model_config": model_config}
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run has anything to continue; else it was killed at once."""
+    metrics = folder / "metrics.jsonl"
+    return bool(checkpoint.saved_steps(folder)) or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
+def _model_of(config: TrainConfig, folder, saved, encoding) -> tuple:
+    """(model or None, its config)."""
+    if saved:
+        model_config = saved_model_config(folder, saved)
+        check_vocabulary(f"{folder} has", model_config, encoding)
+        return None, model_config
+    own = {"vocab_size": encoding.n_vocab} | config.model_fields()
+    try:
+        if config.pretrained:
+            model = from_pretrained(config.pretrained, **config.model_fields())
+            check_vocabulary(f"pretrained {config.pretrained!r} has", model.config, encoding)
+            return model, model.config
+        return None, HopeConfig.preset(config.preset, model=config.model, **own)
+    except TypeError as error:  # a value of another kind than its field
+        raise ValueError(f"set is {config.set}: {first_line(error)}") from None
+
+
+def check_vocabulary(who: str, model_config: HopeConfig, encoding) -> None:
+    """ValueError unless model and tokenizer have the same number of symbols."""
+    if model_config.vocab_size != encoding.n_vocab:
+        sizes = f"{model_config.vocab_size} symbols, but its tokenizer {encoding.n_vocab}"
+        raise ValueError(f"{who} a vocabulary of {sizes}")
+
+
+def read_config(folder: str | Path) -> dict:
+    """config.json of a run. FileNotFoundError or ValueError in one line."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not the folder of a run: it has no config.json")
+    try:
+        config = json.loads(path.read_text())
+        return {key: config[key] for key in ("model", "train", "tokenizer", "corpus")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from None
+
+
+def saved_train_config(folder, saved: dict) -> TrainConfig:
+    try:
+        return TrainConfig(**saved["train"])
+    except TypeError as error:
+        raise ValueError(f"{folder}/config.json is of another version: {error}") from None
+
+
+def saved_model_config(folder, saved: dict) -> HopeConfig:
+    try:
+        return HopeConfig(**saved["model"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/config.json is damaged: {error!r}") from None
+
+
+def resumed(folder: str, **changes) -> TrainConfig:
+    """The config of a run to continue, with some fields changed.
+
+    ValueError for a change that would make it another run.
+    """
+    saved = saved_train_config(folder, read_config(folder))
+    config = TrainConfig(**{**asdict(saved), "resume": folder, **changes})
+    free = [f.name for f in fields(config) if f.metadata["on_resume"]]
+    for f in fields(config):
+        was = getattr(saved, f.name)
+        now = getattr(config, f.name)
+        if was != now and f.name not in free:
+            names = ", ".join(name for name in free if name != "resume")
+            what = f"{f.name} {was}, not {now}"
+            raise ValueError(f"{folder} was trained with {what}: a resumed run may change {names}")
+    return config
+
+
+def optimizer_for(model, config: TrainConfig):
+    """The optimizer that a config names, of all parameters of a model."""
+    betas = (config.beta1, config.beta2)
+    return optimizer_by_name(model, config.optimizer, config.lr, config.weight_decay, betas)
+
+
+def device_for(name: str) -> torch.device:
+    """The device of that name; "auto": the GPU if there is one. ValueError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(index or 0) >= gpus:
+        wanted = f"auto, cpu or cuda:N with N < {gpus}, the GPUs that torch sees"
+        raise ValueError(f"device must be {wanted}, got {name!r}")
+    return torch.device(name)
+
+
+def precision(device: torch.device):
+    """bfloat16 matrix products on a GPU, float32 on a CPU, which has no fast bfloat16."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def write_json(path: Path, value) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    atomic_write(path, lambda beside: beside.write_text(text))
+
+
+def _wandb(folder: Path, config: TrainConfig):
+    """The run at Weights & Biases; the same one after a resume."""
+    import wandb
+
+    path = folder / "wandb.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    run = wandb.init(
+        name=folder.name, dir=folder, config=asdict(config), resume="allow", **known
+    )
+    write_json(path, {"id": run.id})
+    return run
