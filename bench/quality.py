@@ -188,3 +188,58 @@ def ablation(args) -> dict:
         lines.append([what, f"`{spec}`", *values, paper.get(row, "-")])
     print("\n" + markdown(["Hope", "model", "bits per byte", "difference", "published, 1.3B: mean perplexity"], lines))
     return result
+
+
+load_corpus = cache(load_corpus)  # a worker trains many cells on one corpus
+
+
+def train_cell(cell: tuple[str, TrainConfig]) -> dict:
+    """Train and validate one model. A loss that is not finite is a result too: bits_per_byte None, and the error."""
+    _, config = cell
+    torch.set_num_threads(config.threads)
+    corpus, device = load_corpus(config.data), device_for(config.device)
+    encoding = corpus.encoding
+    torch.manual_seed(config.seed)
+    model = Hope(cell_model(config)).to(device).train()
+    optimizer = optimizer_for(model, config)
+    seconds, result = [], {"bits_per_byte": None}
+    try:
+        for step in range(config.steps):
+            began = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config.steps, config)
+            rows = batch(corpus.train, config.batch_size, config.seq_len, config.seed, step)
+            inputs, targets = (part.to(device) for part in rows)
+            with precision(device):
+                logits, _ = model(inputs)
+            loss = loss_fn(logits, targets)
+            loss.backward()
+            norm = gradient_norm(model, step + 1, loss.item())
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds.append(time.perf_counter() - began)
+        held_out = corpus.val[: config.eval_tokens]
+        nats, _ = validate(model, held_out, config.batch_size, config.seq_len, device, start=encoding.eot_token)
+        result["bits_per_byte"] = nats / math.log(2) / n_bytes(held_out, encoding)
+    except NonFinite as error:
+        result["error"] = str(error).split(";")[0]
+    speed = config.tokens_per_step / statistics.median(seconds) if seconds else None
+    return result | {"train_seconds": sum(seconds), "tokens_per_s": speed, "code": code_version()}
+
+
+def cell_model(config: TrainConfig) -> HopeConfig:
+    own = {"vocab_size": load_corpus(config.data).encoding.n_vocab}
+    return HopeConfig.preset(config.preset, model=config.model, **(own | config.set))
+
+
+def cell_key(config: TrainConfig, corpus: dict, model: HopeConfig | None = None) -> str:
+    """All settings of a cell, defaults of the model included, and its data by name and checksum, wherever it lies."""
+    train, model = asdict(config) | {"data": corpus["name"]}, model or cell_model(config)
+    return json.dumps({"train": train, "model": model.to_dict(), "corpus": corpus}, sort_keys=True)
+
+
+def current_key(key: str) -> str:
+    """A finished cell's key with the defaults of settings that came later: a new field's default changes no model."""
+    old = json.loads(key)
+    return cell_key(TrainConfig(**old["train"]), old["corpus"], HopeConfig(**old["model"]))
