@@ -29,9 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memory import full_precision, l2norm, scan, scan_products
-from titans import (
-    NeuralMemory,
+from layers import (
     Recurrent,
     ShortConvolution,
     component,
@@ -42,6 +40,8 @@ from titans import (
     recomputed,
     retention_of,
 )
+from memory import full_precision, l2norm, scan, scan_products
+from titans import NeuralMemory
 
 
 def _zeros(v, k):

@@ -44,8 +44,9 @@ from baselines import (
     TitansMAL,
 )
 from cms import CMS, Level
+from layers import recomputed
 from memory import full_precision
-from titans import NeuralMemory, SelfModifyingTitans, recomputed
+from titans import NeuralMemory, SelfModifyingTitans
 
 # d_model, n_layers, n_heads, vocab_size: the Transformer++ whose parameters all models of a preset have
 PRESETS = {

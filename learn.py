@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from layers import by_chunk
 from memory import full_precision
-from titans import by_chunk
 
 UPDATES = ("off", "first_order", "full")  # of the CMS levels on the token clock
 

@@ -1,0 +1,198 @@
+"""What mixers are made of: short convolution, heads, the loop over chunks, the shell of a memory.
+
+Nothing here is a concept of the paper; titans.py and baselines.py build theirs from it. A mixer is
+(x [B, T, d_model], state) -> (y [B, T, d_model], state), and has besides
+
+    products(T)    multiply-adds per token, forward and backward, beyond its projections (nn.Linear),
+                   in rows of T tokens: for the FLOPs of a model
+    components()   its rows of `Hope.levels()`, see `component`
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fused import EPS, causal_convolution
+from memory import full_precision
+
+
+class ShortConvolution(nn.Module):
+    """SiLU of a causal depthwise convolution that carries its last width - 1 inputs along.
+
+    (x [B, T, D], tail [B, width-1, D] or None) -> (y [B, T, D], tail). ValueError for width < 1.
+    """
+
+    def __init__(self, dim, width=4):
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"width of a convolution must be at least 1 token, got {width}")
+        self.weight = nn.Parameter(torch.randn(width, dim) * width**-0.5)
+
+    def forward(self, x, tail=None):
+        width = len(self.weight)
+        if tail is None:
+            tail = x.new_zeros(x.shape[0], width - 1, x.shape[2])
+        x = torch.cat([tail, x], 1)
+        y = causal_convolution(x, self.weight)
+        # a copy, or the state would keep the whole input alive
+        return y, x[:, x.shape[1] - width + 1 :].clone()
+
+
+def linear(d_in, d_out, scale=1.0):
+    """A projection without bias, std scale / sqrt(d_in): unit variance in, variance scale^2 out."""
+    layer = nn.Linear(d_in, d_out, bias=False)
+    nn.init.normal_(layer.weight, std=scale * d_in**-0.5)
+    return layer
+
+
+def heads(x, n):
+    """[B, T, n * d] -> [B, n, T, d]."""
+    return x.unflatten(-1, (n, -1)).transpose(1, 2)
+
+
+def head_width(d_model, n_heads):
+    """d_model / n_heads. Raises ValueError where that is no positive integer."""
+    if n_heads < 1 or d_model < 1 or d_model % n_heads:
+        raise ValueError(f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}")
+    return d_model // n_heads
+
+
+def at_least_1(**numbers):
+    """ValueError for a number below 1, by its name."""
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def retention_of(z, A):
+    """exp(-A softplus(z)): comes as close to 1 as float32 can hold, where a sigmoid has vanished.
+
+    With A = 1, z = -log(n - 1) gives 1 - 1/n: a memory of n tokens.
+    """
+    return torch.exp(-A * F.softplus(z))
+
+
+def by_chunk(position, T, *chunks):
+    """Cut T tokens that begin at an absolute position wherever a chunk of one of these lengths ends.
+
+    Yields (slice, whether it begins a chunk of the first length), in order.
+    """
+    i = 0
+    while i < T:
+        left = min(chunk - (position + i) % chunk for chunk in chunks)
+        yield slice(i, i + left), (position + i) % chunks[0] == 0
+        i += left
+
+
+def over_chunks(step, state, T, chunk, all_chunks=None):
+    """The one loop over chunks: read and write T tokens with a memory that learns.
+
+    step(piece, boundary, running, momentum) -> (y, running, momentum) takes the tokens of a slice
+    within one chunk. `boundary` is the weights at the end of the chunk before, `running` the weights
+    so far. all_chunks(piece, running) -> (y, boundary, running), if given, takes all tokens from the
+    first boundary on at once, where there is a whole chunk of them.
+
+    state: {"position", "boundary", "running"}, maybe "momentum". Chunks sit at absolute positions, so any
+    way of cutting a sequence into calls gives the same result. Returns (list of y, state).
+    """
+    position = state["position"]
+    boundary = state["boundary"]
+    running = state["running"]
+    momentum = state.get("momentum")
+    outputs = []
+    for piece, begins in by_chunk(position, T, chunk):
+        if begins:
+            boundary = running
+        if begins and all_chunks is not None and T - piece.start >= chunk:
+            y, boundary, running = all_chunks(slice(piece.start, T), running)
+            outputs.append(y)
+            break
+        y, running, momentum = step(piece, boundary, running, momentum)
+        outputs.append(y)
+    position += T
+    if position % chunk == 0:
+        boundary = running
+    after = {"position": position, "boundary": boundary, "running": running}
+    if "momentum" in state:
+        after["momentum"] = momentum
+    return outputs, after
+
+
+def recomputed(function, *args):
+    """function(*args), computed again in the backward pass and not kept for it."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def component(what, updates, context, parameters=0, period=1):
+    """A row of `Hope.levels()`: a part of a mixer, when it updates (period in tokens), from what."""
+    row = {"component": what, "updates": updates, "context": context, "parameters": parameters}
+    return row | {"period": period}
+
+
+class Recurrent(nn.Module):
+    """A memory with projections, short convolution, heads, norm per head and output gate around it.
+
+    A kind of memory says how it remembers: remember(q, k [B, H, T, dk], v [B, H, T, dv],
+    rates [n, B, H, T], state) -> (y [B, H, T, dv], what goes into the state). rates: numbers per head
+    and token. conv: width of a short convolution with SiLU over q, k, v, 0 for none. expand: dv / dk,
+    with dk = d_model / n_heads. project: False returns the read alone, normalised.
+
+    (x [B, T, d_model], state) -> (y [B, T, d_model], state), state a dict with "position", "conv"
+    (the tail). Raises ValueError where n_heads does not divide d_model, and for expand < 1.
+    """
+
+    def __init__(self, d_model, n_heads, conv, expand=1, rates=0, gate=True, project=True,
+                 out_scale=1.0):
+        super().__init__()
+        at_least_1(expand=expand)
+        self.n_heads = n_heads
+        self.width = head_width(d_model, n_heads)
+        self.expand = expand
+        self.backend = "auto"  # see memory.kernels_for
+        dv = expand * d_model
+        # q | k | v | gate | rates, in one product
+        self.sizes = (d_model, d_model, dv, dv if gate else 0, rates * n_heads)
+        self.in_proj = linear(d_model, sum(self.sizes))
+        self.conv = ShortConvolution(2 * d_model + dv, conv) if conv else None
+        self.make_memory()
+        self.norm = nn.RMSNorm(expand * self.width, eps=EPS)
+        self.out_proj = linear(dv, d_model, out_scale) if project else None
+
+    def make_memory(self):
+        """Create what the memory itself learns in training."""
+
+    def start_state(self, batch):
+        """The state before the first token; "W" is the weights of a matrix memory, None for zeros."""
+        return {"position": 0, "conv": None, "W": None}
+
+    def forward(self, x, state=None):
+        B, T, _ = x.shape
+        state = state or self.start_state(B)
+        sizes = (sum(self.sizes[:3]), *self.sizes[3:])
+        qkv, gate, rates = self.in_proj(x).split(sizes, dim=-1)
+        tail = state["conv"]
+        if self.conv is not None:
+            qkv, tail = self.conv(qkv, tail)
+        q, k, v = (heads(full_precision(z), self.n_heads) for z in qkv.split(self.sizes[:3], dim=-1))
+        if rates.shape[-1]:
+            rates = full_precision(rates).unflatten(-1, (-1, self.n_heads)).permute(2, 0, 3, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            y, memory = self.remember(q, k, v, rates, state)
+        y = self.norm(y).to(x.dtype).transpose(1, 2).flatten(2)  # [B, T, expand * d_model]
+        if gate.shape[-1]:
+            y = y * F.silu(gate)
+        if self.out_proj is not None:
+            y = self.out_proj(y)
+        return y, {"position": state["position"] + T, "conv": tail} | memory
+
+    def components(self):
+        """Rows of `Hope.levels()`."""
+        return [component("matrix memory", "every token", "keys and values, in context")]
+
+
+def deep_memory(mixer, initial_weights):
+    """The rows of `Hope.levels()` for a memory with initial weights of its own."""
+    size = sum(W0.numel() for W0 in initial_weights)
+    updates = f"every token, generated every {mixer.chunk}"
+    return [component("memories (content)", updates, "keys and values, in context", size)]
