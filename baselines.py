@@ -39,8 +39,9 @@ from layers import (
     over_chunks,
     recomputed,
     retention_of,
+    scan_products,
 )
-from memory import full_precision, l2norm, scan, scan_products
+from memory import full_precision, l2norm, scan
 from titans import NeuralMemory
 
 

@@ -9,9 +9,9 @@ every `chunk` ticks and stand still otherwise (NL 71):
 
 so fast levels hold what was just read and slow levels hold what lasts. Three ways to combine them:
 
-    sequential  (NL 70, 73)  x -> [fast] -> [mid] -> [slow] -> y     every level has its own start
-    nested      (NL 72)      the same chain; a level returns to its start when the next slower updates
-    independent (NL 74)      y = x + sum_l mix_l * MLP_l(x)          parallel levels, learned weights
+    sequential  (NL 70, 73)  x -> [fast] -> [mid] -> [slow] -> y   every level has its own start
+    nested      (NL 72)      the same; a level returns to its start when the next slower updates
+    independent (NL 74)      y = x + sum_l mix_l * MLP_l(x)        parallel, learned weights
 
 A tick is a token (in context, learn.py) or a training step (`optimizers.LevelOptimizer`). On the
 token clock the parameters are the initial weights w_0, learned in training; the weights of the
@@ -84,8 +84,8 @@ class CMS(nn.Module):
     step: None, or the initial inner step size of every updating level (a number, or one per level),
     from then on learned, as its logarithm.
 
-    state is None when nothing updates in context, else {"position": ticks seen, "fast", "sums"}, the
-    last two lists with an entry per level: its fast weights (see MLP.forward), None for a level that
+    state is None when nothing updates in context, else {"position": ticks seen, "fast", "sums"},
+    two lists with an entry per level: its fast weights (see MLP.forward), None for a level that
     stays at its start; the gradients collected since its last update, None where there are none.
     Raises ValueError for levels that are empty or out of order, an unknown variant, a step <= 0.
     """
@@ -118,11 +118,11 @@ class CMS(nn.Module):
             self.log_step = nn.Parameter(torch.tensor(steps, dtype=self.mlps[0].w_in.dtype).log())
 
     def steps(self, step=None):
-        """Step size of each updating level, from `step` (a number, or one each); None: as learned."""
+        """Step size of each updating level from `step`, a number or one each; None: as learned."""
         count = sum(level.chunk is not None for level in self.levels)
         if step is None:
             if self.log_step is None:
-                raise ValueError("this CMS has no learned step: build it with cms_step, or give step")
+                raise ValueError("step must be given: this CMS was built without cms_step")
             return self.log_step.exp()
         steps = [step] * count if isinstance(step, (int, float)) else list(step)
         if len(steps) != count or not all(0 <= s < math.inf for s in steps):
@@ -171,8 +171,7 @@ class CMS(nn.Module):
 
         grads: an entry per level, like state["fast"]: the gradient of the summed loss of the ticks
         since the last call, of which every tick at which a level is due must be the end. step: see
-        `steps`. Returns the new state. Nothing is written in place; the result can be differentiated
-        in everything that can.
+        `steps`. Returns the new state; nothing is written in place, all can be differentiated.
         """
         due = self.due(state["position"])
         resets = self.resets(state["position"])
@@ -195,14 +194,14 @@ class CMS(nn.Module):
         return state | {"fast": fast, "sums": sums}
 
     def due(self, tick):
-        """Numbers of the levels that update at the end of tick (from 1 on): chunk C at C, 2C, ..."""
+        """Numbers of the levels that update at the end of a tick: chunk C at C, 2C, ..."""
         if tick < 1:
             raise ValueError(f"tick must be at least 1, got {tick}")
         return [i for i, level in enumerate(self.levels) if level.chunk and tick % level.chunk == 0]
 
     def resets(self, tick):
-        """Numbers of the levels that return to their start at tick: in the nested variant those whose
-        next slower level is due, so each takes C_slow / C_fast steps from one start (NL 72)."""
+        """Numbers of the levels that return to their start: nested ones whose next slower level is
+        due, so that each takes C_slow / C_fast steps from one start (NL 72)."""
         due = self.due(tick)
         return [number for number in due if number + 1 in due] if self.variant == "nested" else []
 

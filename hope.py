@@ -7,21 +7,19 @@
     Model
         tokens -> embedding -> Block 1 -> ... -> Block n -> norm -> logits
 
-Every mixer, Hope's and its rivals', has one signature, mixer(x, state) -> (y, state), so `model` in
-the config only swaps a class. A mixer owns what is said about it: `products(T)` (its FLOPs beyond its
-projections) and `components()` (its rows of `Hope.levels()`), and it checks its own fields. A new one
-is a line of MIXERS. Whatever the model, `hidden` is solved so that all models of a preset have as
-many parameters as Transformer++ (within 2%).
+Every mixer, Hope's and its rivals', has one signature, mixer(x, state) -> (y, state), so `model`
+in the config only swaps a class. A mixer owns what is said about it (layers.py) and checks its own
+fields; a new one is a line of MIXERS. Whatever the model, `hidden` is solved so that all models of
+a preset have as many parameters as Transformer++ (within 2%).
 
-State is the product: a plain tree of tensors and numbers, apart from the weights, that can be saved,
-loaded, moved and continued. Any way of cutting a sequence into calls gives the logits of one call.
+State is the product: a plain tree of tensors and numbers, apart from the weights, that can be
+saved, loaded, moved and continued. Any way of cutting a sequence into calls gives the same logits.
 
     python hope.py               the model as a nested system: who learns when, from what
     python hope.py --model samba --preset 340m
 """
 
 import dataclasses
-import difflib
 import math
 import typing
 from dataclasses import dataclass, field
@@ -44,11 +42,11 @@ from baselines import (
     TitansMAL,
 )
 from cms import CMS, Level
-from layers import recomputed
+from layers import component, count, one_of, recomputed
 from memory import full_precision
 from titans import NeuralMemory, SelfModifyingTitans
 
-# d_model, n_layers, n_heads, vocab_size: the Transformer++ whose parameters all models of a preset have
+# d_model, n_layers, n_heads, vocab_size of the Transformer++ that all models of a preset equal
 PRESETS = {
     "nano": (128, 5, 2, 257),
     "30m": (384, 10, 6, 32768),
@@ -89,15 +87,6 @@ def layer_kinds(model):
     return makers if isinstance(makers, tuple) else (makers,)
 
 
-def one_of(what, value, choices):
-    """value, if it is among choices; else ValueError with the nearest name."""
-    if value in choices:
-        return value
-    near = difflib.get_close_matches(str(value), choices, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown {what} {value!r}: must be one of {', '.join(choices)}{hint}")
-
-
 def loss_fn(logits, targets, reduction="mean"):
     """Cross-entropy in nats, in float32 or float64, "mean" or "sum": a scalar.
 
@@ -111,8 +100,8 @@ def loss_fn(logits, targets, reduction="mean"):
 class HopeConfig:
     """Everything that defines a model; saved with every run.
 
-    Raises ValueError, with the value and the legal range, for what is not legal. What concerns a part
-    of a block alone is checked by that part: a config is legal if a block of it can be built.
+    Raises ValueError, with the value and the legal range, for what is not legal. What concerns one
+    part of a block is checked by that part: a config is legal if a block of it can be built.
     """
 
     model: str = "hope"  # a name of MIXERS
@@ -121,9 +110,9 @@ class HopeConfig:
     n_layers: int = 5
     n_heads: int = 2
     hidden: int | None = None  # feed-forward width, all levels together; None: equal parameters
-    levels: list | None = None  # chunks of the CMS in tokens, fast to slow, None in it: never updates
+    levels: list | None = None  # chunks of the CMS in tokens, fast to slow; a None never updates
     variant: str = "sequential"  # of the CMS, see cms.VARIANTS
-    cms_step: float | list | None = None  # first inner step(s), then learned; None: given to `learn`
+    cms_step: float | list | None = None  # first inner step(s), then learned; None: see `learn`
     conv: int | None = None  # tokens of the short convolution, 0: none; None: the model's usual
     chunk: int = 64  # tokens between generations of a memory's keys, values and rates (TTT: <= 16)
     memory: str = "matrix"  # or "mlp"
@@ -168,8 +157,7 @@ class HopeConfig:
         d = self.d_model
         n = len(self.levels)
         target = 4 * d * d + 3 * d * (8 * round(d / 3)) + 2 * d
-        counts = [sum(p.numel() for p in mixer.parameters()) for mixer in mixers]
-        layers = [counts[layer % len(counts)] for layer in range(self.n_layers)]
+        layers = [count(mixers[layer % len(mixers)]) for layer in range(self.n_layers)]
         mean = sum(layers) / self.n_layers
         each = round((target - mean - d * (n + 1)) / (3 * d * n) / 4) * 4 if n else 0
         if n and each < 4:
@@ -225,7 +213,7 @@ class HopeConfig:
 
 
 def _of_kind(name, value, hint):
-    """value as the type of a config's field, as the tuple of a list. ValueError for another type."""
+    """value, if it is of the type of a config's field; a tuple as a list. Else ValueError."""
     kinds = typing.get_args(hint) or (hint,)
     if isinstance(value, tuple):
         value = list(value)
@@ -260,7 +248,7 @@ class Block(nn.Module):
 
 
 class Hope(nn.Module):
-    """The language model. (tokens [B, T] int64, state=None) -> (logits [B, T, vocab_size], state)."""
+    """The language model. (tokens [B, T] int64, state) -> (logits [B, T, vocab_size], state)."""
 
     def __init__(self, config):
         super().__init__()
@@ -277,8 +265,8 @@ class Hope(nn.Module):
         """Read tokens. Raises ValueError for ids out of range.
 
         updates: one of learn.UPDATES, whether the CMS levels take steps in context; step: how long,
-        see `learn`. A state that was read on with updates "off" has lost its place in the chunk: from
-        there on it can only be read.
+        see `learn`. A state that was read on with updates "off" has lost its place in the chunk:
+        from there on it can only be read.
         """
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
             got = f"shape {tuple(tokens.shape)} of {tokens.dtype}"
@@ -310,18 +298,16 @@ class Hope(nn.Module):
     def learn(self, tokens, state=None, updates="first_order", step=None):
         """Read a stream and learn from it in context (NL 70-74). tokens [B, T] -> (loss, state).
 
-        loss [B, T], in nats: of every token, given all before it; [B, T - 1] where there is no state,
-        because nothing predicts the first token of a stream. step: inner step size of the CMS levels,
-        a number or one for each level that updates; None: the learned ones. It multiplies the *sum*
+        loss [B, T], in nats: of every token, given all before it; [B, T - 1] without a state, as
+        nothing predicts the first token of a stream. step: inner step size of the CMS levels, a
+        number or one for each level that updates; None: the learned ones. It multiplies the *sum*
         over tokens (NL 71).
 
-        Under torch.no_grad() this is learning at test time. Otherwise the loss can be differentiated:
+        Under torch.no_grad() this is learning at test time. Otherwise the loss is differentiable:
         the initial weights are trained *through* the updates ("full": exact, second order, by the
-        plain path of every mixer) or at the updated weights ("first_order": the inner gradients count
-        as constants). Beside the rows' own weights the state holds the sums of the slower levels and,
-        of the unfinished chunk, the mixers' state at its start and its tokens. Raises ValueError for
-        a model without a level that updates, a fastest chunk below 2 tokens, a step that is missing
-        or negative, a state that no call with updates on has returned.
+        plain path of every mixer) or at the updated weights ("first_order": inner gradients are
+        constants). Raises ValueError for a model without a level that updates, a fastest chunk of
+        one token, a step that is missing or negative, a state that was read with updates off.
         """
         if updates == "off":
             raise ValueError("updates must be 'first_order' or 'full' to learn, got 'off'")
@@ -336,8 +322,8 @@ class Hope(nn.Module):
     def generate(self, tokens, n, state=None, temperature=1.0, top_k=None):
         """Sample n tokens after the prompt tokens [B, T]; yields each, [B] int64, once it is known.
 
-        Constant memory for recurrent mixers. temperature 0 takes the most likely token; top_k samples
-        among the k most likely; state continues an earlier call.
+        Constant memory for recurrent mixers. temperature 0 takes the most likely token; top_k
+        samples among the k most likely; state continues an earlier call.
         """
         if n < 0:
             raise ValueError(f"n must be at least 0 tokens, got {n}")
@@ -347,7 +333,7 @@ class Hope(nn.Module):
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         if tokens.ndim != 2 or tokens.shape[1] < 1:
             shape = tuple(tokens.shape)
-            raise ValueError(f"the prompt must be [B, T] with at least one token, got shape {shape}")
+            raise ValueError(f"the prompt must be [B, T] with T >= 1, got shape {shape}")
         self._check_ids(tokens)
         return self._generate(tokens, n, state, temperature, top_k)
 
@@ -376,27 +362,23 @@ class Hope(nn.Module):
         rows = {}
         for block in self.blocks:
             found = block.mixer.components()
-            for i, level in enumerate(block.cms.levels):
+            for i, (mlp, level) in enumerate(zip(block.cms.mlps, block.cms.levels, strict=True)):
                 if level.chunk is not None:
-                    found.append(
-                        {
-                            "component": f"CMS level {i + 1}",
-                            "updates": f"every {level.chunk} tokens",
-                            "context": "next-token loss, with `updates` on",
-                            "parameters": sum(p.numel() for p in block.cms.mlps[i].parameters()),
-                            "period": level.chunk,
-                        }
-                    )
+                    context = "next-token loss, with `updates` on"
+                    own = (count(mlp), level.chunk)
+                    every = f"every {level.chunk} tokens"
+                    found.append(component(f"CMS level {i + 1}", every, context, *own))
             for row in found:  # equal components of all blocks are one row
                 same = rows.setdefault(row["component"], row | {"parameters": 0})
                 same["parameters"] += row["parameters"]
-        rows = list(rows.values())
-        total = sum(p.numel() for p in self.parameters())
-        static = {"component": "projections, embedding, static MLP", "updates": "every training step"}
-        static |= {"context": "next-token loss, training set", "period": math.inf}
-        rows.append(static | {"parameters": total - sum(row["parameters"] for row in rows)})
+        left = count(self) - sum(row["parameters"] for row in rows.values())
+        static = ("projections, embedding, static MLP", "every training step")
+        static = component(*static, "next-token loss, training set", left, math.inf)
+        rows = [*rows.values(), static]
         periods = sorted({row["period"] for row in rows})
-        return [row | {"level": periods.index(row.pop("period")) + 1} for row in rows]
+        for row in rows:
+            row["level"] = periods.index(row.pop("period")) + 1
+        return rows
 
 
 if __name__ == "__main__":

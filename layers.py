@@ -3,10 +3,14 @@
 Nothing here is a concept of the paper; titans.py and baselines.py build theirs from it. A mixer is
 (x [B, T, d_model], state) -> (y [B, T, d_model], state), and has besides
 
-    products(T)    multiply-adds per token, forward and backward, beyond its projections (nn.Linear),
-                   in rows of T tokens: for the FLOPs of a model
+    products(T)    multiply-adds per token in rows of T tokens, forward and backward, beyond those
+                   of its projections (nn.Linear)
     components()   its rows of `Hope.levels()`, see `component`
+
+A state is a plain tree of tensors and numbers.
 """
+
+import difflib
 
 import torch
 import torch.nn as nn
@@ -15,6 +19,29 @@ from torch.utils.checkpoint import checkpoint
 
 from fused import EPS, causal_convolution
 from memory import full_precision
+
+# --------------------------------------------------------------------------------------------------
+# Checks
+
+
+def one_of(what, value, choices):
+    """value, if it is among choices; else ValueError with the nearest name."""
+    if value in choices:
+        return value
+    near = difflib.get_close_matches(str(value), choices, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown {what} {value!r}: must be one of {', '.join(choices)}{hint}")
+
+
+def at_least_1(**numbers):
+    """ValueError for a number below 1, by its name."""
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Layers
 
 
 class ShortConvolution(nn.Module):
@@ -58,13 +85,6 @@ def head_width(d_model, n_heads):
     return d_model // n_heads
 
 
-def at_least_1(**numbers):
-    """ValueError for a number below 1, by its name."""
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-
-
 def retention_of(z, A):
     """exp(-A softplus(z)): comes as close to 1 as float32 can hold, where a sigmoid has vanished.
 
@@ -73,8 +93,17 @@ def retention_of(z, A):
     return torch.exp(-A * F.softplus(z))
 
 
+def recomputed(function, *args):
+    """function(*args), computed again in the backward pass and not kept for it."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+# --------------------------------------------------------------------------------------------------
+# Chunks and states
+
+
 def by_chunk(position, T, *chunks):
-    """Cut T tokens that begin at an absolute position wherever a chunk of one of these lengths ends.
+    """Cut T tokens, from an absolute position on, wherever a chunk of one of these lengths ends.
 
     Yields (slice, whether it begins a chunk of the first length), in order.
     """
@@ -89,12 +118,12 @@ def over_chunks(step, state, T, chunk, all_chunks=None):
     """The one loop over chunks: read and write T tokens with a memory that learns.
 
     step(piece, boundary, running, momentum) -> (y, running, momentum) takes the tokens of a slice
-    within one chunk. `boundary` is the weights at the end of the chunk before, `running` the weights
-    so far. all_chunks(piece, running) -> (y, boundary, running), if given, takes all tokens from the
+    within one chunk. `boundary` is the weights at the end of the chunk before, `running` those so
+    far. all_chunks(piece, running) -> (y, boundary, running), if given, takes all tokens from the
     first boundary on at once, where there is a whole chunk of them.
 
-    state: {"position", "boundary", "running"}, maybe "momentum". Chunks sit at absolute positions, so any
-    way of cutting a sequence into calls gives the same result. Returns (list of y, state).
+    state: {"position", "boundary", "running"}, maybe "momentum". Chunks sit at absolute positions,
+    so any way of cutting a sequence into calls gives the same result. Returns (list of y, state).
     """
     position = state["position"]
     boundary = state["boundary"]
@@ -119,24 +148,72 @@ def over_chunks(step, state, T, chunk, all_chunks=None):
     return outputs, after
 
 
-def recomputed(function, *args):
-    """function(*args), computed again in the backward pass and not kept for it."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+def map_state(f, state):
+    """The same tree with f applied to every tensor."""
+    if torch.is_tensor(state):
+        return f(state)
+    if isinstance(state, dict):
+        return {name: map_state(f, value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [map_state(f, value) for value in state]
+    return state
+
+
+def tensors(state):
+    """All tensors of a state, in order."""
+    found = []
+    map_state(found.append, state)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# What a mixer says about itself
+
+
+def count(module):
+    """How many parameters a module has."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def component(what, updates, context, parameters=0, period=1):
-    """A row of `Hope.levels()`: a part of a mixer, when it updates (period in tokens), from what."""
+    """A row of `Hope.levels()`: a part, when it updates (period in tokens), and from what."""
     row = {"component": what, "updates": updates, "context": context, "parameters": parameters}
     return row | {"period": period}
+
+
+def deep_memory(mixer, initial_weights):
+    """The rows of `Hope.levels()` for a memory with initial weights of its own."""
+    size = sum(W0.numel() for W0 in initial_weights)
+    updates = f"every token, generated every {mixer.chunk}"
+    return [component("memories (content)", updates, "keys and values, in context", size)]
+
+
+def scan_products(dk, dv, T, tile=64, delta=True, momentum=False, decays=0):
+    """Multiply-adds per token that `scan` takes forward and backward, by its lines.
+
+    decays: how many of alpha, theta and delta have a gradient of their own.
+    """
+    C = min(tile, 64, T)
+    forward = 2 * dk * dv + C * (dk + dv)  # read and write of the state, and within the tile
+    if delta:
+        forward += dk * dv + C * (dk + dv)
+    if momentum:
+        forward += 2 * dk * dv + C * C
+    # the solve's inverse has no backward, a decay no product forward
+    return 3 * forward + C * C * (delta / 3 + decays)
+
+
+# --------------------------------------------------------------------------------------------------
+# The shell of a recurrent memory
 
 
 class Recurrent(nn.Module):
     """A memory with projections, short convolution, heads, norm per head and output gate around it.
 
     A kind of memory says how it remembers: remember(q, k [B, H, T, dk], v [B, H, T, dv],
-    rates [n, B, H, T], state) -> (y [B, H, T, dv], what goes into the state). rates: numbers per head
-    and token. conv: width of a short convolution with SiLU over q, k, v, 0 for none. expand: dv / dk,
-    with dk = d_model / n_heads. project: False returns the read alone, normalised.
+    rates [n, B, H, T], state) -> (y [B, H, T, dv], what goes into the state). rates: numbers per
+    head and token. conv: width of a short convolution with SiLU over q, k, v, 0 for none. expand:
+    dv / dk, with dk = d_model / n_heads. project: False returns the read alone, normalised.
 
     (x [B, T, d_model], state) -> (y [B, T, d_model], state), state a dict with "position", "conv"
     (the tail). Raises ValueError where n_heads does not divide d_model, and for expand < 1.
@@ -163,7 +240,7 @@ class Recurrent(nn.Module):
         """Create what the memory itself learns in training."""
 
     def start_state(self, batch):
-        """The state before the first token; "W" is the weights of a matrix memory, None for zeros."""
+        """The state before the first token; "W": weights of a matrix memory, None for zeros."""
         return {"position": 0, "conv": None, "W": None}
 
     def forward(self, x, state=None):
@@ -174,7 +251,8 @@ class Recurrent(nn.Module):
         tail = state["conv"]
         if self.conv is not None:
             qkv, tail = self.conv(qkv, tail)
-        q, k, v = (heads(full_precision(z), self.n_heads) for z in qkv.split(self.sizes[:3], dim=-1))
+        qkv = qkv.split(self.sizes[:3], dim=-1)
+        q, k, v = (heads(full_precision(z), self.n_heads) for z in qkv)
         if rates.shape[-1]:
             rates = full_precision(rates).unflatten(-1, (-1, self.n_heads)).permute(2, 0, 3, 1)
         with torch.autocast(x.device.type, enabled=False):
@@ -189,10 +267,3 @@ class Recurrent(nn.Module):
     def components(self):
         """Rows of `Hope.levels()`."""
         return [component("matrix memory", "every token", "keys and values, in context")]
-
-
-def deep_memory(mixer, initial_weights):
-    """The rows of `Hope.levels()` for a memory with initial weights of its own."""
-    size = sum(W0.numel() for W0 in initial_weights)
-    updates = f"every token, generated every {mixer.chunk}"
-    return [component("memories (content)", updates, "keys and values, in context", size)]

@@ -11,7 +11,7 @@ first target of a chunk was predicted in the chunk before, so its term is droppe
 does not depend on how a stream is cut into calls.
 
 The functions take the language model as an argument (`model.blocks`, `model.read`,
-`model.config.levels`); hope.py calls them. `map_state` and `tensors` serve every state.
+`model.config.levels`); hope.py calls them.
 """
 
 import contextlib
@@ -20,32 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layers import by_chunk
+from layers import by_chunk, map_state, tensors
 from memory import full_precision
 
 UPDATES = ("off", "first_order", "full")  # of the CMS levels on the token clock
-
-
-# --------------------------------------------------------------------------------------------------
-# States are trees of tensors and numbers
-
-
-def map_state(f, state):
-    """The same tree with f applied to every tensor."""
-    if torch.is_tensor(state):
-        return f(state)
-    if isinstance(state, dict):
-        return {name: map_state(f, value) for name, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [map_state(f, value) for value in state]
-    return state
-
-
-def tensors(state):
-    """All tensors of a state, in order."""
-    found = []
-    map_state(found.append, state)
-    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,10 +68,9 @@ def start_stream(model, batch):
     """
     chunk = model.config.levels[0]
     if chunk is None or chunk < 2:
-        raise ValueError(
-            f"levels must begin with a chunk of at least 2 tokens to learn in context (a chunk of 1 "
-            f"has no loss term of its own), got {model.config.levels}"
-        )
+        why = "to learn in context: one token has no loss term of its own"
+        have = model.config.levels
+        raise ValueError(f"levels must begin with a chunk of at least 2 tokens {why}, got {have}")
     blocks = [{"mixer": None, "cms": block.cms.start_state(batch)} for block in model.blocks]
     if not torch.is_grad_enabled():  # a state is apart from the weights; training needs the views
         blocks = map_state(torch.clone, blocks)
@@ -119,7 +96,7 @@ def read_and_update(model, tokens, state, full, step):
     if state is None:
         state = start_stream(model, batch)
     if state.get("stream") is None:
-        raise ValueError("state must come from a call with updates on; this one was read with updates off")
+        raise ValueError("state must come from a call with updates on, got one without")
     rows = state["stream"]["tokens"].shape[0]
     if rows != batch:
         raise ValueError(f"state must have as many rows as tokens, {batch}, got {rows}")
@@ -164,7 +141,7 @@ def inner_gradients(model, tokens, blocks, retain, create):
     """
 
     def alias(w):
-        # A node of its own: the gradient is this chunk's alone, though the mixers' state depends on w.
+        # A node of its own: the gradient is this chunk's alone, though the state depends on w too.
         return w.view_as(w) if w.requires_grad else w.detach().requires_grad_()
 
     fast = [map_state(alias, block["cms"]["fast"]) for block in blocks]

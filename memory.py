@@ -25,9 +25,9 @@ Glossary, in NL's names (the Titans paper swaps eta and theta):
 
 The recurrence is sequential, yet a tile of C tokens can be computed at once, exactly. Let
 P[t, s] = prod_{i=s+1..t} alpha_i (t, s = 0..C, lower triangular) and likewise with theta. Then
-c = P_alpha P_theta (without momentum c = P_alpha) is the weight of write s in W_t, a = P_alpha[:, 0]
-and b = c[:, 0] are the weights of W_0 and S_0. The errors r_t = u_t - delta_t W_{t-1} k_t, with
-e = eta r, solve one unit lower triangular system:
+c = P_alpha P_theta (without momentum c = P_alpha) is the weight of write s in W_t;
+a = P_alpha[:, 0] and b = c[:, 0] are the weights of W_0 and S_0. The errors
+r_t = u_t - delta_t W_{t-1} k_t, with e = eta r, solve one unit lower triangular system:
 
     (I + delta_t c[t-1, s] eta_s (k_t . k_s)) r = u - delta * (a_prev * K W_0^T + b_prev * K S_0^T)
     y   = a * Q W_0^T + b * Q S_0^T + (c[t, s] eta_s (q_t . k_s)) r
@@ -49,7 +49,7 @@ from fused import EPS, decay, kernels_for, silu_derivative, solve
 
 
 def full_precision(t):
-    """t in float32 if it was narrower: fast weights sum many small steps, solves need the digits."""
+    """t in float32 if it was narrower: sums of many small steps, and solves, need the digits."""
     narrow = torch.is_tensor(t) and t.dtype in (torch.bfloat16, torch.float16)
     return t.float() if narrow else t
 
@@ -85,9 +85,9 @@ def scan(W, k, u, eta, alpha, q=None, *, theta=None, S=None, delta=1.0, tile=64,
     """The learning rule over T tokens, in tiles: `scan_stepwise`, as fast as matrix products.
 
     W [..., dv, dk] initial weights; k [..., T, dk]; u [..., T, dv]; eta, alpha [..., T];
-    q [..., T, dk] or None; theta [..., T] or None, S [..., dv, dk] its start (default zero); delta a
-    number or [..., T]. Leading dimensions broadcast. alpha must be in (0, 1], theta in [0, 1): that
-    is the caller's to see to (a check would cost a synchronisation).
+    q [..., T, dk] or None; theta [..., T] or None, S [..., dv, dk] the momentum's start (default
+    zero); delta a number or [..., T]. Leading dimensions broadcast. alpha must be in (0, 1], theta
+    in [0, 1): that is the caller's to see to (a check would cost a synchronisation).
 
     Returns (y [..., T, dv] or None without q, W_T [..., dv, dk], S_T or None without theta), in
     float32 at least, also under autocast. Differentiable, also twice, in every tensor: the outer
@@ -210,25 +210,10 @@ def watch():
         _watching.reset(token)
 
 
-def scan_products(dk, dv, T, tile=64, delta=True, momentum=False, decays=0):
-    """Multiply-adds per token that `scan` takes forward and backward, by its lines.
-
-    decays: how many of alpha, theta and delta have a gradient of their own.
-    """
-    C = min(tile, 64, T)
-    forward = 2 * dk * dv + C * (dk + dv)  # read and write of the state, and within the tile
-    if delta:
-        forward += dk * dv + C * (dk + dv)
-    if momentum:
-        forward += 2 * dk * dv + C * C
-    # the solve's inverse has no backward, a decay no product forward
-    return 3 * forward + C * C * (delta / 3 + decays)
-
-
 # --------------------------------------------------------------------------------------------------
 # Memory networks: a list of layers [..., d_out, d_in]; one is a matrix, two the MLP of NL eq. 89
 
-# Gradient of each objective at the memory's output y for target v (NL section 3; the last two: MIRAS)
+# Gradient of each objective at the memory's output y for target v (NL section 3; MIRAS)
 OBJECTIVES = {
     "dot": lambda y, v: -v.expand_as(y),  # -<y, v>, Hebbian
     "l2": lambda y, v: y - v,  # 1/2 |y - v|^2

@@ -1,4 +1,4 @@
-"""Titans and self-modifying Titans: memories that learn at test time, as mixers of a sequence model.
+"""Titans and self-modifying Titans: memories that learn at test time, as sequence mixers.
 
 `NeuralMemory` is the long-term memory module of Titans (LMM). Static projections make keys, values
 and queries; a deep memory takes momentum steps of the l2 gradient, with step size, momentum and
@@ -44,8 +44,9 @@ from layers import (
     over_chunks,
     recomputed,
     retention_of,
+    scan_products,
 )
-from memory import full_precision, l2norm, read, scan, scan_products, write
+from memory import full_precision, l2norm, read, scan, write
 
 # --------------------------------------------------------------------------------------------------
 # Self-modifying Titans
@@ -61,13 +62,13 @@ class SelfModifyingTitans(nn.Module):
     inner_step: 1; 0 freezes every memory at its initial weights (the control).
     gate, conv: the output gate; the width of the short convolution (0: none).
     mode: "token" reads the running weights, "boundary" those of the chunk boundary (NL eq. 90).
-    dgd: if True, the delta rule: each token's error uses the weights just before it. If False, every
-    gradient uses the chunk-start weights, and eta is divided by the chunk length for stability.
+    dgd: if True, the delta rule: each token's error uses the weights just before it. If False,
+    every gradient uses the chunk-start weights, and eta is divided by the chunk for stability.
     retention: False fixes alpha = 1.
 
     State: "position"; "boundary" and "running" weights W_t, without W_0 (lists: first layers
-    [B, H, rows, d], second layers [B, H, m, d, hidden]); "momentum" (like "running", or None); "conv",
-    the convolution's tail. Raises ValueError for sizes that do not fit and for unknown names.
+    [B, H, rows, d], second layers [B, H, m, d, hidden]); "momentum" (like "running", or None);
+    "conv", the convolution's tail. Raises ValueError for sizes and names that do not fit.
     """
 
     def __init__(self, d_model, n_heads, chunk=64, memory="matrix", adaptive=("k", "v"),
@@ -134,9 +135,9 @@ class SelfModifyingTitans(nn.Module):
         if self.conv is not None:
             z, tail = self.conv(z, tail)
         z = full_precision(z)
-        streams = {}
-        for name, stream in zip(["x", *self.static], z.chunk(1 + len(self.static), -1), strict=True):
-            streams[name] = heads(stream, self.n_heads)
+        names = ["x", *self.static]
+        parts = [heads(part, self.n_heads) for part in z.chunk(len(names), -1)]
+        streams = dict(zip(names, parts, strict=True))
         for name in self.static:
             streams[name] = l2norm(streams[name], EPS)
         # the fused kernels multiply in this type; torch's path stays in float32
@@ -205,7 +206,7 @@ class SelfModifyingTitans(nn.Module):
         u = targets - k.unsqueeze(-3)
         at = initial if self.dgd else boundary  # the part of M(k) that the scan does not know
         mlp = len(running) > 1
-        if mlp:  # the first layer is a memory from k to -gradient, as steep as the layer above allows
+        if mlp:  # the first layer is a memory from k to -gradient
             z = (k @ boundary[0][..., : n * d, :].mT).unflatten(-1, (n, d)).transpose(-3, -2)
             h = F.silu(z)  # [B, H, n, C, d]
             g = ((h @ boundary[1].mT - u) @ boundary[1]) * silu_derivative(z)
@@ -215,8 +216,8 @@ class SelfModifyingTitans(nn.Module):
             u1 = u - known.transpose(-3, -2)
         u1 = u1.transpose(-3, -2).flatten(-2)  # [B, H, C, n d]
         u1 = torch.cat([u1, gate_targets - k @ at[0][..., n * d :, :].mT], -1)
-        # Write, and read at the running weights. All rows are read at q though only memory's own are
-        # needed: a second scan for the others would cost more.
+        # Write, and read at the running weights. All rows are read at q though only memory's own
+        # are needed: a second scan for the others would cost more.
         S = momentum[0] if momentum else None
         y, W, S = scan(running[0], k, u1, q=q, S=S, **rates, **rule)
         y = y[..., :d] + q @ initial[0][:, :d].mT
@@ -224,7 +225,7 @@ class SelfModifyingTitans(nn.Module):
         momentum = momentum and [S, *momentum[1:]]
         if self.mode == "boundary":
             y = q @ boundary[0][..., :d, :].mT
-        if mlp:  # a memory from h to what is left of the targets; h is not of unit length: deviation 7
+        if mlp:  # a memory from h, which is not of unit length, to what is left (deviation 7)
             rates = {name: r if r is None else r.unsqueeze(-2) for name, r in rates.items()}
             rates["eta"] = rates["eta"] / (1 + rates["eta"] * h.square().sum(-1))
             S = momentum[1] if momentum else None
@@ -249,7 +250,7 @@ class SelfModifyingTitans(nn.Module):
         return z.unsqueeze(-3) + blocks, out[..., m * d :]
 
     def _all_chunks(self, x, q, running, operands):
-        """`_chunk` for all chunks from a boundary on: by kernels.py where it fits, else fused.py."""
+        """`_chunk` for all chunks from a boundary on, by kernels.py where it fits or fused.py."""
         B, H = x.shape[:2]
         (W0,) = self.initial_weights()
         gates = []
@@ -268,7 +269,6 @@ class SelfModifyingTitans(nn.Module):
         return y, [boundary.unflatten(0, (B, H))], [W.unflatten(0, (B, H))]
 
     def products(self, T):
-        """Multiply-adds per token, forward and backward, beyond the projections; rows of T tokens."""
         d = self.d
         n = 1 + len(self.adaptive)
         rows = self.start.shape[1]
@@ -284,7 +284,6 @@ class SelfModifyingTitans(nn.Module):
         return self.n_heads * count
 
     def components(self):
-        """Rows of `Hope.levels()`."""
         if not self.inner_step:  # frozen: as static as any projection
             return []
         size = sum(W0.numel() for W0 in self.initial_weights())
@@ -358,7 +357,6 @@ class NeuralMemory(Recurrent):
         return self.norm(y).to(x.dtype).transpose(1, 2).flatten(2)
 
     def products(self, T):
-        """Multiply-adds per token, forward and backward, beyond the projections; rows of T tokens."""
         d = self.width
         scans = scan_products(d, d, T, self.chunk, delta=False, momentum=True, decays=2)
         surprise = 3 * (2 * self.depth - 1) * d * d  # at the boundary

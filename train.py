@@ -5,20 +5,18 @@
     python train.py --data notes.txt --set n_layers=2 --set chunk=32
     python train.py --cms-updates first_order --set levels=[128,256]   # learn in context
     python train.py --pretrained LLAMA --data notes.txt     # from a Llama checkpoint (NL 7.3)
-    python train.py --resume runs/hope-nano                 # go on after Ctrl-C, a kill, a power cut
+    python train.py --resume runs/hope-nano                 # go on after Ctrl-C or a kill
     python train.py --resume runs/hope-nano --tokens 4e6    # train longer
     python train.py --preset 340m --dry-run                 # what it would cost (support/plan.py)
-    torchrun --nproc_per_node=8 train.py --preset 340m      # the same run on 8 GPUs; --fsdp: sharded
+    torchrun --nproc_per_node=8 train.py --preset 340m      # on 8 GPUs; --fsdp shards the weights
     python train.py --help                                  # every flag, with its default
 
 The presets from 30m up bring a training set-up (SETUPS in support/config.py) that flags override.
-A run is a folder (support/run.py). Its metrics.jsonl has
-
-    per step         step, tokens, bits_per_byte, lr, grad_norm, tokens_per_s and mfu (all processes;
-                     of a known GPU's peak), data_s (seconds that went into making the batch)
-    every 100 steps  eta, alpha: per layer, mean step size and retention of its memories
-    per validation   step, tokens, val_bits_per_byte, val_tokens, cms_updates
-    skipped steps    step, tokens, skipped, why
+A run is a folder (support/run.py). Its metrics.jsonl has, per step: step, tokens, bits_per_byte, lr,
+grad_norm, tokens_per_s and mfu (of all processes; mfu is the fraction of a known GPU's peak), data_s
+(seconds spent on the batch), every 100 steps eta and alpha (per layer: mean step size and retention
+of its memories); per validation: val_bits_per_byte, val_tokens, cms_updates; for a step that was
+left out: skipped, why.
 
 Resuming gives the losses of a run that was never stopped, bit for bit on CPU: a batch depends on
 (seed, step) alone and the optimizer's state is saved. (More --tokens stretch the cosine.) Nor does
@@ -76,8 +74,8 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 def update(model, optimizer, lr: float, losses, grad_clip: float = math.inf) -> tuple[float, float]:
     """One training step: backward of each part of the loss, clip, step -> (loss, gradient norm).
 
-    losses: an iterable of scalars that sum to the loss; the next is asked for after the backward pass
-    of the one before. Raises NonFinite, which names the tensor, and then changes nothing.
+    losses: an iterable of scalars that sum to the loss; the next is asked for after the backward
+    pass of the one before. Raises NonFinite, which names the tensor, and then changes nothing.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -151,7 +149,7 @@ def parallel(run: Run) -> nn.Module:
 
 
 def micro_batches(forward: nn.Module, inputs, targets, rows: int, device) -> Iterator[torch.Tensor]:
-    """The losses of a step's rows (of this process), `rows` at a time, weighted to sum to the mean."""
+    """The losses of this rank's rows of a step, `rows` at a time, weighted to sum to the mean."""
     parts = list(zip(inputs.split(rows), targets.split(rows), strict=True))
     for number, (x, y) in enumerate(parts, 1):
         last = number == len(parts)  # DDP averages over the processes only once
@@ -163,13 +161,12 @@ def micro_batches(forward: nn.Module, inputs, targets, rows: int, device) -> Ite
 
 
 @torch.no_grad()
-def validate(
-    model: nn.Module, tokens: np.ndarray, batch_size: int, seq_len: int, device, updates="off", start=256
-) -> tuple[float, int]:
-    """(nats, count) of a token stream [N]: every token scored once.
+def validate(model, tokens: np.ndarray, batch_size: int, seq_len: int, device, updates="off",
+             start=256) -> tuple[float, int]:
+    """(nats, count) of a token stream [N]: every token scored once. Raises NonFinite.
 
-    Memories start afresh every seq_len tokens. updates: whether the CMS levels take steps in context.
-    start: the tokenizer's <|endoftext|>. Raises NonFinite.
+    Memories start afresh every seq_len tokens. updates: whether the CMS levels take steps in
+    context. start: the tokenizer's <|endoftext|>.
     """
     device = torch.device(device)
     training = model.training
@@ -178,7 +175,7 @@ def validate(
     count = 0
     pieces = windows(tokens, batch_size, seq_len, start)
     while turn := list(islice(pieces, world())):
-        # No batch left for this rank: still run a forward, because FSDP all-gathers need every rank.
+        # No batch left for this rank: still run a forward, as FSDP's all-gathers need every rank.
         mine = rank() < len(turn)
         inputs, targets = turn[rank() if mine else 0]
         with precision(device):
@@ -197,10 +194,10 @@ def validate(
 
 
 def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) -> dict:
-    """Train, or continue, one run; returns what it came to. on_step gets every line of metrics.jsonl.
+    """Train, or continue, a run; returns what it came to. on_step gets each line of metrics.jsonl.
 
-    Raises ValueError or OSError for bad input before any file is touched, NonFinite where the loss or
-    a gradient stays not finite, OSError for a checkpoint that cannot be written; earlier ones stay.
+    Raises ValueError or OSError for bad input before any file is touched, NonFinite where loss or
+    gradients stay not finite, OSError for a checkpoint that cannot be written; earlier ones stay.
     """
     run = Run.start(config)
     forward = parallel(run)
@@ -243,7 +240,7 @@ def train_steps(run: Run, forward, optimizer, start: int, report) -> int:
     corpus = run.corpus
     rows_per_rank = config.batch_size // world()
     own = slice(rank() * rows_per_rank, (rank() + 1) * rows_per_rank)
-    bits_per_nat = len(corpus.train) / corpus.train_bytes / math.log(2)  # nats a token -> bits a byte
+    bits_per_nat = len(corpus.train) / corpus.train_bytes / math.log(2)  # per token -> per byte
     peak = plan.peak_flops(run.device)
     flops = plan.flops_per_token(run.model.config, config.seq_len) if peak else 0.0
     skipped = sum("skipped" in record for record in run.metrics())

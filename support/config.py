@@ -135,7 +135,8 @@ class TrainConfig:
             raise ValueError("fsdp cannot be combined with optimizer dmgd; use another optimizer")
         if self.pretrained:
             if self.model not in ("hope", "hope_attention"):
-                raise ValueError(f"model must be hope_attention with pretrained, got {self.model!r}")
+                wanted = "hope_attention, which pretrained makes of it"
+                raise ValueError(f"model must be {wanted}, got {self.model!r}")
             self.pretrained = os.path.abspath(self.pretrained)
             self.model = "hope_attention"
             self.preset = Path(self.pretrained).name

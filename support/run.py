@@ -251,7 +251,8 @@ def _prepare(config: TrainConfig, keep: bool) -> dict:
 def _has_begun(folder: Path) -> bool:
     """Whether a run has anything to continue; else it was killed at once."""
     metrics = folder / "metrics.jsonl"
-    return bool(checkpoint.saved_steps(folder)) or (metrics.is_file() and metrics.stat().st_size > 0)
+    logged = metrics.is_file() and metrics.stat().st_size > 0
+    return logged or bool(checkpoint.saved_steps(folder))
 
 
 def _model_of(config: TrainConfig, folder, saved, encoding) -> tuple:
@@ -329,7 +330,7 @@ def optimizer_for(model, config: TrainConfig):
 
 
 def device_for(name: str) -> torch.device:
-    """The device of that name; "auto": the GPU if there is one. ValueError for one that is not there."""
+    """The device of that name; "auto": the GPU if there is one. ValueError where there is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
