@@ -29,6 +29,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from layers import one_of
+
 VARIANTS = ("sequential", "nested", "independent")
 
 
@@ -92,8 +94,7 @@ class CMS(nn.Module):
 
     def __init__(self, d_model, levels, variant="sequential", out_scale=1.0, step=None, eps=1e-6):
         super().__init__()
-        if variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        one_of("variant", variant, VARIANTS)
         chunks = [level.chunk for level in levels]
         ordered = len(chunks) > 0
         for fast, slow in pairwise(chunks):

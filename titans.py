@@ -41,6 +41,7 @@ from layers import (
     head_width,
     heads,
     linear,
+    one_of,
     over_chunks,
     recomputed,
     retention_of,
@@ -77,12 +78,10 @@ class SelfModifyingTitans(nn.Module):
         super().__init__()
         d = head_width(d_model, n_heads)
         at_least_1(chunk=chunk)
-        if memory not in ("matrix", "mlp"):
-            raise ValueError(f"memory must be 'matrix' or 'mlp', got {memory!r}")
-        if not set(adaptive) <= {"k", "v", "q"}:
-            raise ValueError(f"adaptive must be out of 'k', 'v', 'q', got {adaptive!r}")
-        if mode not in ("token", "boundary"):
-            raise ValueError(f"mode must be 'token' or 'boundary', got {mode!r}")
+        one_of("memory", memory, ("matrix", "mlp"))
+        one_of("mode", mode, ("token", "boundary"))
+        for name in adaptive:
+            one_of("name in adaptive", name, ("k", "v", "q"))
         if not 0 <= inner_step <= 1:
             raise ValueError(f"inner_step must be in [0, 1], got {inner_step!r}")
         self.n_heads = n_heads

@@ -12,8 +12,8 @@
     python train.py --help                                  # every flag, with its default
 
 The presets from 30m up bring a training set-up (SETUPS in support/config.py) that flags override.
-A run is a folder (support/run.py). Its metrics.jsonl has, per step: step, tokens, bits_per_byte, lr,
-grad_norm, tokens_per_s and mfu (of all processes; mfu is the fraction of a known GPU's peak), data_s
+A run is a folder (support/run.py). Its metrics.jsonl has, per step: step, tokens, bits_per_byte,
+lr, grad_norm, tokens_per_s and mfu (of all processes; mfu: fraction of a known GPU's peak), data_s
 (seconds spent on the batch), every 100 steps eta and alpha (per layer: mean step size and retention
 of its memories); per validation: val_bits_per_byte, val_tokens, cms_updates; for a step that was
 left out: skipped, why.

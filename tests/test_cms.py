@@ -1,4 +1,4 @@
-"""Continuum Memory System: the forward pass of each variant, memories per row, and the calendar of updates (cms.py)."""
+"""Continuum Memory System: forward pass of each variant, memories per row, calendar of updates."""
 
 import copy
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def make(variant="sequential", levels=LEVELS):
-    """A CMS whose norms and mixing weights are random too, so that no test passes because they are 1."""
+    """A CMS whose norms and mixing weights are random too: no test passes because they are 1."""
     cms = CMS(D, levels, variant)
     with torch.no_grad():
         for name, p in cms.named_parameters():
@@ -133,14 +133,16 @@ def test_each_row_uses_its_own_fast_weights(variant, level):
 def test_gradient_through_fast_copies_is_the_gradient_of_the_starts():
     cms, x, target = make(), torch.randn(3, 4, D), torch.randn(3, 4, D)
     plain = torch.autograd.grad(((cms(x)[0] - target) ** 2).sum(), list(cms.parameters()))
-    through = torch.autograd.grad(((cms(x, cms.start_state(3))[0] - target) ** 2).sum(), list(cms.parameters()))
+    through = torch.autograd.grad(
+        ((cms(x, cms.start_state(3))[0] - target) ** 2).sum(), list(cms.parameters())
+    )
     for a, b in zip(plain, through, strict=True):
         assert a.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_gradient_reaches_the_starts_through_an_update_of_the_fast_weights():
-    """One in-context step per row, then a later loss: its derivative along a start against a finite difference."""
+    """A step per row, then a later loss: its derivative along a start, by finite differences."""
     cms, x, target = make(levels=[Level(2, 5)]), torch.randn(2, 4, D), torch.randn(2, 4, D)
     mlp = cms.mlps[0]
 
@@ -149,13 +151,17 @@ def test_gradient_reaches_the_starts_through_an_update_of_the_fast_weights():
         y, state = cms(x[:, :2], {"position": 0, "fast": [fast]})
         loss = ((y - target[:, :2]) ** 2).sum()
         grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
-        state["fast"] = [{name: w - 0.05 * g for (name, w), g in zip(fast.items(), grads, strict=True)}]
+        state["fast"] = [
+            {name: w - 0.05 * g for (name, w), g in zip(fast.items(), grads, strict=True)}
+        ]
         return ((cms(x[:, 2:], state)[0] - target[:, 2:]) ** 2).sum()
 
     assert torch.autograd.gradcheck(later_loss, mlp.w_in)
 
 
-@pytest.mark.parametrize("levels", [LEVELS, LEVELS[:-1], [Level(1, 2), Level(3, 2)], [Level(4, 2)], [Level(None, 2)]])
+@pytest.mark.parametrize(
+    "levels", [LEVELS, LEVELS[:-1], [Level(1, 2), Level(3, 2)], [Level(4, 2)], [Level(None, 2)]]
+)
 def test_levels_are_due_as_counters_say(levels):
     cms, counters = CMS(D, levels), [0] * len(levels)
     for tick in range(1, 40):
@@ -176,35 +182,50 @@ def test_a_nested_level_takes_the_same_number_of_steps_from_every_start():
         for number in cms.due(tick):
             steps[number] += 1
         for number in range(3):
-            next_is_due = LEVELS[number + 1].chunk is not None and tick % LEVELS[number + 1].chunk == 0
+            next_is_due = (
+                LEVELS[number + 1].chunk is not None and tick % LEVELS[number + 1].chunk == 0
+            )
             assert (number in resets) == next_is_due
         for number in resets:
             runs[number].append(steps[number])
             steps[number] = 0
-    assert runs == [[3] * 12, [2] * 6, [], []]  # 6 / 2 and 12 / 6 steps; nothing slower than level 2 ever updates
+    assert runs == [
+        [3] * 12,
+        [2] * 6,
+        [],
+        [],
+    ]  # 6 / 2 and 12 / 6 steps; nothing slower than level 2 ever updates
     assert steps == [0, 0, 6, 0]
 
 
 @pytest.mark.parametrize(
     "make_it, message",
     [
-        (lambda: Level(0, 4), r"chunk is 0.*at least 1"),
-        (lambda: Level(-3, 4), r"chunk is -3.*at least 1"),
-        (lambda: Level(4, 0), r"hidden is 0.*at least 1"),
-        (lambda: CMS(D, []), r"levels is empty"),
-        (lambda: CMS(0, LEVELS), r"d_model is 0"),
-        (lambda: CMS(D, LEVELS, "parallel"), r"'parallel'.*sequential, nested, independent"),
-        (lambda: CMS(D, [Level(4, 2), Level(2, 2)]), r"\[4, 2\].*grow from fast to slow"),
+        (lambda: Level(0, 4), r"chunk of a level must be .*at least 1.*got 0"),
+        (lambda: Level(-3, 4), r"chunk of a level must be .*at least 1.*got -3"),
+        (lambda: Level(4, 0), r"hidden of a level must be at least 1, got 0"),
+        (lambda: CMS(D, []), r"levels must have chunks.*got \[\]"),
+        (
+            lambda: CMS(D, LEVELS, "parallel"),
+            r"variant 'parallel'.*sequential, nested, independent",
+        ),
+        (lambda: CMS(D, [Level(4, 2), Level(2, 2)]), r"grow from fast to slow.*\[4, 2\]"),
         (lambda: CMS(D, [Level(4, 2), Level(4, 2)]), r"\[4, 4\]"),
-        (lambda: CMS(D, [Level(4, 2), Level(6, 2)]), r"\[4, 6\].*multiple"),
-        (lambda: CMS(D, [Level(None, 2), Level(6, 2)]), r"\[None, 6\].*only as the last"),
+        (lambda: CMS(D, [Level(4, 2), Level(6, 2)]), r"multiple.*\[4, 6\]"),
+        (lambda: CMS(D, [Level(None, 2), Level(6, 2)]), r"only as the last.*\[None, 6\]"),
         (lambda: CMS(D, [Level(None, 2), Level(None, 2)]), r"\[None, None\]"),
-        (lambda: CMS(D, LEVELS).due(0), r"tick is 0"),
-        (lambda: CMS(D, LEVELS).resets(-1), r"tick is -1"),
-        (lambda: CMS(D, LEVELS).start_state(0), r"batch is 0"),
-        (lambda: CMS(D, LEVELS)(torch.randn(2, 3, D + 1)), r"width 7.*d_model 6"),
-        (lambda: CMS(D, LEVELS)(torch.randn(2, 3, D), CMS(D, LEVELS).start_state(1)), r"1 rows; x has 2"),
-        (lambda: CMS(D, LEVELS)(torch.randn(2, 3, D), CMS(D, LEVELS[:2]).start_state(2)), r"2 levels.*has 4"),
+        (lambda: CMS(D, LEVELS).due(0), r"tick must be at least 1, got 0"),
+        (lambda: CMS(D, LEVELS).resets(-1), r"tick must be at least 1, got -1"),
+        (lambda: CMS(D, LEVELS).start_state(0), r"batch must be at least 1 row, got 0"),
+        (lambda: CMS(D, LEVELS)(torch.randn(2, 3, D + 1)), r"width 6, got 7"),
+        (
+            lambda: CMS(D, LEVELS)(torch.randn(2, 3, D), CMS(D, LEVELS).start_state(1)),
+            r"fast weights for 2 rows, as x, got 1",
+        ),
+        (
+            lambda: CMS(D, LEVELS)(torch.randn(2, 3, D), CMS(D, LEVELS[:2]).start_state(2)),
+            r"4 levels, got 2",
+        ),
     ],
 )
 def test_bad_input_is_named_with_its_value_and_the_legal_range(make_it, message):
@@ -212,12 +233,14 @@ def test_bad_input_is_named_with_its_value_and_the_legal_range(make_it, message)
         make_it()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The step clock
 
 
 def network():
-    return torch.nn.ModuleDict({name: torch.nn.Linear(3, 3) for name in ("fast", "slow", "still", "rest")})
+    return torch.nn.ModuleDict(
+        {name: torch.nn.Linear(3, 3) for name in ("fast", "slow", "still", "rest")}
+    )
 
 
 def gradients(net, n):
@@ -234,7 +257,9 @@ OPTIMIZERS = {
 
 
 def both(params):
-    return CombinedOptimizer(torch.optim.SGD(params[::2], lr=0.1, momentum=0.9), torch.optim.AdamW(params[1::2], lr=0.01))
+    return CombinedOptimizer(
+        torch.optim.SGD(params[::2], lr=0.1, momentum=0.9), torch.optim.AdamW(params[1::2], lr=0.01)
+    )
 
 
 def steps(optimizer, net, grads):

@@ -1,4 +1,4 @@
-"""The token clock: CMS levels that learn in context, per row, exactly (NL 70-74). Every test in float64 unless it says so."""
+"""The token clock: CMS levels that learn in context, per row, exactly (NL 70-74), in float64."""
 
 import copy
 import os
@@ -11,19 +11,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import learn
 from hope import Hope, HopeConfig
-from learn import map_state, tensors
+from layers import map_state, tensors
 from support.checkpoint import load_state, save_state
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = dict(vocab_size=11, d_model=8, n_layers=2, n_heads=2, hidden=12, chunk=4, levels=[4, 8, None], cms_step=0.03)
+TINY = dict(
+    vocab_size=11,
+    d_model=8,
+    n_layers=2,
+    n_heads=2,
+    hidden=12,
+    chunk=4,
+    levels=[4, 8, None],
+    cms_step=0.03,
+)
 VARIANTS = {
     "hope": dict(),
     "hope_attention": dict(model="hope_attention"),
     "nested": dict(variant="nested", levels=[3, 6, 12]),
     "independent": dict(variant="independent", levels=[4, 8], n_layers=1),
     "one level": dict(levels=[5]),
-    "four levels": dict(levels=[2, 4, 8, 16], hidden=8, chunk=3, n_layers=1),  # the mixer's chunks are not those of the levels
+    "four levels": dict(
+        levels=[2, 4, 8, 16], hidden=8, chunk=3, n_layers=1
+    ),  # the mixer's chunks are not those of the levels
     "mlp": dict(memory="mlp", n_layers=1),
     "gated_deltanet": dict(model="gated_deltanet", n_layers=1),
 }
@@ -66,15 +78,22 @@ def in_pieces(model, x, cuts, state=None):
 
 
 def oracle(model, x):
-    """Losses of `learn` and the last weights, per row: an ordinary model, SGD by hand on ordinary parameters (NL 71)."""
+    """Losses of `learn` and the last weights, per row: an ordinary model, SGD by hand (NL 71)."""
     chunk, losses, learned = model.config.levels[0], [], []
     for row in x:
         m, mixers, last, out = copy.deepcopy(model), [None] * len(model.blocks), None, []
-        sums = {p: torch.zeros_like(p) for b in m.blocks for mlp in b.cms.mlps for p in (mlp.w_in, mlp.w_out)}
+        sums = {
+            p: torch.zeros_like(p)
+            for b in m.blocks
+            for mlp in b.cms.mlps
+            for p in (mlp.w_in, mlp.w_out)
+        }
         for tick in range(chunk, len(row) + chunk, chunk):
             tokens = row[None, tick - chunk : tick]
             state = {"blocks": [{"mixer": s, "cms": None} for s in mixers]}
-            logits, state = m(tokens, map_state(torch.Tensor.detach, state) if last is not None else None)
+            logits, state = m(
+                tokens, map_state(torch.Tensor.detach, state) if last is not None else None
+            )
             loss = F.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="none")
             crossing = [] if last is None else [F.cross_entropy(last, tokens[0, 0])[None]]
             out += [*crossing, loss]
@@ -99,11 +118,17 @@ def oracle(model, x):
                                     p.copy_(getattr(first.cms.mlps[number], name))
                             sums[p].zero_()
         losses.append(torch.cat(out).detach())
-        learned.append([{n: getattr(mlp, n).detach() for n in ("w_in", "w_out")} for b in m.blocks for mlp in b.cms.mlps])
+        learned.append(
+            [
+                {n: getattr(mlp, n).detach() for n in ("w_in", "w_out")}
+                for b in m.blocks
+                for mlp in b.cms.mlps
+            ]
+        )
     return torch.stack(losses), learned
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is learned
 
 
@@ -182,11 +207,15 @@ def test_a_saved_stream_goes_on_in_another_process(tmp_path):
             whole[name] = model.learn(x)
             _, state = model.learn(x[:, :14])  # in the middle of a chunk, with sums outstanding
         save_state(state, tmp_path / name)
-        torch.save({"config": model.config.to_dict(), "weights": model.state_dict(), "x": x[:, 14:]}, tmp_path / f"{name}.pt")
+        torch.save(
+            {"config": model.config.to_dict(), "weights": model.state_dict(), "x": x[:, 14:]},
+            tmp_path / f"{name}.pt",
+        )
     code = """
 import torch
 from pathlib import Path
-from hope import Hope, HopeConfig, load_state, save_state
+from hope import Hope, HopeConfig
+from support.checkpoint import load_state, save_state
 for name in ("hope", "hope_attention", "nested"):
     saved = torch.load(f"{name}.pt", weights_only=True)
     model = Hope(HopeConfig(**saved["config"])).double()
@@ -195,7 +224,9 @@ for name in ("hope", "hope_attention", "nested"):
         loss, state = model.learn(saved["x"], load_state(name))
     save_state([loss, state], Path(name))
 """
-    run = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    run = dict(
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     done = subprocess.run([sys.executable, "-c", code], **run)
     assert done.returncode == 0, done.stderr
     for name, (loss, state) in whole.items():
@@ -222,29 +253,46 @@ def test_a_level_changes_at_multiples_of_its_chunk_and_at_no_other_tick(name):
             before = fast
 
 
-@pytest.mark.parametrize("T, away", [(3, [True, False, False]), (9, [True, True, False]), (12, [False, False, True])])
+@pytest.mark.parametrize(
+    "T, away", [(3, [True, False, False]), (9, [True, True, False]), (12, [False, False, True])]
+)
 def test_nested_levels_return_to_their_start_when_the_next_slower_one_updates(T, away):
     model = build("nested")  # chunks 3, 6, 12
     with torch.no_grad():
         _, state = model.learn(stream(2, T))
     for block, s in zip(model.blocks, state["blocks"], strict=True):
-        found = [not torch.equal(w["w_in"][0], mlp.w_in) for mlp, w in zip(block.cms.mlps, s["cms"]["fast"], strict=True)]
+        found = [
+            not torch.equal(w["w_in"][0], mlp.w_in)
+            for mlp, w in zip(block.cms.mlps, s["cms"]["fast"], strict=True)
+        ]
         assert found == away
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Gradients of the outer loss
 
 
-PARTS = ("embedding", "norm", "w_", "log_step", "mixer")  # of a model, by what the name of a parameter holds
+PARTS = (
+    "embedding",
+    "norm",
+    "w_",
+    "log_step",
+    "mixer",
+)  # of a model, by what the name of a parameter holds
 
 
 def check_by_finite_differences(f, model, grads, h=1e-5):
-    """The derivative of f() along a random direction of each part, from four points (error h^4), against the gradients."""
+    """f() along a random direction of each part, from four points (error h^4), against gradients."""
     origin = [p.detach().clone() for p in model.parameters()]
     for part in PARTS:
-        own = [next((part for part in PARTS if part in name), "mixer") == part for name, _ in model.named_parameters()]
-        direction = [torch.randn_like(p) / p.numel() ** 0.5 * mine for p, mine in zip(origin, own, strict=True)]
+        own = [
+            next((part for part in PARTS if part in name), "mixer") == part
+            for name, _ in model.named_parameters()
+        ]
+        direction = [
+            torch.randn_like(p) / p.numel() ** 0.5 * mine
+            for p, mine in zip(origin, own, strict=True)
+        ]
         values = {}
         for n in (-2, -1, 1, 2):
             with torch.no_grad():
@@ -273,27 +321,35 @@ def test_full_gradients_are_finite_differences_of_the_loss_that_learn_returns(na
 
 @pytest.mark.parametrize("name", ["hope", "hope_attention", "nested", "independent"])
 def test_first_order_gradients_hold_the_inner_gradients_constant(name, monkeypatch):
-    """The definition: the same loss, as a function of the parameters, with the numbers that the inner gradients have at
-    this point in their place; its finite differences."""
-    model, x, errors = build(name, cms_step=0.01), stream(2, 14), Hope._errors
+    """The definition: the same loss as a function of the parameters, with the inner gradients fixed
+    at the numbers they have at this point; its finite differences."""
+    model, x, errors = build(name, cms_step=0.01), stream(2, 14), learn.inner_gradients
     full = torch.autograd.grad(model.learn(x, updates="full")[0].sum(), list(model.parameters()))
     inner = []
 
-    def record(self, *args, **kwargs):
-        inner.append(errors(self, *args, **kwargs)[2])
-        return *errors(self, *args, **kwargs)[:2], inner[-1]
+    def record(*args, **kwargs):
+        inner.append(errors(*args, **kwargs)[2])
+        return *errors(*args, **kwargs)[:2], inner[-1]
 
-    monkeypatch.setattr(Hope, "_errors", record)
-    grads = torch.autograd.grad(model.learn(x, updates="first_order")[0].sum(), list(model.parameters()))
+    monkeypatch.setattr(learn, "inner_gradients", record)
+    grads = torch.autograd.grad(
+        model.learn(x, updates="first_order")[0].sum(), list(model.parameters())
+    )
 
     def loss():
         constants = iter(inner)
-        monkeypatch.setattr(Hope, "_errors", lambda self, *a, **k: (*errors(self, *a, **k)[:2], next(constants)))
+
+        def with_constants(*args, **kwargs):
+            return *errors(*args, **kwargs)[:2], next(constants)
+
+        monkeypatch.setattr(learn, "inner_gradients", with_constants)
         with torch.no_grad():
             return model.learn(x)[0].sum().item()
 
     check_by_finite_differences(loss, model, grads)
-    assert max((a - b).abs().max().item() for a, b in zip(grads, full, strict=True)) > 1e-4  # the two are told apart
+    assert (
+        max((a - b).abs().max().item() for a, b in zip(grads, full, strict=True)) > 1e-4
+    )  # the two are told apart
 
 
 def test_full_training_restores_the_fused_path():
@@ -310,7 +366,7 @@ def test_the_start_weights_and_the_step_sizes_are_trained_by_what_is_read_later(
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Step sizes, reading, errors
 
 
@@ -325,7 +381,9 @@ def test_with_step_0_learning_is_reading(name):
 def test_a_step_that_is_given_takes_the_place_of_the_learned_one():
     model, x = build("hope"), stream(2, 26)
     bare = Hope(HopeConfig(**(TINY | dict(cms_step=None)))).double()
-    bare.load_state_dict({name: p for name, p in model.state_dict().items() if "log_step" not in name})
+    bare.load_state_dict(
+        {name: p for name, p in model.state_dict().items() if "log_step" not in name}
+    )
     with torch.no_grad():
         for block in model.blocks:
             block.cms.log_step.copy_(torch.tensor([0.02, 0.3], dtype=torch.float64).log())
@@ -338,35 +396,54 @@ def test_what_was_learned_can_be_read_and_generated_from_without_learning_more()
         _, state = model.learn(x)
         logits, after = model(on, state)
         close(logits[:, 0], model.learn(on[:, :1], state)[1]["stream"]["logits"])
-        same([b["cms"]["fast"] for b in after["blocks"]], [b["cms"]["fast"] for b in state["blocks"]])
+        same(
+            [b["cms"]["fast"] for b in after["blocks"]], [b["cms"]["fast"] for b in state["blocks"]]
+        )
         assert len(list(model.generate(on, 3, state))) == 3
-        with pytest.raises(ValueError, match="read on with updates off"):
+        with pytest.raises(ValueError, match="a call with updates on"):
             model.learn(on, after)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_stream_that_repeats_is_learned(seed):
-    """Only the CMS levels of a random model with 8 channels can learn, yet a fifth of the loss and more goes."""
+    """Only the CMS levels of a random model of 8 channels learn, yet a fifth of the loss goes."""
     torch.manual_seed(seed)
     model, phrase = build("hope"), stream(1, 16)
     with torch.no_grad():
-        (learned, _), (still, _) = (model.learn(phrase.repeat(1, 40), step=step) for step in (0.05, 0.0))
+        (learned, _), (still, _) = (
+            model.learn(phrase.repeat(1, 40), step=step) for step in (0.05, 0.0)
+        )
     assert learned[:, -16:].mean() < 0.8 * still[:, -16:].mean()
 
 
 @pytest.mark.parametrize(
     "make_it, message",
     [
-        (lambda x: build("hope", levels=[None]).learn(x), r"\[None\].*no level updates"),
-        (lambda x: build("hope", levels=[1, None]).learn(x), r"\[1, None\].*chunk of 1"),
-        (lambda x: build("hope", cms_step=None).learn(x), r"no learned inner step"),
-        (lambda x: build("hope").learn(x, step=-1.0), r"step is -1.*>= 0"),
-        (lambda x: build("hope").learn(x, step=[0.1]), r"\[0.1\].*each of the 2"),
-        (lambda x: build("hope", cms_step=0.0), r"cms_step must be.*above 0.*got 0.0"),
-        (lambda x: build("hope", cms_step=[0.1] * 3), r"cms_step.*each of 2.*got"),
-        (lambda x: build("hope").learn(x, updates="off"), r"'off'.*first_order"),
+        (
+            lambda x: build("hope", levels=[None]).learn(x),
+            r"chunk of at least 2 tokens.*got \[None\]",
+        ),
+        (
+            lambda x: build("hope", levels=[1, None]).learn(x),
+            r"chunk of at least 2 tokens.*got \[1, None\]",
+        ),
+        (lambda x: build("hope", cms_step=None).learn(x), r"step must be given.*without cms_step"),
+        (
+            lambda x: build("hope").learn(x, step=-1.0),
+            r"step must be a number of at least 0.*got -1",
+        ),
+        (
+            lambda x: build("hope").learn(x, step=[0.1]),
+            r"each of the 2 levels that update, got \[0.1\]",
+        ),
+        (lambda x: build("hope", cms_step=0.0), r"step must be above 0.*got 0.0"),
+        (lambda x: build("hope", cms_step=[0.1] * 3), r"step must be .*each of the 2.*got"),
+        (lambda x: build("hope").learn(x, updates="off"), r"'first_order' or 'full'.*got 'off'"),
         (lambda x: build("hope")(x, updates="second"), r"'second'.*off, first_order, full"),
-        (lambda x: build("hope").learn(x, build("hope").learn(x[:1])[1]), r"1 rows; tokens has 2"),
+        (
+            lambda x: build("hope").learn(x, build("hope").learn(x[:1])[1]),
+            r"as many rows as tokens, 2, got 1",
+        ),
         (lambda x: build("hope").learn(x + 11), r"token ids must be in \[0, 11\)"),
     ],
 )

@@ -129,7 +129,7 @@ def test_ten_million_characters_come_one_sentence_at_a_time():
     assert longest < 100 and 10_000_000 - 100 < total <= 10_000_000
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Formal languages, against membership tests of another kind
 
 
@@ -209,7 +209,7 @@ def test_lengths_without_words_are_refused(arguments, message):
         formal(*arguments)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # MAD and MQAR, against labels found row by row with a dictionary
 
 
