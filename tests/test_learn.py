@@ -282,7 +282,7 @@ PARTS = (
 
 
 def check_by_finite_differences(f, model, grads, h=1e-5):
-    """f() along a random direction of each part, from four points (error h^4), against gradients."""
+    """f() along a random direction of each part, from four points (error h^4): the gradients."""
     origin = [p.detach().clone() for p in model.parameters()]
     for part in PARTS:
         own = [
