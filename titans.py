@@ -176,8 +176,8 @@ class SelfModifyingTitans(nn.Module):
     def _chunk(self, streams, boundary, running, momentum):
         """Tokens of one chunk, generated from `boundary`, read and written from `running` on.
 
-        This is the definition. streams: x and the static projections, [B, H, C, d].
-        Returns (y [B, H, C, d], running, momentum).
+        This is the definition; `_all_chunks` repeats it (to change the rule, set self.fused = False).
+        streams: x and the static projections, [B, H, C, d]. Returns (y, running, momentum).
         """
         x = streams["x"]
         d = self.d

@@ -11,8 +11,9 @@
     torchrun --nproc_per_node=8 train.py --preset 340m      # on 8 GPUs; --fsdp shards the weights
     python train.py --help                                  # every flag, with its default
 
-The presets from 30m up bring a training set-up (SETUPS in support/config.py) that flags override.
-A run is a folder (support/run.py). Its metrics.jsonl has, per step: step, tokens, bits_per_byte,
+A token's way: corpus.documents -> corpus.join -> corpus.batch -> micro_batches -> LossModule ->
+Hope.read -> loss_fn -> update. A run is a folder (support/run.py). The presets from 30m up bring a
+training set-up (support/config.py). metrics.jsonl has, per step: step, tokens, bits_per_byte,
 lr, grad_norm, tokens_per_s and mfu (of all processes; mfu: fraction of a known GPU's peak), data_s
 (seconds spent on the batch), every 100 steps eta and alpha (per layer: mean step size and retention
 of its memories); per validation: val_bits_per_byte, val_tokens, cms_updates; for a step that was
