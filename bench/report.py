@@ -19,6 +19,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from bench.ablation import ABLATION
 from bench.tables import markdown, published
 from support.checkpoint import atomic_write
 
@@ -101,28 +102,12 @@ def quality_columns(cells: dict[int, dict]) -> list[str]:
 
 
 def ablation() -> str:
-    """The rows in the order of results/ablation.jsonl, the paper's beside them."""
+    """A row a part of Hope, the paper's mean perplexity beside it."""
     paper = {row["model"]: row["values"][0] for row in published("table6")["rows"]}
-    dgd = "w/o DGD (plain GD inside self-modifying Titans)"
-    inner = "w/o inner projection"
-    parts = {  # spec: what it is, the row of NL table 6
-        "hope": ("Hope", "Hope"),
-        "hope:dgd=false": ("plain gradient instead of DGD", dgd),
-        "hope:momentum=true": ("with momentum (published: Hope without)", "w/o momentum"),
-        "hope:retention=false": ("without retention", "w/o weight decay"),
-        "hope:levels=[null]": ("without CMS: one level", "w/o CMS"),
-        'hope:adaptive=["v"]': ("static k", f"{inner} k"),
-        'hope:adaptive=["k"]': ("static v", f"{inner} v"),
-        'hope:adaptive=["k","v","q"]': ("learned q (published: static q)", f"{inner} q"),
-        "hope:mode=boundary": ("reads at the boundary weights", None),
-        "hope:conv=0": ("without convolution", None),
-        "hope:gate=false": ("without output gate", None),
-        "hope:memory=mlp": ("MLP memories", None),
-        "hope:inner_step=0": ("memories that never learn", None),
-    }
     found = {row["model"]: row for row in load("ablation.json")["equal_tokens"]}
     rows = []
-    for spec, (what, row) in parts.items():
+    for fields, (what, row) in ABLATION.items():
+        spec = f"hope:{fields}" if fields else "hope"
         numbers = [f"{found[spec]['mean']:.3f}", f"{found[spec]['difference']:+.3f}"]
         rows.append([what, f"`{spec}`", *numbers, paper.get(row, "")])
     head = ["Hope", "model", "bits per byte", "difference", "published, 1.3B: mean perplexity"]
