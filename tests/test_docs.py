@@ -46,6 +46,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("train.plot", lambda run: None)
         Path("text.txt").write_text("".join(f"def f{i}(x): return x * {i}\n" for i in range(999)))
         size = {"n_layers": 1, "d_model": 32, "n_heads": 1}
         train(TrainConfig(data="text.txt", tokens=256, seq_len=64, batch_size=2, set=size))
@@ -302,10 +303,10 @@ def test_what_is_said_of_who_is_first_holds_in_the_files():
 
 def test_what_learning_in_context_is_said_to_be_worth_is_in_its_table():
     rows = report.load("measured.json")["in_context"]["table"]["rows"]
-    off, on, _, longer, _ = ([float(bits) for bits in row[1:4]] for row in rows)
+    off, on, _, longer, _ = ([float(bits) for bits in row[1:4]] for row in rows[:5])
     at_equal_tokens = sorted(a - b for a, b in zip(off, on, strict=True))
     at_equal_time = sorted(a - b for a, b in zip(longer, on, strict=True))
-    text = (ROOT / "README.md").read_text()
+    text = " ".join((ROOT / "README.md").read_text().split())
     said = "{:.1f} to {:.1f} bits per byte at equal tokens, {:.2f} to {:.2f} at equal time"
     ends = (at_equal_tokens[0], at_equal_tokens[-1], at_equal_time[0], at_equal_time[-1])
     assert said.format(*ends) in text
