@@ -1,0 +1,317 @@
+"""README.md and docs/: snippets run, commands have these flags, numbers are those of results/."""
+
+import ast
+import contextlib
+import importlib
+import io
+import re
+import runpy
+import shlex
+import statistics
+import string
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from bench import report
+from support.config import TrainConfig
+from train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# What has a --help; other commands must be without flags
+SCRIPTS = ("train.py", "eval.py", "sample.py", "data.py", "hope.py", "bench", "bench.report")
+
+
+def blocks(page, language):
+    return [text for kind, text in BLOCK.findall(page.read_text()) if kind == language]
+
+
+# --------------------------------------------------------------------------------------------------
+# Snippets
+
+SNIPPETS = [
+    pytest.param(text, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, text in enumerate(blocks(page, "python"))
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a run in runs/hope-nano, trained for two steps."""
+    folder = tmp_path_factory.mktemp("docs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("train.plot", lambda run: None)
+        Path("text.txt").write_text("".join(f"def f{i}(x): return x * {i}\n" for i in range(999)))
+        size = {"n_layers": 1, "d_model": 32, "n_heads": 1}
+        train(TrainConfig(data="text.txt", tokens=256, seq_len=64, batch_size=2, set=size))
+    return folder
+
+
+@pytest.mark.parametrize("text", SNIPPETS)
+def test_snippets_run(text, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    exec(compile(text, "snippet", "exec"), {"__name__": "snippet"})
+
+
+def test_the_readme_has_snippets_for_a_layer_a_model_and_a_trained_run():
+    text = "".join(blocks(ROOT / "README.md", "python"))
+    assert all(name in text for name in ("SelfModifyingTitans(", "model.learn(", "Run.open("))
+
+
+# --------------------------------------------------------------------------------------------------
+# Commands
+
+
+def command_lines(page):
+    """The commands of a page, variables filled in: lines of plain blocks, `python ...` in text."""
+    text = page.read_text()
+    found = []
+    for block in blocks(page, ""):
+        variables = {}
+        for line in block.splitlines():
+            line = string.Template(line).safe_substitute(variables)
+            if assigned := re.fullmatch(r"([A-Z]+)=(.*)", line):
+                variables[assigned[1]] = "".join(shlex.split(assigned[2]))
+            else:
+                found.append(line)
+    prose = BLOCK.sub("", text)
+    found += re.findall(r"`((?:python|pytest|pip) [^`]+)`", prose.replace("\n", " "))
+    return [line for line in found if line.strip()]
+
+
+COMMANDS = sorted({line for page in PAGES for line in command_lines(page)})
+
+
+@cache
+def help_of(script, *words):
+    """What `python SCRIPT WORDS --help` prints."""
+    before = sys.argv
+    sys.argv = [script, *words, "--help"]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            if script.endswith(".py"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            else:
+                runpy.run_module(script, run_name="__main__")
+    except SystemExit as done:
+        assert not done.code, said.getvalue()
+    finally:
+        sys.argv = before
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_exist_with_these_flags(line):
+    words = shlex.split(line, comments=True)
+    while re.fullmatch(r"[A-Z]+=\S*", words[0]):  # environment variables
+        words = words[1:]
+    program = words[0]
+    if program in ("pip", "pytest"):
+        files = [word for word in words if word.endswith((".txt", ".py"))]
+        assert all((ROOT / name).is_file() for name in files)
+        return
+    assert program in ("python", "torchrun")
+    if program == "torchrun":
+        words = words[words.index("train.py") - 1 :]
+    module = words[1] == "-m"
+    script = words[2] if module else words[1]
+    assert module or script == "FILE.py" or (ROOT / script).is_file()
+    words = words[3 if module else 2 :]
+    flags = {word.split("=")[0] for word in words if word.startswith("--")} - {"--help"}
+    if "--dry-run" in flags:  # which has flags of its own
+        own = set(re.findall(r'"(--[a-z-]+)"', (ROOT / "support/plan.py").read_text()))
+        flags -= own
+    if not flags and script != "bench":
+        return
+    assert script in SCRIPTS
+    first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    text = help_of(script, *words[:first])
+    assert all(re.search(rf"{flag}\b", text) for flag in flags), f"{flags} in\n{text}"
+
+
+def test_train_py_accepts_the_values_of_the_documented_flags(monkeypatch):
+    parse = importlib.import_module("support.config").parse
+    resumed = lambda folder, **changes: TrainConfig(**changes)  # noqa: E731
+    checked = 0
+    for line in COMMANDS:
+        words = shlex.split(line, comments=True)
+        if "train.py" in words and "--dry-run" not in words and "--help" not in words:
+            parse(words[words.index("train.py") + 1 :], "", resumed)
+            checked += 1
+    assert checked > 10
+
+
+# --------------------------------------------------------------------------------------------------
+# Names and files
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_links_exist(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        if not link.startswith(("http", "#")):
+            assert (page.parent / link).exists(), link
+    made = ("checkpoints/", "babi/en/", "tinyshakespeare/", "clinc150/", "banking77/", "novels/")
+    tops = {path.name for path in ROOT.iterdir()} | {"bench", "support", "docs", "results", "tests"}
+    for name in re.findall(r"`([\w./-]+(?:\.py|\.json|\.jsonl|\.md|/))`", text):
+        if name.split("/")[0] in tops and not name.startswith(("data/", "runs/", *made)):
+            assert (ROOT / name).exists(), name
+
+
+def test_names_in_the_table_of_equations_exist():
+    text = (ROOT / "docs/paper.md").read_text()
+    modules = "memory titans cms learn hope fused optimizers baselines support".split()
+    names = re.findall(r"`([a-z_]+(?:\.[A-Za-z_]+)+)`", text)
+    names = [name for name in names if name.split(".")[0] in modules and not name.endswith(".py")]
+    assert len(names) > 30
+    for name in names:
+        parts = name.split(".")
+        depth = 2 if parts[0] == "support" else 1
+        value = importlib.import_module(".".join(parts[:depth]))
+        for part in parts[depth:]:
+            value = getattr(value, part)
+
+
+def test_the_tests_that_reproduce_printed_slips_exist():
+    wanted = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/paper.md").read_text()))
+    defined = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                defined.add(node.name)
+    assert wanted and wanted <= defined, wanted - defined
+
+
+def test_deviations_that_the_code_names_are_in_the_list():
+    text = (ROOT / "docs/paper.md").read_text()
+    listed = {int(number) for number in re.findall(r"^(\d+)\. ", text, re.MULTILINE)}
+    code = [path for path in ROOT.glob("*.py")] + list((ROOT / "support").glob("*.py"))
+    code += list((ROOT / "bench").glob("*.py"))
+    named = set()
+    for path in code:
+        for numbers in re.findall(r"deviations? (\d+(?:(?:, | and )\d+)*)", path.read_text()):
+            named |= {int(number) for number in re.findall(r"\d+", numbers)}
+    assert named and named <= listed, named - listed
+
+
+def test_the_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def test_tables_are_those_of_the_files_in_results():
+    text = report.PAGE.read_text()
+    assert set(report.TABLES) == {name for _, name, _ in report.MARKED.findall(text)}
+    assert report.render(text) == text
+
+
+def measured(key):
+    return report.load("measured.json")[key]["value"]
+
+
+def mean(file, spec):
+    runs = report.quality_runs(file)
+    return statistics.mean(report.bits(runs[spec]["long"]))
+
+
+def seed_0(file, spec):
+    return report.quality_runs(file)[spec]["long"][0]["bits_per_byte"]
+
+
+def ablated(spec):
+    (row,) = [r for r in report.load("ablation.json")["equal_tokens"] if r["model"] == spec]
+    return row["difference"]
+
+
+def timed():
+    runs = report.quality_runs("quality.jsonl")
+    own = {spec: run["timed"] for spec, run in runs.items() if run["timed"]}
+    return {spec: cell["bits_per_byte"] for spec, cell in own.items()}
+
+
+LEARNED_Q = 'hope:adaptive=["k","v","q"]'
+PYTHON = "quality.jsonl"
+NOVELS = "quality_novels.jsonl"
+SAMBA = mean(PYTHON, "hope") - mean(PYTHON, "samba")
+SAMBA_NOVELS = seed_0(NOVELS, "hope") - seed_0(NOVELS, "samba")
+LEARNING = mean(PYTHON, "hope:inner_step=0") - mean(PYTHON, "hope")
+LEARNING_NOVELS = seed_0(NOVELS, "hope:inner_step=0") - seed_0(NOVELS, "hope")
+COUNTING = report.load("tasks_formal_quick.json")["rows"][0]["mean"]["a^n b^n"][1]
+READ = [report.quality_runs(PYTHON)[spec]["timed"]["tokens"] for spec in ("hope", "samba")]
+
+README = [  # what the page must say, made from the files in results/
+    f"{measured('main_job')} bits per byte",
+    f"{measured('short_job')} bits per byte",
+    f"ahead of it by {SAMBA:.3f} bits per byte (on novels by {SAMBA_NOVELS:.3f}, one seed)",
+    f"{LEARNING:.3f} bits per byte worse on Python, {LEARNING_NOVELS:.3f} on novels (one seed)",
+    f"{COUNTING:.1f}% of longer words",
+]
+RESULTS = [
+    f"by {SAMBA:.3f} bits per byte on Python (means of three seeds), by {SAMBA_NOVELS:.3f}",
+    f"worth {LEARNING:.3f} bits per byte** on Python (three seeds) and {LEARNING_NOVELS:.3f}",
+    f"reads {READ[0]:,} tokens, Samba {READ[1]:,}",
+    f"has {measured('position_kept')} bits per byte",
+    f"and {measured('position_fresh')} with",
+    f"that version had {measured('main_job_alpha_09').split()[0]}",
+]
+PAPER = [
+    f"{ablated('hope:conv=0'):.3f} bits per byte worse without the convolution",
+    f"{ablated('hope:gate=false'):.3f} without the gate",
+    f"{ablated('hope:mode=boundary'):.3f} bits per byte worse at 0.5M tokens",
+    f"MLPs are {-ablated('hope:memory=mlp'):.3f} better",
+    f"momentum is worth {-ablated('hope:momentum=true'):.3f}",
+    f"costs {ablated(LEARNED_Q):.3f}",
+]
+
+
+@pytest.mark.parametrize(
+    "page, numbers", [("README.md", README), ("docs/results.md", RESULTS), ("docs/paper.md", PAPER)]
+)
+def test_numbers_in_prose_are_those_of_the_files_in_results(page, numbers):
+    text = " ".join((ROOT / page).read_text().split())
+    for said in numbers:
+        assert said in text, said
+
+
+def test_what_is_said_of_who_is_first_holds_in_the_files():
+    at_time = timed()
+    assert min(at_time, key=at_time.get) == "hope"
+    assert mean(PYTHON, "samba") < mean(PYTHON, "hope")
+    assert abs(ablated("hope:inner_step=0")) < 0.02
+    cells = {}
+    for row in report.load("speed_lengths.json")["rows"]:
+        cells.setdefault(row["seq_len"], {})[row["model"]] = row["tokens_per_s"]
+    first = {length: max(own, key=own.get) for length, own in cells.items()}
+    linear = "linear_attention"
+    assert first == {512: "transformer", 1024: linear, 4096: linear, 16384: "hope"}
+    faster = {model for model, speed in cells[4096].items() if speed > cells[4096]["transformer"]}
+    assert faster == {"linear_attention", "retnet", "hope", "deltanet"}
+    slower = {model for model, speed in cells[16384].items() if speed < cells[16384]["transformer"]}
+    assert slower == {"titans_mac", "hope_attention", "ttt_linear", "ttt_mlp"}
+
+
+def test_what_learning_in_context_is_said_to_be_worth_is_in_its_table():
+    rows = report.load("measured.json")["in_context"]["table"]["rows"]
+    off, on, _, longer, _ = ([float(bits) for bits in row[1:4]] for row in rows[:5])
+    at_equal_tokens = sorted(a - b for a, b in zip(off, on, strict=True))
+    at_equal_time = sorted(a - b for a, b in zip(longer, on, strict=True))
+    text = " ".join((ROOT / "README.md").read_text().split())
+    said = "{:.1f} to {:.1f} bits per byte at equal tokens, {:.2f} to {:.2f} at equal time"
+    ends = (at_equal_tokens[0], at_equal_tokens[-1], at_equal_time[0], at_equal_time[-1])
+    assert said.format(*ends) in text
+
+
+def test_every_measurement_has_what_value_and_command():
+    for key, own in report.load("measured.json").items():
+        assert own["command"] and ("table" in own or (own["what"] and own["value"])), key
