@@ -322,7 +322,7 @@ def test_titans_takes_momentum_steps_of_the_gradient_at_the_boundary(name, chunk
 
 
 def read_and_differentiate(m, x, fused, of_state, state=None):
-    """y, state, and gradients of a random linear loss of y and, where asked, the state's weights."""
+    """y, state, and gradients of a random linear loss of y and, where asked, of the state."""
     m.fused = fused
     m.zero_grad()
     x = x.clone().requires_grad_()
