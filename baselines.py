@@ -175,6 +175,11 @@ class Attention(nn.Module):
 # from W [..., dv, dk] on (None: zeros)
 
 
+def _zeros(v, k):
+    lead = torch.broadcast_shapes(v.shape[:-2], k.shape[:-2])
+    return v.new_zeros(*lead, v.shape[-1], k.shape[-1])
+
+
 def retention(q, k, v, alpha, W=None, backend="auto"):
     """W_t = alpha_t W_{t-1} + v_t k_t^T. alpha [heads, 1]: one for all tokens."""
     if alpha.shape[-1] == 1:
@@ -200,11 +205,6 @@ def linear_attention(q, k, v, W=None, backend="auto"):
 def delta_net(q, k, v, beta, W=None, backend="auto"):
     """W_t = W_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T."""
     return gated_delta_net(q, k, v, beta, torch.ones_like(beta), W, backend)
-
-
-def _zeros(v, k):
-    lead = torch.broadcast_shapes(v.shape[:-2], k.shape[:-2])
-    return v.new_zeros(*lead, v.shape[-1], k.shape[-1])
 
 
 def with_one(x):
