@@ -1,4 +1,4 @@
-"""Worked examples: what `python memory.py`, `titans.py`, `cms.py`, `hope.py` show.
+"""Worked examples: what `python memory.py`, `titans.py`, `cms.py`, `baselines.py`, `hope.py` show.
 
 Each file runs this module under its own name; the functions below have the files' names.
 """
@@ -96,6 +96,41 @@ def cms():
     print(f"\nafter {state['position']} tokens of 3 rows: y {tuple(y.shape)}, fast w_in {shapes}")
 
 
+def baselines(d_model=128, n_heads=2, lengths=(64, 4096)):
+    """Parameters of each mixer, and how its state grows with the text."""
+    import baselines
+    from learn import tensors
+
+    sizes = (d_model, n_heads)
+    mixers = {
+        "Attention": baselines.Attention(*sizes),
+        "Attention, conv 4": baselines.Attention(*sizes, conv=4),
+        "Attention, window 128": baselines.Attention(*sizes, window=128),
+        "Mamba": baselines.Mamba(d_model),
+        "LinearAttention": baselines.LinearAttention(*sizes),
+        "RetNet": baselines.RetNet(*sizes),
+        "DeltaNet": baselines.DeltaNet(*sizes),
+        "GatedDeltaNet": baselines.GatedDeltaNet(*sizes),
+        "TTT-Linear": baselines.TTT(*sizes),
+        "TTT-MLP": baselines.TTT(*sizes, depth=2),
+        "TitansMAC": baselines.TitansMAC(*sizes),
+        "TitansMAG": baselines.TitansMAG(*sizes),
+        "TitansMAL": baselines.TitansMAL(*sizes),
+    }
+    print(f"d_model {d_model}, {n_heads} heads, one row, float32\n")
+    columns = "".join(f"   state after {T:>5}" for T in lengths)
+    print(f"{'mixer':<24}{'parameters':>10}{columns}")
+    for name, mixer in mixers.items():
+        line = f"{name:<24}{sum(p.numel() for p in mixer.parameters()):>10,}"
+        for T in lengths:
+            with torch.no_grad():
+                _, state = mixer(torch.randn(1, T, d_model))
+            size = sum(t.nbytes for t in tensors(state))
+            line += f"{size / 1024:>12,.1f} KiB  "
+        print(line)
+    print("\nOnly attention without a window grows with the text, every other state is bounded.")
+
+
 def hope():
     """A model as a nested system: who learns when, from what."""
     from hope import Hope, HopeConfig
@@ -129,6 +164,13 @@ def optimizers():
     demo()
 
 
-DEMOS = {"memory": memory, "optimizers": optimizers, "titans": titans, "cms": cms, "hope": hope}
+DEMOS = {
+    "memory": memory,
+    "titans": titans,
+    "cms": cms,
+    "optimizers": optimizers,
+    "baselines": baselines,
+    "hope": hope,
+}
 if __name__ in DEMOS:
     DEMOS[__name__]()
