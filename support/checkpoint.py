@@ -5,8 +5,8 @@
         rest.pt    everything that is no tensor, and the size of each of those files
 
 A checkpoint is written as step-200.tmp, flushed to the disk and renamed, so a kill or a full disk
-leaves the earlier ones as they were. Reading takes the newest that is complete and warns about those
-it passed over. Several machines need a shared file system.
+leaves the earlier ones as they were. Reading takes the newest that is complete and warns of those
+that it passes over. Several machines need a shared file system.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def load_file(path):
-    """What torch.save wrote, on the CPU, plain data only. ValueError where it is missing or damaged."""
+    """What torch.save wrote (plain data), on the CPU. ValueError where it is missing or damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -153,9 +153,9 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def save(run: Path, model: nn.Module, optimizer, step: int, keep: int = 1) -> None:
-    """Write the checkpoint of a step, then delete all but the `keep` newest. Called by all processes.
+    """Write the checkpoint of a step, then delete all but the `keep` newest.
 
-    OSError where it cannot be written; the earlier ones stay.
+    Called by all processes. OSError where it cannot be written; the earlier ones stay.
     """
     import torch.distributed.checkpoint as dcp  # takes as long to import as torch
 
@@ -225,7 +225,8 @@ class CorruptCheckpoint(RuntimeError):
 def load(run: Path, model: nn.Module, optimizer=None) -> int:
     """Fill a model (and an optimizer) from the newest complete checkpoint of a run -> its step.
 
-    Called by all processes. ValueError: no checkpoint, none that is complete, or one of another model.
+    Called by all processes. ValueError where there is none, none that is complete, or where it is
+    of another model.
     """
     found = on_first(lambda: saved_steps(run))
     why = f"{Path(run, 'checkpoints')} has no checkpoint"

@@ -1,4 +1,4 @@
-"""Several processes train as one: start, agree, wait, add up; FSDP2. With one process all are no-ops.
+"""Several processes train as one: start, agree, wait, add up; FSDP2. No-ops with one process.
 
     torchrun --nproc_per_node=8 train.py ...                        one machine
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv-backend=c10d \
@@ -40,7 +40,7 @@ def world() -> int:
 
 @functools.cache
 def control():
-    """The gloo group of all processes, None where there is none. Made by `start`, in all at once."""
+    """The gloo group of all processes; None where there is none. `start` makes it, in all at once."""
     return dist.new_group(backend="gloo", timeout=TIMEOUT) if started() else None
 
 
