@@ -40,7 +40,7 @@ def world() -> int:
 
 @functools.cache
 def control():
-    """The gloo group of all processes; None where there is none. `start` makes it, in all at once."""
+    """The gloo group of all processes, None where there is none. Made once, by `start`."""
     return dist.new_group(backend="gloo", timeout=TIMEOUT) if started() else None
 
 

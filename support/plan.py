@@ -239,7 +239,8 @@ def report(
     speed = f"{peak / 1e12:.0f} TFLOP/s in bfloat16, {utilisation:.0%} of it used"
     print(f"on {gpu}, {memory_bytes / 1e9:.0f} GB, {speed}:\n")
     if train.cms_updates != "off":
-        print(f"not counted: work and weights of cms_updates {train.cms_updates}, row by row\n")
+        extra = "their work and the rows' own weights"
+        print(f"not counted: cms_updates {train.cms_updates}, {extra}\n")
 
     costs = memory(c, train)
     usable = USABLE * memory_bytes
