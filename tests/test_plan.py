@@ -1,4 +1,4 @@
-"""What a run is said to cost before it starts: sizes, memory, time; and the set-ups of the presets."""
+"""What a run will cost, said before it starts: sizes, memory, time; the set-ups of the presets."""
 
 import re
 from dataclasses import replace
@@ -108,7 +108,7 @@ def test_a_run_that_does_not_fit_is_refused_with_one_that_does(capsys, tmp_path,
     words = "--preset 340m --model transformer --dry-run --gpus 8 --gpu A10".split()
     assert train.main([*words, "--micro-batch", "16"]) == 2
     error = capsys.readouterr().err
-    wanted = r"micro-batch of 16 rows needs [\d.]+ GB, more than the 22.1 usable .*--micro-batch (\d+)"
+    wanted = r"16 rows needs [\d.]+ GB, more than the 22.1 usable .*--micro-batch (\d+)"
     assert train.main([*words, "--micro-batch", re.search(wanted, error)[1]]) == 0
 
 
