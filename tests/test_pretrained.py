@@ -149,6 +149,7 @@ def test_its_tokenizer_is_read(split, tmp_path):
     assert own.n_vocab == bpe.get_vocab_size() and own.eot_token == end
 
 
+@pytest.mark.slow
 def test_continual_pre_training_begins_at_the_pre_trained_model_and_resumes(tmp_path):
     bpe = save_tokenizer(tmp_path)
     symbols = bpe.get_vocab_size()
