@@ -24,19 +24,23 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-class progress_bar(tqdm):  # noqa: N801, as tqdm
+class ProgressBar(tqdm):
     """Steps done, mean loss and speed of the last 50, time left."""
 
-    def __init__(self, steps, start):
-        interval = 0.5 if sys.stderr.isatty() else 30
-        line = "{percentage:3.0f}%|{bar:20}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left"
+    LINE = "{percentage:3.0f}%|{bar:20}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left"
+
+    def __init__(self, steps: int, start: int):
         super().__init__(
-            total=steps, initial=start, mininterval=interval, dynamic_ncols=True,
-            disable=rank() > 0, bar_format=line,
+            total=steps,
+            initial=start,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            dynamic_ncols=True,
+            disable=rank() > 0,
+            bar_format=self.LINE,
         )
         self.recent = deque(maxlen=50)
 
-    def show(self, record, skipped):
+    def show(self, record: dict, skipped: int) -> None:
         self.recent.append((record["bits_per_byte"], record["tokens_per_s"]))
         loss, speed = np.mean(self.recent, axis=0)
         note = f", {skipped} skipped" if skipped else ""
@@ -46,7 +50,7 @@ class progress_bar(tqdm):  # noqa: N801, as tqdm
 
 @contextlib.contextmanager
 def interrupts():
-    """A list that fills at Ctrl-C or SIGTERM, so that the step can be finished; a second one kills."""
+    """A list that fills at Ctrl-C or SIGTERM, so that the step is finished; a second one kills."""
     received = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -66,44 +70,49 @@ def interrupts():
 
 @torch.no_grad()
 def rates(model: nn.Module, tokens: torch.Tensor) -> dict:
-    """{"eta": [...], "alpha": [...]}: per layer, with which means its memories read tokens [B, T].
+    """{"eta": [...], "alpha": [...]}: per layer, mean step size and retention on tokens [B, T].
 
-    By the plain path of every mixer; None for a layer without memories, {} for a model without.
+    By the plain path of every mixer. None for a layer without memories, {} for a model without.
     """
     found = {"eta": [], "alpha": []}
     with watch() as seen, plain(model), torch.compiler.set_stance("force_eager"):
 
-        def hook(*_):
+        def collect(*_):  # after each mixer: the means of its memories, one pair per call of `scan`
             for i, means in enumerate(found.values()):
-                means.append(float(sum(rate[i] for rate in seen)) / len(seen) if seen else None)
+                means.append(float(sum(pair[i] for pair in seen)) / len(seen) if seen else None)
             seen.clear()
 
-        hooks = [block.mixer.register_forward_hook(hook) for block in model.blocks]
+        hooks = [block.mixer.register_forward_hook(collect) for block in model.blocks]
         model(tokens)
-        for handle in hooks:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
     return {name: means for name, means in found.items() if set(means) != {None}}
+
+
+def trailing_mean(y: np.ndarray, window: int) -> np.ndarray:
+    """The mean of the last `window` values at every step: no step looks ahead."""
+    ends = np.arange(1, len(y) + 1)
+    begins = np.maximum(0, ends - window)
+    sums = np.cumsum(np.concatenate([[0.0], y]))
+    return (sums[1:] - sums[begins]) / (ends - begins)
 
 
 def plot(run: Run) -> None:
     """loss.png from metrics.jsonl."""
-    from matplotlib.figure import (
-        Figure,  # slow to import; a Figure of its own needs no display
-    )
+    from matplotlib.figure import Figure  # slow to import; needs no display
 
-    train = [(r["tokens"], r["bits_per_byte"]) for r in run.metrics() if "bits_per_byte" in r]
-    val = [(r["tokens"], r["val_bits_per_byte"]) for r in run.metrics() if "val_bits_per_byte" in r]
+    records = run.metrics()
+    train = [(r["tokens"], r["bits_per_byte"]) for r in records if "bits_per_byte" in r]
+    val = [(r["tokens"], r["val_bits_per_byte"]) for r in records if "val_bits_per_byte" in r]
     if not train:
         return
     x, y = np.array(train).T
     val = np.array(val).reshape(-1, 2)
     window = min(len(y), max(20, len(y) // 50))
-    total = np.cumsum(np.concatenate([[0.0], y]))
-    low = np.maximum(0, np.arange(1, len(y) + 1) - window)  # a trailing mean: no step looks ahead
-    smooth = (total[1:] - total[low]) / (np.arange(1, len(y) + 1) - low)
-
+    smooth = trailing_mean(y, window)
     units = [(1e9, "billion"), (1e6, "million")]
     unit, name = next((unit for unit in units if x[-1] >= unit[0]), (1e3, "thousand"))
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(x / unit, y, color="tab:blue", alpha=0.2, linewidth=0.8, label="training, each step")
@@ -111,11 +120,11 @@ def plot(run: Run) -> None:
     axes.plot(x / unit, smooth, color="tab:blue", linewidth=1.8, label=label)
     if len(val):
         at = val[:, 0] / unit
-        axes.plot(at, val[:, 1], "o-", color="tab:orange", markersize=5, label="held-out files")
-        axes.annotate(
-            f"{val[-1, 1]:.3f}", (at[-1], val[-1, 1]), xytext=(0, 8), textcoords="offset points",
-            ha="right", color="tab:orange", fontweight="bold",
-        )
+        color = "tab:orange"
+        axes.plot(at, val[:, 1], "o-", color=color, markersize=5, label="held-out files")
+        style = {"ha": "right", "color": color, "fontweight": "bold"}
+        offset = {"xytext": (0, 8), "textcoords": "offset points"}
+        axes.annotate(f"{val[-1, 1]:.3f}", (at[-1], val[-1, 1]), **offset, **style)
     axes.set(xlabel=f"training tokens ({name})", ylabel="loss (bits per byte)", title=run.title)
     shown = np.concatenate([smooth, val[:, 1]])
     axes.set_ylim(0.95 * shown.min(), 1.02 * shown.max())

@@ -1,15 +1,17 @@
 """What a training run will cost, before anything is allocated: train.py with --dry-run.
 
-    python train.py --preset 340m --dry-run                              # on 8 H100, at 40% of their peak
+    python train.py --preset 340m --dry-run                 # on 8 H100, at 40% of their peak
     python train.py --preset 1.3b --dry-run --gpus 64 --gpu A100 --utilisation 0.3 --fsdp
 
-Parameters are counted, and FLOPs (hope.flops_per_token). Memory is measured without any: a forward and a backward pass, and
-a step of the optimizer, of tensors that have shapes but no data (torch's FakeTensorMode), each allocation noted when it is
-made and when it is freed. What the backward pass needs is bilinear in layers and rows, so one and two of each tell; what comes
-on top for a while (logits, a block's gradients) is one layer's. It is the memory of torch's own path: fused kernels keep less.
+Parameters and FLOPs are counted. Memory is measured without any: a forward pass, a backward pass
+and an optimizer step on tensors that have shapes but no data (torch's FakeTensorMode), with each
+allocation noted when it is made and when it is freed. What the backward pass keeps is bilinear in
+layers and rows, so one and two of each determine it. What comes on top for a while (logits, the
+gradients of a block) is that of one layer. It is the memory of torch's own path: fused kernels keep
+less.
 
-Per GPU, with P parameters on n GPUs: weights and gradients 4 bytes each (8 for AdamW's moments), all of them with DDP, a
-share with --fsdp, which also holds the embedding and two blocks whole while they work.
+Per GPU, with P parameters on n GPUs: 4 P bytes of weights, 4 P of gradients, 8 P of AdamW's moments
+with DDP; 1/n of that with --fsdp, which also gathers the embedding and two blocks while they work.
 """
 
 import os
@@ -25,201 +27,43 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import baselines
-from hope import MIXERS, PRESETS, Hope, HopeConfig, loss_fn
+from hope import PRESETS, Hope, HopeConfig, layer_kinds, loss_fn, one_of
 from learn import tensors
-from support.config import CMS_STEP, Parser, TrainConfig, parse
+from support.config import Parser, TrainConfig, parse
 from support.corpus import is_shards, load_corpus
-from support.run import optimizer_for
+from support.run import optimizer_for, resumed
 from support.vocabulary import tokenizer
 
-GB = {"B200": 180, "H200": 141, "H100": 80, "A100": 80, "L40S": 48, "L4": 24, "A10": 24, "4090": 24, "3090": 24, "V100": 32,
-      "T4": 16}  # fmt: skip
-USABLE = 0.92  # of a GPU's memory: the rest is the driver's, the libraries' and lost between allocations
+# A part of a GPU's name: (memory in GB, peak of dense bfloat16 products in FLOPs per second)
+GPUS = {
+    "B200": (180, 2250e12),
+    "H200": (141, 989e12),
+    "H100 PCIe": (80, 756e12),
+    "H100": (80, 989e12),
+    "A100": (80, 312e12),
+    "L40S": (48, 362e12),
+    "L4": (24, 121e12),
+    "A10": (24, 125e12),
+    "4090": (24, 165e12),
+    "3090": (24, 71e12),
+    "V100": (32, 125e12),
+    "T4": (16, 65e12),
+}
+USABLE = 0.92  # of a GPU's memory: the driver, libraries and fragmentation take the rest
 
 
-class Allocations(TorchDispatchMode):
-    """Bytes alive: now, and the most since `mark`."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self.sizes = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and (key := (storage := t.untyped_storage())._cdata) not in self.sizes:
-                self.sizes[key] = storage.nbytes()
-                self.now += self.sizes[key]
-                weakref.finalize(storage, self.free, key)
-        self.most = max(self.most, self.now)
-        return out
-
-    def free(self, key):
-        self.now -= self.sizes.pop(key)
-
-    def mark(self) -> int:
-        """Begin to look for the most again; what is alive now."""
-        self.most = self.now
-        return self.now
-
-
-def measure(model_config: HopeConfig, train: TrainConfig, rows: int, seq_len: int, fake: bool = True) -> dict:
-    """Bytes "kept" for the backward pass beyond weights and gradients, "extra": most of the pass beyond that, "optimizer": its
-    state, and "step": most of its step beyond that. Products in bfloat16, as on a GPU. fake: without memory."""
-    baselines.rotations.cache_clear()  # a table of the other kind of tensor
-    with FakeTensorMode() if fake else torch.enable_grad(), Allocations() as alive:
-        model = Hope(model_config)
-        for block in model.blocks:
-            block.recompute = train.recompute or train.fsdp
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        optimizer = optimizer_for(model, train)
-        tokens = torch.zeros(rows, seq_len, dtype=torch.int64)
-        before = alive.mark()
-        with torch.autocast("cpu", torch.bfloat16):
-            logits, _ = model.read(tokens)
-        del _
-        kept = alive.now - before
-        loss = loss_fn(logits, tokens)
-        del logits
-        loss.backward()
-        del loss
-        found = {"kept": kept, "extra": alive.most - before - kept}
-        parts = getattr(optimizer, "optimizers", (optimizer,))
-        for part in parts:
-            part.check_gradients = lambda: None  # there are no numbers to look at
-        before = alive.mark()
-        optimizer.step()
-        found["optimizer"] = sum(t.untyped_storage().nbytes() for t in tensors([list(part.state.values()) for part in parts]))
-        found["step"] = alive.most - before - found["optimizer"]
-    baselines.rotations.cache_clear()
-    return found
-
-
-def memory(c: HopeConfig, train: TrainConfig) -> tuple:
-    """(activations of n rows as a function of n, optimizer, step), bytes, of all layers, by extrapolation."""
-    kinds = len(MIXERS[c.model]) if isinstance(MIXERS[c.model], tuple) else 1
-    # Shorter rows, the more of them: chunks are looked at one by one. A segment of MAC keeps more towards its end.
-    length = min(train.seq_len, c.window if c.model == "titans_mac" else 512)
-    times, many = -(-train.seq_len // length), c.n_layers / kinds
-    one, two = (
-        [measure(replace(c, n_layers=n * kinds), train, rows * times, length) for rows in (1, 2)] for n in (1, 2)
-    )
-
-    def layers(key, row):
-        return one[row][key] + (many - 1) * (two[row][key] - one[row][key])
-
-    def activations(rows):
-        first, second = (layers("kept", row) + one[row]["extra"] for row in (0, 1))
-        return first + (rows - 1) * (second - first)
-
-    return activations, layers("optimizer", 0), layers("step", 0)
-
-
-def per_gpu(size: int, largest: int, embedding: int, train: TrainConfig, gpus: int, rows: int, costs: tuple) -> dict:
-    """Bytes on one GPU of weights, gradients, optimizer, activations (a step of the optimizer, where that is more), total."""
-    activations, optimizer, step = costs
-    share = gpus if train.fsdp else 1
-    gathered = (4 + 4) * embedding + 2 * (2 + 4) * largest if train.fsdp else 0  # weights and gradients, before they are shared
-    parts = {"weights": 4 * size / share, "gradients": 4 * size / share, "optimizer": optimizer / share}
-    parts["activations"] = max(activations(rows) + gathered, step / share)
-    return parts | {"total": sum(parts.values())}
-
-
-def report(train: TrainConfig, gpus: int, gpu: str, memory_bytes: float, peak: float, utilisation: float) -> None:
-    """Print the plan. ValueError where a GPU's memory does not suffice, with what would."""
-    if train.batch_size % gpus:
-        raise ValueError(f"batch_size is {train.batch_size}: legal is a multiple of {gpus}, the number of GPUs")
-    vocab_size, data = vocabulary(train)
-    step = {} if train.cms_updates == "off" else {"cms_step": CMS_STEP}
-    c = HopeConfig.preset(train.preset, model=train.model, **({"vocab_size": vocab_size} | step | train.set))
-    with torch.device("meta"):
-        model = Hope(c)
-    size = sum(p.numel() for p in model.parameters())
-    largest = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
-    flops, tokens = flops_per_token(c, train.seq_len), train.steps * train.tokens_per_step
-    print(f"{c.model}-{train.preset}: {size:,} parameters, {model.embedding.weight.numel():,} of them the embedding")
-    print(f"{tokens:,} tokens: {train.steps:,} steps of {train.batch_size} rows of {train.seq_len:,}; {data}")
-    print(f"{flops / 1e9:.3g} GFLOP a token (forward and backward), {flops * tokens:.3g} in all")
-    print(f"on {gpu}, {memory_bytes / 1e9:.0f} GB, {peak / 1e12:.0f} TFLOP/s in bfloat16, {utilisation:.0%} of it used:\n")
-    if train.cms_updates != "off":
-        print(f"not counted: cms_updates {train.cms_updates}, their work and the rows' own weights\n")
-    costs = memory(c, train)
-
-    def need(n, rows):
-        return per_gpu(size, largest, model.embedding.weight.numel(), train, n, rows, costs)
-
-    names = ("weights", "gradients", "optimizer", "activations", "total")
-    print(f"{'':>20}" + "GB per GPU".center(60) + f"\n{'GPUs':>6}{'rows at once':>14}" + "".join(f"{n:>12}" for n in names)
-          + f"{'fits':>6}{'time':>14}")  # fmt: skip
-    for n in sorted({1, 8, 64, gpus}):
-        if train.batch_size % n == 0:
-            rows = min(train.micro_batch or train.batch_size, train.batch_size // n)
-            bytes_ = need(n, rows)
-            fits = "yes" if bytes_["total"] <= USABLE * memory_bytes else "no"
-            print(f"{n:>6}{rows:>14}" + "".join(f"{bytes_[name] / 1e9:>12.1f}" for name in names)
-                  + f"{fits:>6}{duration(flops * tokens / (n * peak * utilisation)):>14}")  # fmt: skip
-    rows = min(train.micro_batch or train.batch_size, train.batch_size // gpus)
-    if (wanted := need(gpus, rows)["total"]) > USABLE * memory_bytes:
-        fitting = [n for n in range(1, rows) if need(gpus, n)["total"] <= USABLE * memory_bytes]
-        what = f"--micro-batch {fitting[-1]}" if fitting else "--recompute, or --fsdp on more GPUs"
-        there = f"{USABLE * memory_bytes / 1e9:.1f} usable GB of {memory_bytes / 1e9:.0f}"
-        raise ValueError(f"{rows} rows at once need {wanted / 1e9:.1f} GB: legal is up to {there}, as with {what}")
-
-
-def vocabulary(train: TrainConfig) -> tuple[int, str]:
-    """(symbols, a line on the data). Text is not read."""
-    if is_shards(train.data):
-        corpus = load_corpus(train.data)
-        passes = train.tokens / len(corpus.train)
-        return corpus.encoding.n_vocab, f"{train.data} holds {len(corpus.train):,} ({passes:.3g} passes)"
-    if train.data != "stdlib" and not Path(train.data).exists():
-        return PRESETS[train.preset][3], f"{train.data} is not there yet (python data.py --help)"
-    return tokenizer().n_vocab, f"{train.data} is read as bytes"
-
-
-def duration(seconds: float) -> str:
-    """In the unit that suits it."""
-    units = [(86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds")]
-    size, name = next((unit for unit in units if seconds >= 2 * unit[0]), units[-1])
-    return f"{seconds / size:.1f} {name}"
-
-
-def main(argv: list[str]) -> None:
-    """train.py's flags, and how many GPUs of which kind. ValueError as there, and where the run does not fit."""
-    parser = Parser(prog="train.py --dry-run", add_help=False, allow_abbrev=False)
-    parser.add_argument("--dry-run", action="store_true")
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--gpus", type=int)
-    parser.add_argument("--gpu")
-    parser.add_argument("--utilisation", type=float, default=0.4)
-    own, rest = parser.parse_known_args(argv)
-    train = parse(rest)
-    here = int(os.environ.get("WORLD_SIZE", torch.cuda.device_count() if cuda else 8))
-    gpus = own.gpus if own.gpus is not None else 1 if train.batch_size % here else here
-    if gpus < 1:
-        raise ValueError(f"gpus is {gpus}: legal is at least 1")
-    if not 0 < own.utilisation <= 1:
-        raise ValueError(f"utilisation is {own.utilisation}: legal is above 0, at most 1, of the peak")
-    if own.gpu is None and cuda and peak_flops(torch.device("cuda")):
-        properties = torch.cuda.get_device_properties(0)
-        name, size, peak = properties.name, properties.total_memory, peak_flops(torch.device("cuda"))
-    else:
-        name = own.gpu or "H100"
-        if name not in GB:
-            raise ValueError(f"gpu is {name!r}: legal are {', '.join(GB)}")
-        size, peak = GB[name] * 1e9, PEAK[name]
-    report(train, gpus, name, size, peak, own.utilisation)
+# --------------------------------------------------------------------------------------------------
+# Counting
 
 
 def flops_per_token(config: HopeConfig, seq_len: int) -> float:
     """FLOPs of training on one token of rows of seq_len: forward and backward, CMS updates off.
 
     Counted are products, 2 FLOPs per multiply-add: 6 per parameter of a matrix, once forward and
-    twice backward, plus what the mixers multiply besides (their `products`). Not counted: elementwise
-    work, and what a backward pass computes again to save memory. Attention counts the keys that its
-    queries see, half of a causal square, as fused attention computes; scans count whole tiles.
+    twice backward, plus what the mixers multiply besides (their `products`). Not counted are
+    elementwise work and what a backward pass recomputes to save memory. Attention counts the keys
+    that its queries see, half of a causal square, as fused attention computes; scans count whole
+    tiles.
     """
     with torch.device("meta"):  # counts only
         model = Hope(config)
@@ -232,20 +76,255 @@ def flops_per_token(config: HopeConfig, seq_len: int) -> float:
     return 6.0 * matrices + 2.0 * sum(block.mixer.products(seq_len) for block in model.blocks)
 
 
-# Peak of dense bfloat16 products, FLOPs per second, by a part of the GPU's name
-PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-        "A10": 125e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
-
-
 def peak_flops(device: torch.device) -> float | None:
-    """What one device can do at most, FLOPs per second; None where it is not known."""
+    """The most FLOPs per second that a device can do; None where it is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK.items() if part in name), None)
+    return next((peak for part, (_, peak) in GPUS.items() if part in name), None)
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
 
 
 def peak_memory(device) -> float | None:
-    """Most memory held so far, in MiB: the GPU's, or this process's where Linux says (ru_maxrss may be the parent's)."""
+    """Most memory held so far, in MiB: the GPU's, or this process's; None where no one says."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10 if status.exists() else None
+    status = Path("/proc/self/status")  # ru_maxrss may be the parent's
+    if not status.exists():
+        return None
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes alive: now, and the most since `mark`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0
+        self.most = 0
+        self.sizes = {}  # of storages that are alive
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.note(t.untyped_storage())
+        self.most = max(self.most, self.now)
+        return out
+
+    def note(self, storage):
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.now += self.sizes[key]
+            weakref.finalize(storage, self.free, key)
+
+    def free(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def mark(self) -> int:
+        """Begin to look for the most again; what is alive now."""
+        self.most = self.now
+        return self.now
+
+
+def measure(
+    model_config: HopeConfig, train: TrainConfig, rows: int, seq_len: int, fake: bool = True
+) -> dict:
+    """Bytes of one training step in bfloat16 products, as on a GPU. fake: without memory.
+
+    "kept" for the backward pass beyond weights and gradients; "extra", the most of the pass beyond
+    that; "optimizer", its state; "step", the most of its step beyond that.
+    """
+    baselines.rotations.cache_clear()  # a table of the other kind of tensor
+    with FakeTensorMode() if fake else torch.enable_grad(), Allocations() as alive:
+        model = Hope(model_config)
+        for block in model.blocks:
+            block.recompute = train.recompute or train.fsdp
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer = optimizer_for(model, train)
+        tokens = torch.zeros(rows, seq_len, dtype=torch.int64)
+        # forward, backward
+        before = alive.mark()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model.read(tokens)[0]
+        kept = alive.now - before
+        loss = loss_fn(logits, tokens)
+        del logits
+        loss.backward()
+        del loss
+        found = {"kept": kept, "extra": alive.most - before - kept}
+        # step
+        parts = getattr(optimizer, "optimizers", (optimizer,))
+        for part in parts:
+            part.check_gradients = lambda: None  # there are no numbers to look at
+        before = alive.mark()
+        optimizer.step()
+        state = tensors([list(part.state.values()) for part in parts])
+        found["optimizer"] = sum(t.untyped_storage().nbytes() for t in state)
+        found["step"] = alive.most - before - found["optimizer"]
+    baselines.rotations.cache_clear()
+    return found
+
+
+def memory(c: HopeConfig, train: TrainConfig) -> tuple:
+    """(activations of n rows as a function of n, optimizer, step), bytes of all layers."""
+    kinds = len(layer_kinds(c.model))
+    # Shorter rows, the more of them: chunks are independent here. A segment of MAC keeps more
+    # towards its end.
+    length = min(train.seq_len, c.window if c.model == "titans_mac" else 512)
+    times = -(-train.seq_len // length)
+    many = c.n_layers / kinds
+    found = {}
+    for n in (1, 2):  # layers of each kind
+        config = replace(c, n_layers=n * kinds)
+        found[n] = [measure(config, train, rows * times, length) for rows in (1, 2)]
+
+    def layers(key, rows):
+        one = found[1][rows - 1][key]
+        return one + (many - 1) * (found[2][rows - 1][key] - one)
+
+    def activations(rows):
+        first, second = (layers("kept", n) + found[1][n - 1]["extra"] for n in (1, 2))
+        return first + (rows - 1) * (second - first)
+
+    return activations, layers("optimizer", 1), layers("step", 1)
+
+
+def per_gpu(
+    size: int, largest: int, embedding: int, train: TrainConfig, gpus: int, rows: int, costs: tuple
+) -> dict:
+    """Bytes on one GPU: weights, gradients, optimizer, activations (or its step), total.
+
+    size, largest, embedding: parameters of the model, of its largest block, of its embedding.
+    """
+    activations, optimizer, step = costs
+    shards = gpus if train.fsdp else 1
+    gathered = 0
+    if train.fsdp:  # weights and gradients before they are sharded
+        gathered = (4 + 4) * embedding + 2 * (2 + 4) * largest
+    parts = {"weights": 4 * size, "gradients": 4 * size, "optimizer": optimizer}
+    parts = {name: amount / shards for name, amount in parts.items()}
+    parts["activations"] = max(activations(rows) + gathered, step / shards)
+    return parts | {"total": sum(parts.values())}
+
+
+# --------------------------------------------------------------------------------------------------
+# The report
+
+
+def report(
+    train: TrainConfig, gpus: int, gpu: str, memory_bytes: float, peak: float, utilisation: float
+) -> None:
+    """Print the plan. ValueError where a GPU's memory does not suffice, with what would."""
+    if train.batch_size % gpus:
+        wanted = f"a multiple of {gpus}, the number of GPUs"
+        raise ValueError(f"batch_size must be {wanted}, got {train.batch_size}")
+    vocab_size, data = vocabulary(train)
+    own = {"vocab_size": vocab_size} | train.model_fields()
+    c = HopeConfig.preset(train.preset, model=train.model, **own)
+    with torch.device("meta"):
+        model = Hope(c)
+    size = sum(p.numel() for p in model.parameters())
+    embedding = model.embedding.weight.numel()
+    largest = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
+    flops = flops_per_token(c, train.seq_len)
+    tokens = train.steps * train.tokens_per_step
+    rows = f"{train.batch_size} rows of {train.seq_len:,}"
+    print(f"{c.model}-{train.preset}: {size:,} parameters, {embedding:,} of them the embedding")
+    print(f"{tokens:,} tokens: {train.steps:,} steps of {rows}; {data}")
+    print(f"{flops / 1e9:.3g} GFLOP a token (forward and backward), {flops * tokens:.3g} in all")
+    speed = f"{peak / 1e12:.0f} TFLOP/s in bfloat16, {utilisation:.0%} of it used"
+    print(f"on {gpu}, {memory_bytes / 1e9:.0f} GB, {speed}:\n")
+    if train.cms_updates != "off":
+        extra = "their work and the rows' own weights"
+        print(f"not counted: cms_updates {train.cms_updates}, {extra}\n")
+
+    costs = memory(c, train)
+    usable = USABLE * memory_bytes
+
+    def need(n, rows):
+        return per_gpu(size, largest, embedding, train, n, rows, costs)
+
+    def rows_of(n):
+        return min(train.micro_batch or train.batch_size, train.batch_size // n)
+
+    names = ("weights", "gradients", "optimizer", "activations", "total")
+    print(f"{'':>20}" + "GB per GPU".center(60))
+    columns = "".join(f"{name:>12}" for name in names)
+    print(f"{'GPUs':>6}{'micro-batch':>14}{columns}{'fits':>6}{'time':>14}")
+    for n in sorted({1, 8, 64, gpus}):
+        if train.batch_size % n == 0:
+            wanted = need(n, rows_of(n))
+            columns = "".join(f"{wanted[name] / 1e9:>12.1f}" for name in names)
+            fits = "yes" if wanted["total"] <= usable else "no"
+            time = duration(flops * tokens / (n * peak * utilisation))
+            print(f"{n:>6}{rows_of(n):>14}{columns}{fits:>6}{time:>14}")
+    rows = rows_of(gpus)
+    wanted = need(gpus, rows)["total"]
+    if wanted > usable:
+        fitting = [n for n in range(1, rows) if need(gpus, n)["total"] <= usable]
+        what = f"--micro-batch {fitting[-1]}" if fitting else "--recompute, or --fsdp on more GPUs"
+        there = f"the {usable / 1e9:.1f} usable GB of {memory_bytes / 1e9:.0f}"
+        needs = f"a micro-batch of {rows} rows needs {wanted / 1e9:.1f} GB"
+        raise ValueError(f"{needs}, more than {there}: use {what}")
+
+
+def vocabulary(train: TrainConfig) -> tuple[int, str]:
+    """(symbols, a line on the data). Text is not read."""
+    if is_shards(train.data):
+        corpus = load_corpus(train.data)
+        size = len(corpus.train)
+        passes = f"{train.tokens / size:.3g} passes"
+        return corpus.encoding.n_vocab, f"{train.data} holds {size:,} ({passes})"
+    if train.data != "stdlib" and not Path(train.data).exists():
+        return PRESETS[train.preset][3], f"{train.data} is not there yet (python data.py --help)"
+    return tokenizer().n_vocab, f"{train.data} is read as bytes"
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it."""
+    units = [(86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds")]
+    size, name = next((unit for unit in units if seconds >= 2 * unit[0]), units[-1])
+    return f"{seconds / size:.1f} {name}"
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+def main(argv: list[str]) -> None:
+    """train.py's flags, and --gpus, --gpu, --utilisation.
+
+    ValueError as from train.py, and where the run does not fit.
+    """
+    parser = Parser(prog="train.py --dry-run", add_help=False, allow_abbrev=False)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--gpus", type=int)
+    parser.add_argument("--gpu")
+    parser.add_argument("--utilisation", type=float, default=0.4)
+    own, rest = parser.parse_known_args(argv)
+    train = parse(rest, __doc__, resumed)
+    cuda = torch.cuda.is_available()
+    gpus = own.gpus
+    if gpus is None:
+        gpus = int(os.environ.get("WORLD_SIZE", torch.cuda.device_count() if cuda else 8))
+        gpus = 1 if train.batch_size % gpus else gpus
+    if gpus < 1:
+        raise ValueError(f"gpus must be at least 1, got {gpus}")
+    if not 0 < own.utilisation <= 1:
+        wanted = "above 0 and at most 1, of the peak"
+        raise ValueError(f"utilisation must be {wanted}, got {own.utilisation}")
+    here = torch.device("cuda")
+    if own.gpu is None and cuda and peak_flops(here):
+        properties = torch.cuda.get_device_properties(0)
+        name = properties.name
+        size = properties.total_memory
+        peak = peak_flops(here)
+    else:
+        name = one_of("gpu", own.gpu or "H100", GPUS)
+        size = GPUS[name][0] * 1e9
+        peak = GPUS[name][1]
+    report(train, gpus, name, size, peak, own.utilisation)

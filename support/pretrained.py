@@ -1,4 +1,13 @@
-"""A Llama checkpoint as Hope-Attention (NL 7.3)."""
+"""Ad-hoc level stacking (NL 7.3): a Llama checkpoint as Hope-Attention whose MLPs are CMS levels.
+
+    model = from_pretrained("Llama-3.2-1B", levels=[512, 4096, None], cms_step=1e-3)
+    python train.py --pretrained Llama-3.2-1B --data notes.txt
+
+The folder is one that transformers writes: config.json and *.safetensors. Each pre-trained MLP is a
+sum over its hidden units. It is shared out among the levels, hidden unit by hidden unit, as the
+independent variant (NL 74) with every mixing weight 1: a sum of narrower MLPs. So at the start, and
+with step size 0 for ever, the model *is* the pre-trained one.
+"""
 
 import json
 from pathlib import Path
@@ -9,77 +18,125 @@ from hope import Hope, HopeConfig
 from support.checkpoint import first_line
 
 
-def from_pretrained(folder, levels=(512, None), **changes):
-    """A Llama-family checkpoint (config.json, *.safetensors) as Hope-Attention whose MLPs are CMS levels (NL 7.3).
+def from_pretrained(folder, levels=(512, None), **changes) -> Hope:
+    """A Llama-family checkpoint as Hope-Attention with CMS levels, in eval mode (NL 7.3).
 
-    levels: chunk lengths from fast to slow. Each pre-trained MLP is shared out among them, hidden unit by hidden unit,
-    as the independent variant with every mixing weight 1: a sum of narrower MLPs, so that at the start, and with step
-    size 0 for ever, this *is* the pre-trained model. changes: further fields of HopeConfig, as cms_step. Weights are
-    read to float32. Grouped keys and values are repeated for each of their heads.
-    Deviation: NL gives every level pre-trained MLPs of its own; here every block has all levels.
-    Raises ValueError for what is no such checkpoint, and for parts that have no place here.
+    levels: chunk lengths from fast to slow. changes: further fields of HopeConfig, as cms_step.
+    Weights are read to float32.
+    ValueError for what is no such checkpoint, and for parts that have no place here.
     """
-    try:
-        from safetensors.torch import load_file as load_safetensors
-    except ImportError:
-        raise ValueError("reading a pre-trained checkpoint needs safetensors: pip install safetensors") from None
     folder = Path(folder)
+    llama, weights = read_checkpoint(folder)
+    check_parts(folder, llama)
+    try:
+        own = {"model": "hope_attention", "levels": list(levels), "variant": "independent"}
+        model = Hope(HopeConfig(**(sizes_of(llama) | own | changes)))
+        groups = llama.get("num_key_value_heads") or model.config.n_heads
+        model.load_state_dict(taken_from(weights, model, groups))
+    except (KeyError, RuntimeError) as error:
+        what = f"{folder} is no checkpoint of the Llama family"
+        raise ValueError(f"{what}: {first_line(error)}") from None
+    left = [name for name in weights if not name.endswith("rotary_emb.inv_freq")]
+    if left:
+        what = f"{left[0]}, which has no place here"
+        raise ValueError(f"{folder} must have plain Llama weights, got {what}")
+    return model.eval()
+
+
+def read_checkpoint(folder: Path) -> tuple[dict, dict]:
+    """(config.json, {name: tensor} of all weights). ValueError where they cannot be read."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        install = "pip install safetensors"
+        raise ValueError(f"reading a pre-trained checkpoint needs safetensors: {install}") from None
+    weights = {}
     try:
         llama = json.loads((folder / "config.json").read_text())
-        weights = {}
         for file in sorted(folder.glob("*.safetensors")):
-            weights |= load_safetensors(file)
+            weights |= load_file(file)
     except Exception as error:  # safetensors has errors of its own
         raise ValueError(f"{folder} is no readable checkpoint: {first_line(error)}") from None
-    rope = llama.get("rope_parameters") or llama.get("rope_scaling") or {}
-    foreign = {
+    return llama, weights
+
+
+def rope_of(llama: dict) -> dict:
+    return llama.get("rope_parameters") or llama.get("rope_scaling") or {}
+
+
+def check_parts(folder: Path, llama: dict) -> None:
+    """ValueError for a part of the checkpoint that Hope-Attention does not have."""
+    rope = rope_of(llama)
+    width = llama.get("hidden_size", 0) // llama.get("num_attention_heads", 1)
+    parts = {
         "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),
         "hidden_act": (llama.get("hidden_act", "silu"), "silu"),
         "attention_bias": (bool(llama.get("attention_bias")), False),
         "mlp_bias": (bool(llama.get("mlp_bias")), False),
+        "head_dim": (llama.get("head_dim") or width, width),
     }
-    for name, (value, legal) in foreign.items():
-        if value != legal:
-            raise ValueError(f"{folder} has {name} {value!r}; legal is {legal!r}")
-    try:
-        n, d, H = llama["num_hidden_layers"], llama["hidden_size"], llama["num_attention_heads"]
-        groups, eps, tied = llama.get("num_key_value_heads") or H, llama["rms_norm_eps"], llama["tie_word_embeddings"]
-        sizes = dict(vocab_size=llama["vocab_size"], d_model=d, n_layers=n, n_heads=H, hidden=llama["intermediate_size"])
-        if (llama.get("head_dim") or d // H) * H != d:
-            raise ValueError(f"{folder} has head_dim {llama['head_dim']}; legal is hidden_size / heads, {d // H}")
-        base = float(rope.get("rope_theta") or llama.get("rope_theta", 10000.0))
-        own = dict(model="hope_attention", levels=list(levels), variant="independent")
-        model = Hope(HopeConfig(**(sizes | own | dict(norm_eps=eps, tied=tied, rope_base=base) | changes)))
+    for name, (value, wanted) in parts.items():
+        if value != wanted:
+            raise ValueError(f"{name} of {folder} must be {wanted!r}, got {value!r}")
 
-        def heads(name, count):  # [count, head width, d], keys and values repeated for every head of their group
-            return weights.pop(name).float().view(count, -1, d).repeat_interleave(H // count, 0)
 
-        def paired(w):  # RoPE there turns channels i and i + width / 2 together, here neighbours
-            return w.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+def sizes_of(llama: dict) -> dict:
+    """The fields of HopeConfig that config.json of a Llama checkpoint says. KeyError."""
+    return {
+        "vocab_size": llama["vocab_size"],
+        "d_model": llama["hidden_size"],
+        "n_layers": llama["num_hidden_layers"],
+        "n_heads": llama["num_attention_heads"],
+        "hidden": llama["intermediate_size"],
+        "norm_eps": llama["rms_norm_eps"],
+        "tied": llama["tie_word_embeddings"],
+        "rope_base": float(rope_of(llama).get("rope_theta") or llama.get("rope_theta", 10000.0)),
+    }
 
-        new = {"embedding.weight": weights.pop("model.embed_tokens.weight")}
-        new["norm.weight"] = weights.pop("model.norm.weight")
-        if not tied:
-            new["head.weight"] = weights["lm_head.weight"]
-        weights.pop("lm_head.weight", None)
-        for i in range(n):
-            old, at = f"model.layers.{i}.", f"blocks.{i}."
-            q, k, v = (heads(f"{old}self_attn.{x}_proj.weight", c) for x, c in (("q", H), ("k", groups), ("v", groups)))
-            new[at + "norm.weight"] = weights.pop(old + "input_layernorm.weight")
-            new[at + "mixer.qkv.weight"] = torch.cat([paired(q), paired(k), v]).flatten(0, 1)
-            new[at + "mixer.out.weight"] = weights.pop(old + "self_attn.o_proj.weight")
-            norm = weights.pop(old + "post_attention_layernorm.weight")
-            gate, up, down = (weights.pop(f"{old}mlp.{x}_proj.weight") for x in ("gate", "up", "down"))
-            parts = (gate.chunk(len(levels)), up.chunk(len(levels)), down.chunk(len(levels), 1))
-            for level, (gate, up, down) in enumerate(zip(*parts, strict=True)):
-                mlp = f"{at}cms.mlps.{level}."
-                new |= {mlp + "norm.weight": norm, mlp + "w_in": torch.cat([gate, up]), mlp + "w_out": down}
-            new[at + "cms.mix"] = torch.ones(len(levels))
-            if model.config.cms_step is not None:
-                new[at + "cms.log_step"] = model.blocks[i].cms.log_step.detach()
-        model.load_state_dict(new)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{folder} is no checkpoint of the Llama family: {first_line(error)}") from None
-    if left := [name for name in weights if not name.endswith("rotary_emb.inv_freq")]:
-        raise ValueError(f"{folder} has {left[0]}, which has no place here; legal are plain Llama weights")
-    return model.eval()
+
+def taken_from(weights: dict, model: Hope, groups: int) -> dict:
+    """The state dict of `model` from Llama's weights, which are taken out of `weights`. KeyError.
+
+    groups: heads of keys and values; each is repeated for the query heads that share it.
+    """
+    config = model.config
+    levels = len(config.levels)
+
+    def heads(name, count):  # [n_heads, head width, d_model]
+        w = weights.pop(name).float().view(count, -1, config.d_model)
+        return w.repeat_interleave(config.n_heads // count, 0)
+
+    def paired(w):  # RoPE there rotates channels i and i + width / 2 together, here neighbours
+        return w.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+    new = {
+        "embedding.weight": weights.pop("model.embed_tokens.weight"),
+        "norm.weight": weights.pop("model.norm.weight"),
+    }
+    head = weights.pop("lm_head.weight", None)
+    if model.head is not None and head is not None:
+        new["head.weight"] = head
+    for i, block in enumerate(model.blocks):
+        old = f"model.layers.{i}."
+        at = f"blocks.{i}."
+        # attention
+        new[at + "norm.weight"] = weights.pop(old + "input_layernorm.weight")
+        q = paired(heads(old + "self_attn.q_proj.weight", config.n_heads))
+        k = paired(heads(old + "self_attn.k_proj.weight", groups))
+        v = heads(old + "self_attn.v_proj.weight", groups)
+        new[at + "mixer.qkv.weight"] = torch.cat([q, k, v]).flatten(0, 1)
+        new[at + "mixer.out.weight"] = weights.pop(old + "self_attn.o_proj.weight")
+        # deviation 13: the MLP is shared out among the levels
+        norm = weights.pop(old + "post_attention_layernorm.weight")
+        gate = weights.pop(old + "mlp.gate_proj.weight").chunk(levels)
+        up = weights.pop(old + "mlp.up_proj.weight").chunk(levels)
+        down = weights.pop(old + "mlp.down_proj.weight").chunk(levels, 1)
+        for level in range(levels):
+            mlp = f"{at}cms.mlps.{level}."
+            new[mlp + "norm.weight"] = norm
+            new[mlp + "w_in"] = torch.cat([gate[level], up[level]])
+            new[mlp + "w_out"] = down[level]
+        new[at + "cms.mix"] = torch.ones(levels)
+        if block.cms.log_step is not None:
+            new[at + "cms.log_step"] = block.cms.log_step.detach()
+    return new

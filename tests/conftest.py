@@ -1,4 +1,8 @@
-"""Where there is no GPU, kernels.py runs under Triton's interpreter in all tests; Triton must be told before it is imported."""
+"""Fixtures of all tests.
+
+Where there is no GPU, kernels.py runs under Triton's interpreter, which Triton must be told before
+it is imported.
+"""
 
 import os
 from pathlib import Path
@@ -12,10 +16,11 @@ if not torch.cuda.is_available():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A working folder with a small text file in it. No pictures of runs: they take longer than these runs."""
+    """A working folder with a small text in it. No plots: they take longer than the runs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("train.plot", lambda run: None)
-    Path("text.py").write_text("".join(f"def f{i}(x):\n    return x * {i} + {i % 7}\n" for i in range(300)))
+    functions = [f"def f{i}(x):\n    return x * {i} + {i % 7}\n" for i in range(300)]
+    Path("text.py").write_text("".join(functions))
     return tmp_path
 
 

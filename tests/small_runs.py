@@ -9,8 +9,12 @@ from support.config import TrainConfig
 def flags(config: TrainConfig) -> list[str]:
     """The command line of a config."""
     words = [f"--set={key}={value}" for key, value in config.set.items()]
-    names = ("data", "tokens", "batch_size", "seq_len", "eval_every", "eval_tokens", "save_every", "device", "out")
-    return words + [f"--{name}={getattr(config, name)}" for name in names if getattr(config, name) is not None]
+    names = "data tokens batch_size seq_len eval_every eval_tokens save_every device out"
+    for name in names.split():
+        value = getattr(config, name)
+        if value is not None:
+            words.append(f"--{name}={value}")
+    return words
 
 
 def log(run) -> list[dict]:

@@ -1,33 +1,43 @@
-"""Ad-hoc level stacking (NL 7.3): a Llama checkpoint, written by transformers, becomes Hope-Attention with CMS levels."""
+"""Ad-hoc level stacking (NL 7.3): a Llama checkpoint as Hope-Attention with CMS levels."""
 
 import json
 
 import pytest
 import torch
 
-from hope import Hope
 from support.config import TrainConfig
-from support.run import resumed
+from support.pretrained import from_pretrained
+from support.run import Run, resumed
 from support.vocabulary import tokenizer
 from train import train
 
 transformers = pytest.importorskip("transformers", reason="optional: pip install transformers")
 pytest.importorskip("safetensors", reason="optional: pip install safetensors")
 
-SMALL = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=4, rms_norm_eps=1e-5, max_position_embeddings=64, initializer_range=0.2)  # fmt: skip
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}
 KINDS = {
-    "plain": dict(),
-    "grouped keys and values": dict(num_key_value_heads=2),
-    "one key for all": dict(num_key_value_heads=1),
-    "tied": dict(tie_word_embeddings=True),
-    "another base and eps": dict(rope_theta=500.0, rms_norm_eps=1e-2),
+    "plain": {},
+    "grouped keys and values": {"num_key_value_heads": 2},
+    "one key for all": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "another base and eps": {"rope_theta": 500.0, "rms_norm_eps": 1e-2},
 }
 
 
 def checkpoint(folder, **changes):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**(SMALL | dict(tie_word_embeddings=False) | changes))
+    config = transformers.LlamaConfig(**(SMALL | changes))
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -40,22 +50,27 @@ def checkpoint(folder, **changes):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("levels", [[None], [4, None], [4, 8, 16]], ids=str)
 def test_at_the_start_and_with_step_0_it_is_the_pre_trained_model(kind, levels, tmp_path):
-    llama, x = checkpoint(tmp_path, **KINDS[kind]), torch.randint(61, (2, 21))
+    llama = checkpoint(tmp_path, **KINDS[kind])
+    x = torch.randint(61, (2, 21))
     model = from_pretrained(tmp_path, levels)
     with torch.no_grad():
         expected = llama(x).logits
         assert expected.std() > 0.1
         torch.testing.assert_close(model(x)[0], expected, rtol=0, atol=1e-4)
         first, state = model(x[:, :9])
-        torch.testing.assert_close(model(x[:, 9:], state)[0], expected[:, 9:], rtol=0, atol=1e-4)
+        both = torch.cat([first, model(x[:, 9:], state)[0]], 1)
+        torch.testing.assert_close(both, expected, rtol=0, atol=1e-4)
         if levels != [None]:
-            torch.testing.assert_close(model(x, updates="first_order", step=0.0)[0], expected, rtol=0, atol=1e-4)
-            assert (model(x, updates="first_order", step=0.1)[0] - expected).abs().max() > 1e-2
+            still = model(x, updates="first_order", step=0.0)[0]
+            torch.testing.assert_close(still, expected, rtol=0, atol=1e-4)
+            moved = model(x, updates="first_order", step=0.1)[0]
+            assert (moved - expected).abs().max() > 1e-2
 
 
 def test_the_levels_of_a_pre_trained_model_are_trained_on_both_clocks(tmp_path):
     checkpoint(tmp_path, num_key_value_heads=2)
-    model, x = from_pretrained(tmp_path, [4, 8, None], cms_step=0.01), torch.randint(61, (2, 21))
+    model = from_pretrained(tmp_path, [4, 8, None], cms_step=0.01)
+    x = torch.randint(61, (2, 21))
     before = model.learn(x, updates="full")[0].mean()
     before.backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -63,54 +78,60 @@ def test_the_levels_of_a_pre_trained_model_are_trained_on_both_clocks(tmp_path):
     assert model.learn(x)[0].mean() < before
 
 
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (dict(hidden_act="gelu"), "hidden_act 'gelu'; legal is 'silu'"),
-        (dict(attention_bias=True), "attention_bias True; legal is False"),
-        (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "rope type 'llama3'; legal is 'default'"),
-        (dict(num_hidden_layers=2), "model.layers.2.* has no place"),
-        (dict(num_hidden_layers=4), "model.layers.3"),
-        (dict(vocab_size=62), "no checkpoint of the Llama family"),
-    ],
-)
-def test_what_has_no_place_is_named(damage, message, tmp_path):
+def test_what_has_no_place_is_named(tmp_path):
     checkpoint(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
-    with pytest.raises(ValueError, match=message):
-        from_pretrained(tmp_path)
+    config = json.loads(path.read_text())
+    llama3 = {"rope_type": "llama3", "rope_theta": 1e4}
+    for damage, message in (
+        ({"hidden_act": "gelu"}, "hidden_act of .* must be 'silu', got 'gelu'"),
+        ({"attention_bias": True}, "attention_bias of .* must be False, got True"),
+        ({"rope_parameters": llama3}, "rope type of .* must be 'default', got 'llama3'"),
+        ({"head_dim": 16}, "head_dim of .* must be 8, got 16"),
+        ({"num_hidden_layers": 2}, "got model.layers.2.* has no place"),
+        ({"num_hidden_layers": 4}, "model.layers.3"),
+        ({"vocab_size": 62}, "no checkpoint of the Llama family"),
+    ):
+        path.write_text(json.dumps(config | damage))
+        with pytest.raises(ValueError, match=message):
+            from_pretrained(tmp_path)
 
 
 def test_a_folder_without_a_checkpoint_and_levels_that_do_not_divide_are_named(tmp_path):
     with pytest.raises(ValueError, match="no readable checkpoint"):
         from_pretrained(tmp_path / "none")
     checkpoint(tmp_path)
-    with pytest.raises(ValueError, match="multiple of the number of levels, got 48 for 5"):
+    with pytest.raises(ValueError, match="hidden must be a multiple of 5, the CMS levels, got 48"):
         from_pretrained(tmp_path, [2, 4, 8, 16, None])
 
 
-TEXT = "\u201cIt's 1877; they'll be ca\u00f1on-fodder\u201d.\n\n    x_1 = f(2048)\t# \u00e9 \U0001f600 <|end|>\r\n" * 40
+TEXT = "\u201cIt's 1877; they'll be ca\u00f1on-fodder\u201d.\n\n"
+TEXT += "    x_1 = f(2048)\t# \u00e9 \U0001f600 <|end|>\r\n"
+TEXT *= 40
 SPLITS = {
     "GPT-2": None,
     "Llama 3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 
 
 def save_tokenizer(folder, split=None, **changes):
     tokenizers = pytest.importorskip("tokenizers", reason="optional: pip install tokenizers")
-    bpe, pre = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    pre = tokenizers.pre_tokenizers
+    bpe.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
     if split:
         own = pre.Split(tokenizers.Regex(split), "isolated")
-        bpe.pre_tokenizer = pre.Sequence([own, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
-    else:
-        bpe.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
-    alphabet = pre.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+        bytes_alone = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+        bpe.pre_tokenizer = pre.Sequence([own, bytes_alone])
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre.ByteLevel.alphabet(),
+    )
     bpe.train_from_iterator([TEXT], trainer)
-    bpe.save(str(folder / "tokenizer.json"))
     path = folder / "tokenizer.json"
+    bpe.save(str(path))
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return bpe
 
@@ -118,46 +139,57 @@ def save_tokenizer(folder, split=None, **changes):
 @pytest.mark.parametrize("split", SPLITS)
 def test_its_tokenizer_is_read(split, tmp_path):
     bpe = save_tokenizer(tmp_path, SPLITS[split])
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [bpe.token_to_id("<|end|>")]}))
+    end = bpe.token_to_id("<|end|>")
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [end]}))
     own = tokenizer(str(tmp_path / "tokenizer.json"))
     plain = TEXT.replace("<|end|>", "")
     assert own.encode_ordinary(plain) == bpe.encode(plain).ids
     assert len(own.encode_ordinary(plain)) < 0.6 * len(plain.encode())
     assert own.decode(own.encode_ordinary(TEXT)) == TEXT
-    assert own.n_vocab == bpe.get_vocab_size() and own.eot_token == bpe.token_to_id("<|end|>")
+    assert own.n_vocab == bpe.get_vocab_size() and own.eot_token == end
 
 
+@pytest.mark.slow
 def test_continual_pre_training_begins_at_the_pre_trained_model_and_resumes(tmp_path):
     bpe = save_tokenizer(tmp_path)
+    symbols = bpe.get_vocab_size()
     folder = tmp_path / "llama"
-    llama = checkpoint(folder, vocab_size=bpe.get_vocab_size(), eos_token_id=bpe.token_to_id("<|end|>"))
+    text = tmp_path / "text.txt"
+    out = tmp_path / "run"
+    llama = checkpoint(folder, vocab_size=symbols, eos_token_id=bpe.token_to_id("<|end|>"))
     (tmp_path / "tokenizer.json").rename(folder / "tokenizer.json")
-    (tmp_path / "text.txt").write_text(TEXT)
-    run = dict(pretrained=str(folder), data=str(tmp_path / "text.txt"), out=str(tmp_path / "run"), seq_len=16, threads=1)
-    train(TrainConfig(**run, tokens=64, lr=1e-12, cms_updates="first_order", set={"levels": [4, 8, None]}))
-    model, name = Hope.load(tmp_path / "run")
+    text.write_text(TEXT)
+    files = {"pretrained": str(folder), "data": str(text), "out": str(out)}
+    learning = {"cms_updates": "first_order", "set": {"levels": [4, 8, None]}}
+    train(TrainConfig(**files, **learning, seq_len=16, threads=1, tokens=64, lr=1e-12))
+    run = Run.open(out, "cpu")
     x = torch.randint(300, (2, 21))
     with torch.no_grad():
-        torch.testing.assert_close(model(x)[0], llama(x).logits, rtol=0, atol=1e-4)
-    assert tokenizer(name).n_vocab == bpe.get_vocab_size() and len(model.blocks[0].cms.steps()) == 2
-    done = train(resumed(str(tmp_path / "run"), tokens=640, lr=1e-2))
+        torch.testing.assert_close(run.model(x)[0], llama(x).logits, rtol=0, atol=1e-4)
+    assert run.encoding.n_vocab == symbols and len(run.model.blocks[0].cms.steps()) == 2
+    done = train(resumed(str(out), tokens=640, lr=1e-2))
     assert done["step"] == 10 and done["val_bits_per_byte"] < 8
 
 
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (dict(normalizer={"type": "NFC"}), 'normalizer that has no place here: {"type": "NFC"}'),
-        (dict(pre_tokenizer={"type": "Whitespace"}), "Whitespace|pre_tokenizer"),
-        (dict(model={"type": "Unigram"}), "no tokenizer of byte-level BPE"),
-        (dict(), "61 symbols, but its tokenizer.json 300"),
-        (dict(model_="transformer"), "model 'transformer'"),
+        ({"normalizer": {"type": "NFC"}}, 'normalizer.*{"type": "NFC"}'),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace|pre_tokenizer"),
+        ({"model": {"type": "Unigram"}}, "byte-level BPE"),
+        ({}, "vocabulary of 61 symbols, but its tokenizer 300"),
     ],
 )
-def test_what_training_cannot_start_from_is_named_before_anything_is_written(damage, message, tmp_path):
-    model = damage.pop("model_", "hope")
+def test_what_training_cannot_start_from_is_named_before_anything_is_written(
+    damage, message, tmp_path
+):
     checkpoint(tmp_path / "llama", eos_token_id=0)
     save_tokenizer(tmp_path / "llama", **damage)
     with pytest.raises(ValueError, match=message):
-        train(TrainConfig(model=model, pretrained=str(tmp_path / "llama"), out=str(tmp_path / "run")))
+        train(TrainConfig(pretrained=str(tmp_path / "llama"), out=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+def test_only_hope_attention_begins_at_a_pre_trained_model(tmp_path):
+    with pytest.raises(ValueError, match="model must be hope_attention .*, got 'transformer'"):
+        TrainConfig(model="transformer", pretrained=str(tmp_path))
