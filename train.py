@@ -41,13 +41,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from cms import MLP
 from hope import loss_fn
 from support import distributed, plan
 from support.checkpoint import first_line
 from support.config import TrainConfig, parse
 from support.corpus import batch, windows
 from support.distributed import rank, total, world
-from support.monitor import interrupts, plot, progress_bar, rates, say, write_sample
+from support.monitor import ProgressBar, interrupts, plot, rates, say, write_sample
 from support.run import Run, precision, resumed
 from support.vocabulary import n_bytes
 
@@ -139,7 +140,8 @@ def parallel(run: Run) -> nn.Module:
         if config.compile:  # block by block, because around a block weights are gathered
             for block in model.blocks:
                 block._forward = torch.compile(block._forward, fullgraph=True)
-        distributed.shard(model, run.device, whole_blocks=config.compile)
+        units = (nn.Linear, MLP)
+        distributed.shard(model, run.device, units, whole_blocks=config.compile)
         return module
     if config.compile:
         module.compile(fullgraph=True)
@@ -246,7 +248,7 @@ def train_steps(run: Run, forward, optimizer, start: int, report) -> int:
     flops = plan.flops_per_token(run.model.config, config.seq_len) if peak else 0.0
     skipped = sum("skipped" in record for record in run.metrics())
     in_a_row = 0
-    bar = progress_bar(steps, start)
+    bar = ProgressBar(steps, start)
     run.model.train()
     with bar, interrupts() as interrupted:
         for step in range(start, steps):
