@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from support import distributed
-from support.distributed import on_all, on_first
+from support.distributed import agreed, gather, rank
 
 # --------------------------------------------------------------------------------------------------
 # One file
@@ -164,12 +164,19 @@ def save(run: Path, model: nn.Module, optimizer, step: int, keep: int = 1) -> No
     rest, tensors = flatten(whole)
     distributed.barrier(f"saving step {step}")
     try:
-        on_first(lambda: _clear(path.parent))
-        on_all(lambda: _call(dcp.save, tensors, checkpoint_id=_beside(path)))
-        on_first(lambda: _finish(run, step, rest, keep))
+        with agreed():
+            if rank() == 0:
+                _clear(path.parent)
+        with agreed():
+            _call(dcp.save, tensors, checkpoint_id=_beside(path))
+        with agreed():
+            if rank() == 0:
+                _finish(run, step, rest, keep)
     except (OSError, RuntimeError) as error:
         why = _reason(error, path.parent)  # before there is room again
-        on_first(lambda: _clear(path.parent))
+        with agreed():
+            if rank() == 0:
+                _clear(path.parent)
         earlier = saved_steps(run)
         kept = "nothing is left behind"
         if earlier:
@@ -228,14 +235,15 @@ def load(run: Path, model: nn.Module, optimizer=None) -> int:
     Called by all processes. ValueError where there is none, none that is complete, or where it is
     of another model.
     """
-    found = on_first(lambda: saved_steps(run))
+    found = gather(saved_steps(run))[0]  # as the first process sees the folder
     why = f"{Path(run, 'checkpoints')} has no checkpoint"
     for step in reversed(found):
         try:
-            return on_all(lambda step=step: _read(folder(run, step), model, optimizer))
+            with agreed():
+                return _read(folder(run, step), model, optimizer)
         except RuntimeError as error:  # CorruptCheckpoint, here or in another process
             why = first_line(error)
-        if distributed.rank() == 0 and step != found[0]:
+        if rank() == 0 and step != found[0]:
             print(f"warning: {why}: going back to the checkpoint before it", file=sys.stderr)
     raise ValueError(why)
 

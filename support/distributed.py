@@ -13,7 +13,6 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -78,17 +77,19 @@ def gather(value) -> list:
     return values
 
 
-def on_all(work: Callable):
-    """work() in every process. An error in one is raised in all, so that none waits for ever.
+@contextlib.contextmanager
+def agreed():
+    """Within, an error in one process is raised in all of them, so that none waits for ever.
 
-    The error is a ValueError, OSError or RuntimeError and has `shared` = True: all raise the same.
+    The error is a ValueError, OSError or RuntimeError and has `shared` = True. What is the first
+    process's work alone stands behind `if rank() == 0`.
     """
     if world() == 1:
-        return work()
-    result = None
+        yield
+        return
     error = None
     try:
-        result = work()
+        yield
     except Exception as caught:
         error = caught
     errors = [found for found in gather(error and (_kind(error), str(error))) if found]
@@ -97,7 +98,6 @@ def on_all(work: Callable):
         shared = kind(message)
         shared.shared = True
         raise shared from error
-    return result
 
 
 def _kind(error: Exception) -> type:
@@ -105,14 +105,6 @@ def _kind(error: Exception) -> type:
         if isinstance(error, kind):
             return kind
     return RuntimeError
-
-
-def on_first(work: Callable):
-    """work() in process 0 alone; its result (small and plain), or its error, in all."""
-    if world() == 1:
-        return work()
-    result = on_all(lambda: work() if rank() == 0 else None)
-    return gather(result)[0]
 
 
 def total(values: list[float]) -> list[float]:

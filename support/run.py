@@ -31,7 +31,7 @@ from support import checkpoint, distributed
 from support.checkpoint import atomic_write, first_line
 from support.config import TrainConfig
 from support.corpus import Corpus, batch, documents, is_shards, join, load_corpus
-from support.distributed import gather, on_all, on_first, rank, world
+from support.distributed import agreed, gather, rank, world
 from support.pretrained import from_pretrained
 from support.vocabulary import (
     TOKENIZER,
@@ -60,13 +60,20 @@ class Run:
 
         ValueError or OSError for whatever is wrong, before any file is touched.
         """
-        device = on_all(lambda: device_for(config.device))
+        with agreed():
+            device = device_for(config.device)
         device = distributed.start(device)
-        parts = on_all(lambda: _prepare(config, keep))
+        folder = Path(config.resume) if config.resume else None
+        with agreed():
+            if rank() == 0 and keep and not config.resume:
+                folder = config.fresh_folder()
+        folder = gather(folder)[0]
+        with agreed():
+            parts = _prepare(config, folder)
         fingerprints = gather(parts["corpus"].fingerprint())
         if len(set(map(str, fingerprints))) > 1:
             raise ValueError(f"data {config.data!r} differs between the processes: {fingerprints}")
-        begun = parts["saved"] is not None and on_first(lambda: _has_begun(parts["folder"]))
+        begun = parts["saved"] is not None and gather(_has_begun(parts["folder"]))[0]
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
@@ -105,15 +112,18 @@ class Run:
                 done = start * self.config.tokens_per_step
                 wanted = f"more than the {done} that {folder} has trained on"
                 raise ValueError(f"tokens must be {wanted}, got {self.config.tokens}")
-        if self.saved is None:
-            on_first(lambda: folder.mkdir(parents=True))
+        with agreed():
+            if rank() == 0 and self.saved is None:
+                folder.mkdir(parents=True)
         try:
-            on_first(lambda: self._write_folder(start))
+            with agreed():
+                if rank() == 0:
+                    self._write_folder(start)
             if not self.begun:
                 self.save(optimizer, 0)  # a full disk shows now, not after the first hour
         except OSError:
-            if not self.begun:
-                on_first(lambda: shutil.rmtree(folder))
+            if rank() == 0 and not self.begun:
+                shutil.rmtree(folder)
             raise
         return start
 
@@ -211,16 +221,12 @@ class Run:
 # Opening
 
 
-def _prepare(config: TrainConfig, keep: bool) -> dict:
+def _prepare(config: TrainConfig, folder: Path | None) -> dict:
     """The parts of a run to train. The model is None where it is to be made of model_config."""
     saved = None
-    folder = None
     if config.resume:
-        folder = Path(config.resume)
         saved = read_config(folder)
         resumed(config.resume, **{**asdict(config), "resume": config.resume})
-    elif keep:
-        folder = on_first(config.fresh_folder)
     if config.batch_size % world():
         wanted = f"a multiple of {world()}, the number of processes"
         raise ValueError(f"batch_size must be {wanted}, got {config.batch_size}")
