@@ -7,6 +7,8 @@ it is imported.
 import os
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in train.py, before torch is imported
+
 import pytest
 import torch
 
