@@ -96,6 +96,11 @@ def cms():
     print(f"\nafter {state['position']} tokens of 3 rows: y {tuple(y.shape)}, fast w_in {shapes}")
 
 
+def _refuse(why):
+    print(f"hope.py: error: {why}", file=sys.stderr)
+    return 2
+
+
 def hope():
     """A model as a nested system: who learns when, from what."""
     from hope import Hope, HopeConfig
@@ -103,12 +108,13 @@ def hope():
     parser = argparse.ArgumentParser(prog="hope.py", description="a model as a nested system")
     parser.add_argument("--preset", default="nano", help="(default nano)")
     parser.add_argument("--model", default="hope", help="(default hope)")
+    if sys.argv[1:2] == ["generate"]:
+        sys.exit(_refuse("this command is now `python sample.py generate ...`"))
     args = parser.parse_args()
     try:
         config = HopeConfig.preset(args.preset, args.model)
     except ValueError as error:
-        print(f"hope.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_refuse(error))
     with torch.device("meta"):  # counts only
         model = Hope(config)
     total = sum(p.numel() for p in model.parameters())
