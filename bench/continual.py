@@ -31,7 +31,6 @@ import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +40,7 @@ from bench.cells import SEARCH_SEED, Record, best_of
 from bench.learners import (
     LEARNERS,
     STREAM,
+    cost,
     inner_steps,
     metrics,
     read_novels,
@@ -49,8 +49,7 @@ from bench.learners import (
     stream_model,
 )
 from bench.streams import WORDS, banking77, clinc150, domains, joined, texts
-from hope import Hope, HopeConfig, loss_fn, one_of
-from learn import tensors
+from hope import one_of
 from support.checkpoint import atomic_write, first_line
 from support.config import Parser
 from train import NonFinite
@@ -165,37 +164,6 @@ def stream(args, record):
         cell(args, record, {"learner": learner, "seed": seed}, measure)
 
 
-def cost(quick):
-    """`cost`: time of a training step and memory of the state, learning in context or not."""
-    d, T, repeats = (64, 512, 1) if quick else (256, 1024, 3)
-    tokens, targets = torch.randint(257, (2, 4, T))
-    size = f"d {d}, 4 layers, 4 x {T} tokens, levels [256, 1024]"
-    print(f"{size}: seconds of the processor for a training step (median)\n")
-    memory = "fast weights + sums + state of an unfinished chunk, MB a row"
-    print(f"| model | off | first_order | ratio | {memory} |")
-    print("|---" * 5 + "|")
-    for kind in ("hope", "hope_attention"):
-        torch.manual_seed(0)
-        own = {"d_model": d, "n_layers": 4, "n_heads": d // 64, "levels": [256, 1024]}
-        model = Hope(HopeConfig(model=kind, cms_step=1e-3, **own))
-        times = {"off": [], "first_order": []}
-        for _ in range(repeats + 1):  # interleaved; the first is for warming up
-            for updates, seconds in times.items():
-                model.zero_grad()
-                began = time.process_time()
-                loss_fn(model(tokens, updates=updates)[0], targets).backward()
-                seconds.append(time.process_time() - began)
-        off, on = (float(np.median(seconds[1:])) for seconds in times.values())
-        with torch.no_grad():
-            _, state = model.learn(tokens[:1, : 256 + 100])
-        parts = {"cms": [block["cms"] for block in state["blocks"]], "chunk": state["stream"]}
-        parts["sums"] = [cms["sums"] for cms in parts["cms"]]
-        size = {name: sum(t.nbytes for t in tensors(part)) / 1e6 for name, part in parts.items()}
-        memory = f"{size['cms'] - size['sums']:.2f} + {size['sums']:.2f} + {size['chunk']:.2f}"
-        times = f"{off:.2f} | {on:.2f} | {on / off:.2f}"
-        print(f"| `{kind}` | {times} | {memory} |", flush=True)
-
-
 # --------------------------------------------------------------------------------------------------
 # Tables
 
@@ -208,10 +176,17 @@ def in_order(lines):
     return {name: lines for name, lines in own.items() if lines}
 
 
-def spread(values, digits=3):
+def column(lines, *path):
+    """What every line holds at a path of keys."""
+    for key in path:
+        lines = [line[key] for line in lines]
+    return lines
+
+
+def spread(values):
     """Mean and, of several, the sample standard deviation, as text."""
-    mean = f"{np.mean(values):.{digits}f}"
-    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
+    mean = f"{np.mean(values):.3f}"
+    return f"{mean} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else mean
 
 
 def row(cells):
@@ -232,9 +207,9 @@ def staged_table(lines):
         settings = f"{own[0]['lr']:g}"
         if own[0]["ewc"]:
             settings += f" ({own[0]['ewc']:g})"
-        cells = [spread([line[key] for line in own]) for key in keys]
+        cells = [spread(column(own, key)) for key in keys]
         for key, unit in units.items():
-            cells.append(f"{np.mean([line[key] for line in own]) / unit:.2f}")
+            cells.append(f"{np.mean(column(own, key)) / unit:.2f}")
         out.append(row([learner, f"{len(own)}", settings, *cells]))
     return out
 
@@ -246,13 +221,13 @@ def stream_table(lines):
     out = [row(head), "|" + "---|" * len(head)]
     for learner, own in in_order(lines).items():
         first = [learner, f"{own[0]['steps'][0]:g}"]
-        first += [spread([line["second half"][how] for line in own]) for how in ("without", "with")]
+        first += [spread(column(own, "second half", how)) for how in ("without", "with")]
         for level in learning(own):
             name = level if level == "all" else f"{level} alone"
-            cells = [*first, name, spread([line["gain"]["novel"][level] for line in own])]
+            cells = [*first, name, spread(column(own, "gain", "novel", level))]
             for what in ("another novel", "code"):
-                left = spread([line["gain"][what][level] for line in own])
-                alone = np.mean([line["gain of the other alone"][what][level] for line in own])
+                left = spread(column(own, "gain", what, level))
+                alone = np.mean(column(own, "gain of the other alone", what, level))
                 cells.append(f"{left} ({alone:.3f})")
             out.append(row(cells))
             first = [""] * len(first)
@@ -286,13 +261,14 @@ def draw_stream(lines):
     lines = [line for line in lines if line["seed"] != SEARCH_SEED]
     for number, (learner, own) in enumerate(in_order(lines).items()):
         color = f"C{number}"
-        curve = np.mean([line["curve"] for line in own], 0)  # [16, without and with learning]
+        curve = np.mean(column(own, "curve"), 0)  # [16, without and with learning]
         read = np.arange(1, 17) * own[0]["length"] / 16e3
         reading.plot(read, curve[:, 0] - curve[:, 1], color=color, label=learner)
         for level, style in zip(learning(own), ("o-", "^:", "v:", "s:"), strict=False):
-            gains = [[gain[level] for gain in line["gain"].values()] for line in own]
+            after = list(own[0]["gain"])
+            gains = [np.mean(column(own, "gain", what, level)) for what in after]
             label = learner if level == "all" else f"its level {level} alone"
-            left.plot(list(own[0]["gain"]), np.mean(gains, 0), style, color=color, label=label)
+            left.plot(after, gains, style, color=color, label=label)
     reading.set(title="reading a novel", xlabel="thousand bytes of the novel read")
     reading.set(ylabel="gain of learning (bits per byte)")
     left.set(title="what is left of it", xlabel="read last")
@@ -316,7 +292,7 @@ def draw_matrices(lines, higher_is_better):
     if not higher_is_better:
         high = np.percentile([line["matrix"][1:] for line in chosen], 95)
     for axes, (learner, own) in zip(grid, learners.items(), strict=False):
-        R = np.mean([line["matrix"] for line in own], 0)[1:]
+        R = np.mean(column(own, "matrix"), 0)[1:]
         low = 0.0 if higher_is_better else np.min(R)
         colors = "viridis" if higher_is_better else "viridis_r"
         image = axes.imshow(R, cmap=colors, vmin=low, vmax=high)
@@ -386,7 +362,7 @@ def main(argv=None):
         lines = list(record.finished.values())
         plot(lines, args.command, out.with_suffix(".png"))
     except (ValueError, OSError, NonFinite) as error:
-        print(f"continual: error: {first_line(error)}", file=sys.stderr)
+        print(f"bench continual: error: {first_line(error)}", file=sys.stderr)
         return 2
     reported = [line for line in lines if line["seed"] != SEARCH_SEED]
     written = f"written to {out} and {out.with_suffix('.png')}"

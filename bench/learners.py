@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hope import Hope, HopeConfig
+from hope import Hope, HopeConfig, loss_fn
+from learn import tensors
 from optimizers import LevelOptimizer
 from support.config import TrainConfig
 from support.run import Run, optimizer_for, resumed
@@ -309,3 +310,36 @@ def read_novels(name, model, read, step):
         "gain of the other alone": alone,
         "seconds": round(time.process_time() - began, 1),
     }
+
+
+def cost(quick):
+    """Prints time of a training step and memory of the state, learning in context or not."""
+    d, T, repeats = (64, 512, 1) if quick else (256, 1024, 3)
+    tokens, targets = torch.randint(257, (2, 4, T))
+    size = f"d {d}, 4 layers, 4 x {T} tokens, levels [256, 1024]"
+    print(f"{size}: seconds of the processor for a training step (median)\n")
+    memory = "fast weights + sums + state of an unfinished chunk, MB a row"
+    print(f"| model | off | first_order | ratio | {memory} |")
+    print("|---" * 5 + "|")
+    for kind in ("hope", "hope_attention"):
+        torch.manual_seed(0)
+        own = {"d_model": d, "n_layers": 4, "n_heads": d // 64, "levels": [256, 1024]}
+        model = Hope(HopeConfig(model=kind, cms_step=1e-3, **own))
+        times = {"off": [], "first_order": []}
+        for _ in range(repeats + 1):  # interleaved; the first is for warming up
+            for updates, seconds in times.items():
+                model.zero_grad()
+                began = time.process_time()
+                loss_fn(model(tokens, updates=updates)[0], targets).backward()
+                seconds.append(time.process_time() - began)
+        off, on = (float(np.median(seconds[1:])) for seconds in times.values())
+        with torch.no_grad():
+            _, state = model.learn(tokens[:1, : 256 + 100])
+        parts = {"cms": [block["cms"] for block in state["blocks"]], "chunk": state["stream"]}
+        parts["sums"] = [cms["sums"] for cms in parts["cms"]]
+        size = {}
+        for name, part in parts.items():
+            size[name] = sum(t.nbytes for t in tensors(part)) / 1e6
+        memory = f"{size['cms'] - size['sums']:.2f} + {size['sums']:.2f} + {size['chunk']:.2f}"
+        times = f"{off:.2f} | {on:.2f} | {on / off:.2f}"
+        print(f"| `{kind}` | {times} | {memory} |", flush=True)

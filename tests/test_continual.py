@@ -1,6 +1,5 @@
 """bench continual: what its numbers mean, and that its learners differ only in what they should."""
 
-import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,7 +74,7 @@ def test_a_learner_runs_through_all_stages(learner, monkeypatch):
     monkeypatch.setattr(learners, "FIRST_LR", 5e-3)
     first = {}
     result = run(learner, small_domains(), 0, 5e-3, 10.0, True, first)
-    again = run(learner, small_domains(), 0, 5e-3, 10.0, True, first)  # from the stage 1 that is kept
+    again = run(learner, small_domains(), 0, 5e-3, 10.0, True, first)  # from the kept stage 1
     assert again["matrix"] == result["matrix"] and again["updates"] == result["updates"]
     assert len(first) == 1
     matrix = np.array(result["matrix"])
@@ -113,7 +112,8 @@ def test_levels_of_the_step_clock_are_the_mlps_and_everything_else_is_slow():
     assert set(optimizer.parameters) == {name for name, _ in model.named_parameters()}
     for name, level in optimizer.level.items():
         fast = {"head": 1, "mlps.0": 1, "mlps.1": 3}
-        assert optimizer.levels[level] == next((fast[part] for part in fast if part in name), 9), name
+        period = next((fast[part] for part in fast if part in name), 9)
+        assert optimizer.levels[level] == period, name
 
 
 def test_weight_decay_is_train_py_s_in_every_level():
