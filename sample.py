@@ -9,6 +9,7 @@ import sys
 import torch
 
 from support.checkpoint import first_line
+from support.config import Parser
 from support.run import Run
 
 
@@ -17,21 +18,19 @@ def generate(args) -> None:
     run = Run.open(args.run, args.device)
     torch.manual_seed(args.seed)
     ids = run.encoding.encode(args.prompt, disallowed_special=()) or [run.encoding.eot_token]
-    prompt = torch.tensor([ids], device=run.device)
-    tokens = run.model.generate(
-        prompt, args.n, temperature=args.temperature, top_k=args.top_k
-    )
+    prompt = torch.tensor([ids], device=run.device)  # [1, T]
+    tokens = run.model.generate(prompt, args.n, temperature=args.temperature, top_k=args.top_k)
     print(args.prompt, end="", flush=True)
     for token in tokens:
+        # a token may be part of a character, so its bytes are written as they are
         sys.stdout.buffer.write(run.encoding.decode_bytes(token.tolist()))
         sys.stdout.flush()
     print()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; exit status 0: done, 2: bad input, 130: stopped by Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> Parser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
     form = argparse.ArgumentDefaultsHelpFormatter
     g = commands.add_parser("generate", help="stream text from a run", formatter_class=form)
     g.add_argument("run", help="run folder of train.py")
@@ -41,9 +40,13 @@ def main(argv: list[str] | None = None) -> int:
     g.add_argument("--top-k", type=int, default=None, help="sample among the k most likely tokens")
     g.add_argument("--seed", type=int, default=0, help="of the sampling")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    args = parser.parse_args(argv)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status: 0 done, 2 bad input, 130 stopped by Ctrl-C."""
     try:
-        generate(args)
+        generate(parser().parse_args(argv))
         return 0
     except (ValueError, RuntimeError, OSError) as error:
         print(f"sample.py: error: {first_line(error)}", file=sys.stderr)

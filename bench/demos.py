@@ -12,11 +12,13 @@ from torch import nn
 
 
 def memory():
-    """Pairs written into a matrix, some keys once more with new values; what each rule then reads."""
+    """Pairs written into a matrix, some keys again with new values; what each rule then reads."""
     from memory import l2norm, scan
 
     torch.manual_seed(0)
-    d, n, again = 32, 8, 4
+    d = 32
+    n = 8
+    again = 4
     k = l2norm(torch.randn(n, d))
     v = torch.randn(n + again, d)
     k = torch.cat([k, k[:again]])
@@ -85,7 +87,7 @@ def cms():
                 line += f"{'R' if number in system.resets(tick) else mark:>3}"
             print(line)
         print()
-    print("What it costs (d_model 64): a slow memory is large and cheap, because it seldom updates\n")
+    print("What it costs (d_model 64): a slow memory is large and cheap, it seldom updates\n")
     print("  chunk   hidden  parameters  updated per tick")
     for level, mlp in zip(system.levels, system.mlps, strict=True):
         count = sum(w.numel() for w in mlp.parameters())
@@ -99,7 +101,7 @@ def cms():
 def baselines(d_model=128, n_heads=2, lengths=(64, 4096)):
     """Parameters of each mixer, and how its state grows with the text."""
     import baselines
-    from learn import tensors
+    from layers import tensors
 
     sizes = (d_model, n_heads)
     mixers = {
@@ -131,6 +133,11 @@ def baselines(d_model=128, n_heads=2, lengths=(64, 4096)):
     print("\nOnly attention without a window grows with the text, every other state is bounded.")
 
 
+def _refuse(why):
+    print(f"hope.py: error: {why}", file=sys.stderr)
+    return 2
+
+
 def hope():
     """A model as a nested system: who learns when, from what."""
     from hope import Hope, HopeConfig
@@ -138,12 +145,13 @@ def hope():
     parser = argparse.ArgumentParser(prog="hope.py", description="a model as a nested system")
     parser.add_argument("--preset", default="nano", help="(default nano)")
     parser.add_argument("--model", default="hope", help="(default hope)")
+    if sys.argv[1:2] == ["generate"]:
+        sys.exit(_refuse("this command is now `python sample.py generate ...`"))
     args = parser.parse_args()
     try:
         config = HopeConfig.preset(args.preset, args.model)
     except ValueError as error:
-        print(f"hope.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_refuse(error))
     with torch.device("meta"):  # counts only
         model = Hope(config)
     total = sum(p.numel() for p in model.parameters())
@@ -154,7 +162,7 @@ def hope():
     print(form.format(**{name: name for name in names}))
     for row in model.levels():
         print(form.format(**row | {"parameters": f"{row['parameters']:,}"}))
-    print("\nLevel 1 updates most often. Parameters of a level that learns in context are its start.")
+    print("\nLevel 1 updates most often. A level that learns in context shows its initial weights.")
 
 
 def optimizers():

@@ -1,4 +1,8 @@
-"""What models score beside what the paper prints (paper_tables.json): Markdown tables and pictures."""
+"""What models score beside what the paper prints (paper_tables.json): Markdown tables and pictures.
+
+A function here takes what a table of eval.py has measured, {"values": ..., "notes": ...}, and the
+run, whose size and training stand beside every number.
+"""
 
 import json
 import math
@@ -10,78 +14,109 @@ from support.checkpoint import atomic_write
 
 
 def published(table: str) -> dict:
-    """{"title", "columns", "rows"} of a table of the paper (paper_tables.json)."""
+    """{"title", "columns", "rows"} of a table of the paper."""
     return json.loads((Path(__file__).parent / "paper_tables.json").read_text())[table]
 
 
+# --------------------------------------------------------------------------------------------------
+# Markdown
+
+
 def markdown(head: list, rows: list[list]) -> str:
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *rows])
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def cell(value) -> str:
+    """A value of a table: "-" for None, two digits of a float, several with slashes."""
     if isinstance(value, list):
         return " / ".join(map(cell, value))
-    return "-" if value is None else f"{value:,.2f}" if isinstance(value, float) else str(value)
+    if value is None:
+        return "-"
+    return f"{value:,.2f}" if isinstance(value, float) else str(value)
 
 
 def short(n: int) -> str:
     """1,029,854 -> 1.03M."""
-    return next((f"{n / unit:.3g}{name}" for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "K")) if n >= unit), str(n))
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if n >= unit:
+            return f"{n / unit:.3g}{name}"
+    return str(n)
 
 
 def beside(table: str, made: dict, run, guess: list | None = None) -> str:
-    """Our row, what guessing scores, and the published rows of a table, with the notes below; draws the same."""
-    paper, facts = published(table), run.facts()
+    """Our row, what guessing scores, the published rows, and the notes below; draws the same."""
+    paper = published(table)
+    facts = run.facts()
     ours = [f"**{facts['model']}, this run**", short(facts["parameters"])]
-    ours += [f"{short(facts['training_tokens'])} ({facts['trained_on']})", facts["cms_steps_in_context"]]
-    rows = [ours + [cell(value) for value in made["values"]]]
+    ours += [f"{short(facts['training_tokens'])} ({facts['trained_on']})"]
+    ours += [facts["cms_steps_in_context"], *map(cell, made["values"])]
+    rows = [ours]
     if guess:
         rows.append(["guessing", "none", "none", "none", *map(cell, guess)])
     for row in paper["rows"]:
-        stated = [row["parameters"] or "not stated", row["tokens"] or "not stated", "not stated"]
+        size = row["parameters"] or "not stated"
+        stated = [size, row["tokens"] or "not stated", "not stated"]
         rows.append([f"{row['model']}, published", *stated, *map(cell, row["values"])])
     draw(run.folder / f"{table}.png", paper, made["values"], facts)
     head = ["model", "parameters", "training tokens", "CMS steps in context", *paper["columns"]]
     return "\n\n".join([paper["title"], markdown(head, rows), *made["notes"]])
 
 
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
 def draw(path: Path, paper: dict, values: list, facts: dict) -> None:
-    """A panel for each column: this run in red, the published Hope black, the other published rows grey."""
-    from matplotlib.figure import (
-        Figure,  # slow to import; a Figure of its own needs no display
-    )
+    """A panel for each column: this run red, the published Hope black, other rows grey."""
+    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
 
     columns = paper["columns"]
     figure = Figure(figsize=(1.4 * len(columns) + 1, 4), layout="constrained")
-    for i, (axes, column) in enumerate(zip(figure.subplots(1, len(columns)), columns, strict=True)):
+    panels = zip(figure.subplots(1, len(columns)), columns, values, strict=True)
+    for i, (axes, column, value) in enumerate(panels):
         for row in paper["rows"]:
-            axes.plot(np.atleast_1d(row["values"][i]), "o", color="black" if row["model"] == "Hope" else "0.75")
-        if values[i] is not None:
-            axes.plot(np.atleast_1d(values[i]), "D", color="tab:red")
+            color = "black" if row["model"] == "Hope" else "0.75"
+            axes.plot(np.atleast_1d(row["values"][i]), "o", color=color)
+        if value is not None:
+            axes.plot(np.atleast_1d(value), "D", color="tab:red")
         axes.set(title=column, xticks=[], yscale="log" if "ppl" in column else "linear")
-    size = f"{short(facts['parameters'])} parameters, {short(facts['training_tokens'])} training tokens"
-    figure.suptitle(f"{paper['title']}\nred: {facts['model']}, {size}; black: published Hope; grey: other published rows")
-    atomic_write(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
+    red = f"red: {facts['model']}, {_size(facts)}"
+    others = "black: published Hope; grey: other published rows"
+    figure.suptitle(f"{paper['title']}\n{red}; {others}")
+    atomic_write(path, lambda target: figure.savefig(target, format="png", dpi=120))
 
 
 def draw_position(run, made: dict) -> None:
-    """position.png: the loss by position, its means up to 1, 2, 4 ... training rows; what a memory begun afresh loses."""
+    """position.png: the loss by position, and what a memory begun afresh loses.
+
+    Points are means up to 1, 2, 4 ... training rows.
+    """
     from matplotlib.figure import Figure
 
-    curve, to, length, facts = made["curve"] / math.log(2), made["to"], run.train.seq_len, run.facts()
-    edges = np.unique(np.geomspace(1, len(curve) + 1, 40).astype(int)) - 1
+    curve = made["curve"] / math.log(2)
+    to = made["to"]
+    length = run.config.seq_len
+    facts = run.facts()
     figure = Figure(figsize=(7, 6), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=[2, 1])
+    edges = np.unique(np.geomspace(1, len(curve) + 1, 40).astype(int)) - 1
     steps = [curve[a:b].mean() for a, b in zip(edges, edges[1:], strict=False)]
     top.stairs(steps, edges + 1, baseline=None, color="tab:blue", alpha=0.5)
     top.plot(to, made["kept"], "o", color="tab:blue", label="mean since the point before")
-    top.set_ylim(0.9 * min(made["kept"]), 1.2 * max(made["kept"]))  # the first few tokens would hide all others
+    # the first few tokens would hide all others
+    top.set_ylim(0.9 * min(made["kept"]), 1.2 * max(made["kept"]))
     bottom.plot(to, np.subtract(made["fresh"], made["kept"]), "o-", color="tab:orange")
     bottom.axhline(0, color="0.7", linewidth=1)
     for axes in (top, bottom):
         axes.axvline(length, color="0.7", linestyle=":", label="length of training rows")
     top.legend()
-    title = f"{facts['model']}, {short(facts['parameters'])} parameters, {short(facts['training_tokens'])} training tokens"
-    top.set(xscale="log", ylabel="bits per token", title=title)
+    top.set(xscale="log", ylabel="bits per token", title=f"{facts['model']}, {_size(facts)}")
     bottom.set(xlabel="position (tokens)", ylabel=f"worse if begun\nafresh every {length}")
-    atomic_write(run.folder / "position.png", lambda beside: figure.savefig(beside, format="png", dpi=120))
+    path = run.folder / "position.png"
+    atomic_write(path, lambda target: figure.savefig(target, format="png", dpi=120))
+
+
+def _size(facts: dict) -> str:
+    parameters = short(facts["parameters"])
+    return f"{parameters} parameters, {short(facts['training_tokens'])} training tokens"

@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import baselines
-from hope import PRESETS, Hope, HopeConfig, layer_kinds, loss_fn, one_of
-from learn import tensors
+from hope import PRESETS, Hope, HopeConfig, layer_kinds, loss_fn
+from layers import one_of, tensors
 from support.config import Parser, TrainConfig, parse
 from support.corpus import is_shards, load_corpus
 from support.run import optimizer_for, resumed

@@ -26,7 +26,7 @@ from baselines import (
     gated_delta_net,
     rotate,
 )
-from learn import tensors
+from layers import tensors
 from memory import l2norm, read
 
 D = 16

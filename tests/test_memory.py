@@ -18,7 +18,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from baselines import delta_net, gated_delta_net, linear_attention, retention
 from fused import decay
-from learn import tensors
+from layers import tensors
 from memory import l2norm, read, scan, scan_stepwise, write
 
 # --------------------------------------------------------------------------------------------------

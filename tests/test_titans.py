@@ -12,7 +12,7 @@ from textbook import close, rms, unit
 
 from hope import Hope, HopeConfig
 from layers import ShortConvolution
-from learn import tensors
+from layers import tensors
 from titans import NeuralMemory, SelfModifyingTitans
 
 D = 8

@@ -23,7 +23,7 @@ import eval as evaluation
 import hope
 import train as training
 from hope import Hope, HopeConfig, loss_fn
-from learn import tensors
+from layers import tensors
 from support import checkpoint
 from support.config import CMS_STEP, TrainConfig, parse
 from support.corpus import load_corpus

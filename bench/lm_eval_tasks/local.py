@@ -1,7 +1,8 @@
-"""Files of released data sets as the documents lm-eval's own tasks expect, so that prompts and metrics stay its own.
+"""Files of released data sets as the documents that lm-eval's own tasks expect.
 
-A task file here names one of these functions as `custom_dataset`; eval.py passes data_dir, the folder, as metadata. Missing
-files raise FileNotFoundError.
+So prompts and metrics stay lm-eval's. A task file here names one of these functions as
+`custom_dataset`; harness.py passes data_dir, the folder, as metadata. Missing files raise
+FileNotFoundError.
 """
 
 import bz2
@@ -18,7 +19,8 @@ def _lines(data_dir, *names):
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{paths[0]} does not exist")
-    with (bz2.open if path.suffix == ".bz2" else open)(path, "rt", encoding="utf-8", newline="\n") as file:
+    opened = bz2.open if path.suffix == ".bz2" else open
+    with opened(path, "rt", encoding="utf-8", newline="\n") as file:
         return file.read().split("\n")
 
 
@@ -40,43 +42,57 @@ def lambada(data_dir, **_):
 def hellaswag(data_dir, **_):
     """Six lines an item: "label: context", number of the right ending, four endings.
 
-    The file holds the context in one piece. The harness capitalises its last part (ctx_b), a beginning of a sentence: it is
-    taken to be what follows the last full stop, where that starts with a lower-case letter.
+    The file holds the context in one piece. The harness capitalises its last part (ctx_b), a
+    beginning of a sentence: it is taken to be what follows the last full stop, where that starts
+    with a lower-case letter.
     """
-    lines, items = _lines(data_dir, "hellaswag/hellaswag_val_full.txt.bz2", "hellaswag/hellaswag_val_full.txt"), []
+    name = "hellaswag/hellaswag_val_full.txt"
+    lines = _lines(data_dir, f"{name}.bz2", name)
+    items = []
     for i in range(0, len(lines) - 5, 6):
         label, _, context = lines[i].partition(": ")
         last = re.search(r"(?<=[.!?]) ([a-z][^.!?]*)$", context)
-        whole, part = (context[: last.start()], last[1]) if last else (context, "")
-        items.append({"activity_label": label, "ctx_a": whole, "ctx_b": part, "label": lines[i + 1],
-                      "endings": lines[i + 2 : i + 6]})  # fmt: skip
+        item = {"activity_label": label, "ctx_a": context, "ctx_b": ""}
+        if last:
+            item |= {"ctx_a": context[: last.start()], "ctx_b": last[1]}
+        items.append(item | {"label": lines[i + 1], "endings": lines[i + 2 : i + 6]})
     return {"validation": Dataset.from_list(items)}
 
 
 def piqa(data_dir, **_):
     labels = [int(line) for line in _lines(data_dir, "piqa/valid-labels.lst") if line]
-    items = [item | {"label": label} for item, label in zip(_json(data_dir, "piqa/valid.jsonl"), labels, strict=True)]
+    items = []
+    for item, label in zip(_json(data_dir, "piqa/valid.jsonl"), labels, strict=True):
+        items.append(item | {"label": label})
     return {"validation": Dataset.from_list(items)}
 
 
 def winogrande(data_dir, **_):
     """Two contexts and what follows them: as a sentence with a gap that the whole contexts fill."""
-    items = [{"sentence": "_ " + item["continuation"], "option1": item["context_options"][0],
-              "option2": item["context_options"][1], "answer": str(item["gold"] + 1)}
-             for item in _json(data_dir, "winogrande/winogrande.jsonl")]  # fmt: skip
+    items = []
+    for item in _json(data_dir, "winogrande/winogrande.jsonl"):
+        first, second = item["context_options"]
+        one = {"sentence": "_ " + item["continuation"], "option1": first, "option2": second}
+        items.append(one | {"answer": str(item["gold"] + 1)})
     return {"validation": Dataset.from_list(items)}
 
 
 def arc_easy(data_dir, **_):
-    items = [{"question": item["query"].removeprefix("Question: "), "answerKey": "ABCDE"[item["gold"]],
-              "choices": {"text": item["choices"], "label": list("ABCDE"[: len(item["choices"])])}}
-             for item in _json(data_dir, "arc/arc_easy.jsonl")]  # fmt: skip
+    items = []
+    for item in _json(data_dir, "arc/arc_easy.jsonl"):
+        question = item["query"].removeprefix("Question: ")
+        labels = list("ABCDE"[: len(item["choices"])])
+        choices = {"text": item["choices"], "label": labels}
+        answer = "ABCDE"[item["gold"]]
+        items.append({"question": question, "answerKey": answer, "choices": choices})
     return {"test": Dataset.from_list(items)}
 
 
 def boolq(data_dir, **_):
     items = []
     for item in _json(data_dir, "boolq/boolq.jsonl"):
-        passage, question = item["query"].removeprefix("Passage: ").rsplit("\nQuestion: ", 1)
-        items.append({"passage": passage, "question": question.removesuffix("?"), "label": item["gold"]})
+        text = item["query"].removeprefix("Passage: ")
+        passage, question = text.rsplit("\nQuestion: ", 1)
+        question = question.removesuffix("?")
+        items.append({"passage": passage, "question": question, "label": item["gold"]})
     return {"validation": Dataset.from_list(items)}
