@@ -176,7 +176,7 @@ class SelfModifyingTitans(nn.Module):
     def _chunk(self, streams, boundary, running, momentum):
         """Tokens of one chunk, generated from `boundary`, read and written from `running` on.
 
-        This is the definition; `_all_chunks` repeats it (to change the rule, set self.fused = False).
+        This is the definition; `_all_chunks` repeats it (to change it, set self.fused = False).
         streams: x and the static projections, [B, H, C, d]. Returns (y, running, momentum).
         """
         x = streams["x"]
