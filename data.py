@@ -54,6 +54,7 @@ from support.corpus import (
 )
 from support.vocabulary import (
     TOKENIZER,
+    blocks,
     dtype_of,
     encode,
     n_bytes,
@@ -68,7 +69,6 @@ PIECE = 2**20  # bytes encoded at once; longer documents are cut, at a line end 
 MIN_SHARD = 2**22  # bytes of text in a training shard: a 256th of the text, but not less
 MAX_SHARD = 2**28  # and not more
 TOKENS_PER_FILE = 2**26  # training tokens that a file of FineWeb-Edu is worth opening for
-BLOCK = 2**22  # tokens of a shard that are looked at at once
 # Samples of FineWeb-Edu (Lozhkov et al. 2024) and how many tokens of GPT-2 each has.
 # deviation 41: nothing else is mixed in
 FINEWEB = {
@@ -232,8 +232,7 @@ def _make(part: Part, out: Path, tick: Callable[[int], None]) -> dict:
     except ValueError:  # none, or one torn by a power cut
         array = _encode(part, encoding, tick)
         atomic_write(path, lambda beside: _save_array(beside, array))
-    blocks = (array[i : i + BLOCK] for i in range(0, len(array), BLOCK))
-    ends = sum(int((block == encoding.eot_token).sum()) for block in blocks)
+    ends = sum(int((block == encoding.eot_token).sum()) for block in blocks(array))
     return {
         "file": part.file,
         "split": part.split,

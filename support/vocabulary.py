@@ -36,7 +36,6 @@ GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 BYTE = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
-BLOCK = 2**22  # tokens counted at once: an index into a table takes eight bytes a token
 
 
 # --------------------------------------------------------------------------------------------------
@@ -160,11 +159,15 @@ def _encode(text: str, encoding: tiktoken.Encoding) -> list[np.ndarray]:
         return _encode(text[:half], encoding) + _encode(text[half:], encoding)
 
 
+def blocks(tokens: np.ndarray, size: int = 2**22) -> Iterator[np.ndarray]:
+    """A shard in parts: what is computed for every token takes up to eight bytes for each."""
+    return (tokens[i : i + size] for i in range(0, len(tokens), size))
+
+
 def n_bytes(tokens: np.ndarray, encoding: tiktoken.Encoding) -> int:
     """How many bytes of text the tokens [N] stand for; special tokens stand for none."""
     lengths = _token_lengths(encoding)
-    blocks = (tokens[i : i + BLOCK] for i in range(0, len(tokens), BLOCK))
-    return sum(int(lengths[block].sum()) for block in blocks)
+    return sum(int(lengths[block].sum()) for block in blocks(tokens))
 
 
 @lru_cache(maxsize=8)
