@@ -1,30 +1,16 @@
-"""Text in, token arrays out: corpora, tokenizers, token shards, training batches, validation windows.
+"""Show a corpus, and make token shards: for text beyond memory, or with a vocabulary of its own.
 
-    python data.py                  # what the embedded corpus is: this Python's own standard library source
-    python data.py notes.txt        # the same for a text file, a folder of text files, a folder of shards
-    python data.py text PATHS... --vocab 32768 --out data/mine                      # shards of local text, or of 'stdlib'
-    python data.py fineweb-edu --tokens 15e9 --vocab 32768 --out data/fineweb       # of FineWeb-Edu, streamed
+    python data.py                # what the embedded corpus is: this Python's own standard library
+    python data.py notes.txt      # the same for a text file, a folder of text, a folder of shards
+    python data.py text PATHS... --vocab 32768 --out data/mine       # shards of text, or 'stdlib'
+    python data.py fineweb-edu --tokens 15e9 --vocab 32768 --out data/fineweb           # streamed
 
-A corpus is two token streams. The held-out one is 5% of the *files*, so nothing of a held-out file is ever trained on;
-a single file gives its last 5% (cut at a line end). Documents are joined with <|endoftext|> between them:
+What a corpus is, and the files of a folder of shards: support/corpus.py. The vocabulary is a
+byte-level BPE trained on the training text, or a ready one (--vocab gpt2, bytes, a tokenizer.json).
 
-    train:  doc_7 <|endoftext|> doc_2 <|endoftext|> doc_9 ...        val:  doc_4 <|endoftext|> doc_1 ...
-
-Training batches are a function of (seed, step) and nothing else: a resumed run sees the same data, and so does one on
-another number of processes. Validation windows lie side by side and score every held-out token exactly once, so that
-
-    bits per byte = (sum of nats) / ln 2 / (true number of bytes)
-
-compares models whatever their tokenizer; <|endoftext|> is a predicted token of zero bytes.
-
-Shards are for text that does not fit into memory, or is worth a vocabulary of its own. A folder of shards:
-
-    tokenizer.json     pattern, special tokens, tokens in order of rank: a byte-level BPE trained on the training text, or gpt2
-    val-00000.npy, train-00000.npy, ...    uint16 (uint32 for vocabularies above 65,536), read by np.load(mmap_mode="r")
-    manifest.json      source, tokenizer with sha256; tokens, bytes, documents and sha256 of every shard. Written last.
-
-A shard is a function of its part of the text alone, so parts are encoded in parallel, in any order; a killed command that is
-given again makes the missing shards, and the folder is the same byte for byte.
+Before anything is encoded, a plan says which part of the text goes into which shard. A shard is a
+function of its part of the text alone, so parts are encoded in parallel, in any order; a killed
+command that is given again makes the missing shards, and the folder is the same byte for byte.
 """
 
 import argparse
@@ -38,7 +24,7 @@ import signal
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -55,20 +41,22 @@ from support.corpus import (
     MANIFEST,
     PLAN,
     Shards,
-    _cut,
-    _held_out,
-    _held_out_part,
-    _mapped,
-    _name,
-    _open,
-    _read_text,
     batch,
+    held_out_start,
     load_corpus,
+    mapped,
+    n_held_out,
+    open_shard,
+    place_to_cut,
+    read_text,
+    shuffled,
+    source_name,
 )
 from support.vocabulary import (
     TOKENIZER,
+    blocks,
+    dtype_of,
     encode,
-    kind_of,
     n_bytes,
     save_tokenizer,
     tokenizer,
@@ -76,36 +64,35 @@ from support.vocabulary import (
     train_tokenizer,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Documents
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards: reading them
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards: making them. A plan says which part of the text goes into which shard, before anything is encoded
-
 TOKENIZER_BYTES = 2**29  # of text that a vocabulary is trained on, at most
-PIECE = 2**20  # bytes that are encoded at once; longer documents are cut, at a line end where there is one
-LEAST, MOST = 2**22, 2**28  # bytes in a training shard: a 256th of the text within these limits
-SHARE = 2**26  # training tokens that a file of FineWeb-Edu is worth opening for
-# Samples of FineWeb-Edu (Lozhkov et al. 2024) and how many tokens of GPT-2 each has
-FINEWEB = {"sample-10BT": 10e9, "sample-100BT": 100e9, "sample-350BT": 350e9, "default": math.inf}
+PIECE = 2**20  # bytes encoded at once; longer documents are cut, at a line end where there is one
+MIN_SHARD = 2**22  # bytes of text in a training shard: a 256th of the text, but not less
+MAX_SHARD = 2**28  # and not more
+TOKENS_PER_FILE = 2**26  # training tokens that a file of FineWeb-Edu is worth opening for
+# Samples of FineWeb-Edu (Lozhkov et al. 2024) and how many tokens of GPT-2 each has.
+# deviation 41: nothing else is mixed in
+FINEWEB = {
+    "sample-10BT": 10e9,
+    "sample-100BT": 100e9,
+    "sample-350BT": 350e9,
+    "default": math.inf,
+}
 HUB = {"path": "HuggingFaceFW/fineweb-edu"}
+
+
+# --------------------------------------------------------------------------------------------------
+# The plan
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one shard holds. texts: (path, begin, end, whether <|endoftext|> comes before), or of a data set on the hub
-    (name of the sample, number of the file, number of files, held-out bytes at its start), up to `size` tokens."""
+    """What one shard holds: ranges of local files, or the beginning of a file on the hub."""
 
     split: str
     number: int
-    size: int  # bytes of text, or tokens of a data set on the hub
-    texts: tuple = ()
-    hub: tuple = ()
+    size: int  # bytes of text; of a file on the hub, tokens
+    texts: tuple = ()  # (path, begin, end, whether <|endoftext|> comes before)
+    hub: tuple = ()  # (name of the sample, number of the file, number of files, held-out bytes)
 
     @property
     def file(self) -> str:
@@ -113,63 +100,75 @@ class Part:
 
 
 def plan_text(sources: list[str]) -> tuple[dict, list[Part]]:
-    """(what the source is, parts) of local text: files, folders, 'stdlib'; split as `load_corpus` does."""
+    """(what the source is, parts) of files, folders, 'stdlib'; split as `load_corpus` does."""
     found = []
     for source in sources:
-        for name, path, data in _read_text(source):
-            found.append((name, str(path), len(data), zlib.crc32(data)))
-    files = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
-    ranges = {"val": [], "train": []}
+        for name, path, text in read_text(source):
+            found.append((name, str(path), len(text), zlib.crc32(text)))
+    files = shuffled(found)
+    sizes = [size for _, _, size, _ in files]
+    ranges = [(path, 0, size) for _, path, size, _ in files]
     if len(files) == 1:
-        _, path, size, _ = files[0]
-        with _mapped(path) as data:
-            cut = _held_out_part(data)
-        ranges["val"], ranges["train"] = [(path, cut, size)], [(path, 0, cut)]
+        path, _, size = ranges[0]
+        with mapped(path) as text:
+            start = held_out_start(text)
+        val = [(path, start, size)]
+        train = [(path, 0, start)]
     else:
-        held_out = _held_out([size for _, _, size, _ in files])
-        for i, (_, path, size, _) in enumerate(files):
-            ranges["val" if i < held_out else "train"].append((path, 0, size))
-    total = sum(size for _, _, size, _ in files)
-    most = min(MOST, max(LEAST, total // 256))
+        n = n_held_out(sizes)
+        val = ranges[:n]
+        train = ranges[n:]
+    total = sum(sizes)
+    most = min(MAX_SHARD, max(MIN_SHARD, total // 256))
+    parts = _parts("val", val, math.inf) + _parts("train", train, most)
+    checked = json.dumps([(name, size, crc32) for name, _, size, crc32 in files])
+    source = {"name": source_name(sources), "documents": len(files), "bytes": total}
+    return source | {"sha256": hashlib.sha256(checked.encode()).hexdigest()}, parts
+
+
+def _parts(split: str, ranges: list[tuple[str, int, int]], most: float) -> list[Part]:
+    """The (path, begin, end) in order, in parts of at most `most` bytes, or of a single piece."""
     parts = []
-    for split, where in ranges.items():
-        texts, size, number = [], 0, 0
-        for i, (path, begin, end) in enumerate(where):
-            for a, b in _pieces(path, begin, end):
-                if split == "train" and size and size + b - a > most:
-                    parts.append(Part(split, number, size, tuple(texts)))
-                    texts, size, number = [], 0, number + 1
-                texts.append((path, a, b, a == begin and i > 0))
-                size += b - a
-        parts.append(Part(split, number, size, tuple(texts)))
-    checksum = hashlib.sha256(json.dumps([(name, size, crc32) for name, _, size, crc32 in files]).encode()).hexdigest()
-    return {"name": _name(sources), "documents": len(files), "bytes": total, "sha256": checksum}, parts
+    texts = []
+    size = 0
+    for i, (path, begin, end) in enumerate(ranges):
+        for a, b in _pieces(path, begin, end):
+            if size and size + b - a > most:
+                parts.append(Part(split, len(parts), size, tuple(texts)))
+                texts = []
+                size = 0
+            texts.append((path, a, b, a == begin and i > 0))
+            size += b - a
+    return [*parts, Part(split, len(parts), size, tuple(texts))]
 
 
 def _pieces(path: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
     if end - begin <= PIECE:
         yield begin, end
         return
-    with _mapped(path) as data:
-        while begin < end:
-            cut = end if end - begin <= PIECE else _cut(data, begin + PIECE // 2, begin + PIECE)
-            yield begin, cut
-            begin = cut
+    with mapped(path) as text:
+        while end - begin > PIECE:
+            middle = place_to_cut(text, begin + PIECE // 2, begin + PIECE)
+            yield begin, middle
+            begin = middle
+    yield begin, end
 
 
 def plan_fineweb(tokens: int) -> tuple[dict, list[Part]]:
-    """(what the source is, parts) of FineWeb-Edu: an equal share of training tokens from each file of a large enough sample.
+    """(what the source is, parts) of FineWeb-Edu: an equal number of tokens from each file needed.
 
-    Held out are the first documents of the first file. ValueError where the library is missing; OSError without network.
+    The files are those of the smallest sample that has enough. Held out are the first documents of
+    the first. ValueError where the library is missing, OSError without a network.
     """
     sample = next(name for name, size in FINEWEB.items() if tokens <= 0.9 * size)
     n_files = _hub(sample).num_shards
-    n = min(n_files, -(-tokens // SHARE))
+    n = min(n_files, -(-tokens // TOKENS_PER_FILE))
     held_out = min(HELD_OUT_BYTES, max(1, int(HELD_OUT * 4 * tokens)))  # 4 bytes a token
     parts = [Part("val", 0, held_out // 4, hub=(sample, 0, n_files, held_out))]
     for i in range(n):
-        share = tokens * (i + 1) // n - tokens * i // n
-        parts.append(Part("train", i, share, hub=(sample, i * n_files // n, n_files, held_out if i == 0 else 0)))
+        size = tokens * (i + 1) // n - tokens * i // n
+        hub = (sample, i * n_files // n, n_files, held_out if i == 0 else 0)
+        parts.append(Part("train", i, size, hub=hub))
     return {"name": "fineweb-edu", "sample": sample, "files": n_files, "tokens": tokens}, parts
 
 
@@ -188,7 +187,23 @@ def _hub_errors(sample: str):
     try:
         yield
     except Exception as error:  # of a dozen kinds: network, hub, parquet
-        raise OSError(f"{HUB['path']} ({sample}) could not be read ({first_line(error)})") from error
+        why = first_line(error)
+        raise OSError(f"{HUB['path']} ({sample}) could not be read ({why})") from error
+
+
+# --------------------------------------------------------------------------------------------------
+# One shard
+
+
+def _texts(part: Part) -> Iterator[tuple[bytes, bool]]:
+    """(text, whether <|endoftext|> comes before it) of a part, in order."""
+    if part.hub:
+        for i, text in enumerate(_hub_texts(part)):
+            yield text, part.number > 0 or i > 0
+    for path, begin, end, new in part.texts:
+        with open(path, "rb") as file:
+            file.seek(begin)
+            yield file.read(end - begin), new
 
 
 def _hub_texts(part: Part) -> Iterator[bytes]:
@@ -204,15 +219,44 @@ def _hub_texts(part: Part) -> Iterator[bytes]:
             seen += len(text)
 
 
-def _texts(part: Part) -> Iterator[tuple[bytes, bool]]:
-    """(text, whether <|endoftext|> comes before it) of a part, in order."""
-    if part.hub:
-        for i, text in enumerate(_hub_texts(part)):
-            yield text, part.number > 0 or i > 0
-    for path, begin, end, new in part.texts:
-        with open(path, "rb") as file:
-            file.seek(begin)
-            yield file.read(end - begin), new
+def _make(part: Part, out: Path, tick: Callable[[int], None]) -> dict:
+    """Write a shard, unless it is there; its line of the manifest.
+
+    tick: told how many bytes, or tokens (as part.size), were done since the last call.
+    """
+    encoding = tokenizer(str(out / TOKENIZER))
+    path = out / part.file
+    try:
+        array = open_shard(path)
+        tick(part.size)
+    except ValueError:  # none, or one torn by a power cut
+        array = _encode(part, encoding, tick)
+        atomic_write(path, lambda beside: _save_array(beside, array))
+    ends = sum(int((block == encoding.eot_token).sum()) for block in blocks(array))
+    return {
+        "file": part.file,
+        "split": part.split,
+        "tokens": len(array),
+        "bytes": n_bytes(array, encoding),
+        "documents": ends + (part.number == 0),
+        "sha256": _sha256(path),
+    }
+
+
+def _encode(part: Part, encoding, tick: Callable[[int], None]) -> np.ndarray:
+    """The tokens [N] of a part."""
+    limit = part.size if part.hub and part.split == "train" else math.inf
+    end = np.array([encoding.eot_token], dtype=dtype_of(encoding))
+    pieces = [end[:0]]
+    count = 0
+    for text, new in _texts(part):
+        pieces += [end[:new], encode(text, encoding)]
+        n = len(pieces[-1]) + new
+        tick(max(0, min(n, part.size - count)) if part.hub else len(text))
+        count += n
+        if count >= limit:
+            break
+    return np.concatenate(pieces)[: min(count, limit)]
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
@@ -228,90 +272,24 @@ def _sha256(path: Path) -> str:
     return checksum.hexdigest()
 
 
-def _make(part: Part, out: Path, tick) -> dict:
-    """Encode and write a shard, unless it is there; what the manifest says of it. tick: told how far it has come."""
-    encoding, path = tokenizer(str(out / TOKENIZER)), out / part.file
-    try:
-        array = _open(path)
-        tick(part.size)
-    except ValueError:  # none, or one that a power cut has torn
-        limit = part.size if part.hub and part.split == "train" else math.inf
-        end = np.array([encoding.eot_token], dtype=kind_of(encoding))
-        pieces, count = [end[:0]], 0
-        for text, new in _texts(part):
-            pieces += [end[:new], encode(text, encoding)]
-            now = len(pieces[-1]) + new
-            tick(max(0, min(now, part.size - count)) if part.hub else len(text))
-            count += now
-            if count >= limit:
-                break
-        array = np.concatenate(pieces)[: min(count, limit)]
-        atomic_write(path, lambda beside: _save_array(beside, array))
-    ends = sum(int((array[i : i + 2**22] == encoding.eot_token).sum()) for i in range(0, len(array), 2**22))
-    counts = {"tokens": len(array), "bytes": n_bytes(array, encoding), "documents": ends + (part.number == 0)}
-    return {"file": part.file, "split": part.split} | counts | {"sha256": _sha256(path)}
+# --------------------------------------------------------------------------------------------------
+# All shards
 
 
-_worker = {}
+def make_shards(
+    source: dict, parts: list[Part], vocab: int | str, out: str | Path, jobs: int = 0
+) -> dict:
+    """Write the shards of a plan that the folder `out` lacks; returns the manifest.
 
-
-def _start_worker(out: Path, done) -> None:
-    _worker.update(out=out, done=done)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # it may be killed
-
-
-def _work(part: Part) -> dict:
-    def tick(n):
-        with _worker["done"].get_lock():
-            _worker["done"].value += n
-
-    return _make(part, _worker["out"], tick)
-
-
-def _make_all(parts: list[Part], out: Path, jobs: int, unit: str) -> list[dict]:
-    form = dict(total=sum(part.size for part in parts), unit=unit, unit_scale=True, dynamic_ncols=True)
-    with tqdm(**form, mininterval=0.5 if sys.stderr.isatty() else 30, desc="encoding") as bar:
-        if jobs == 1:
-            return [_make(part, out, bar.update) for part in parts]
-        context = multiprocessing.get_context("spawn")  # no threads of libraries are copied half-alive
-        done = context.Value("q", 0)
-        with ProcessPoolExecutor(jobs, context, _start_worker, (out, done)) as pool:
-            try:
-                futures = [pool.submit(_work, part) for part in parts]
-                waiting = set(futures)
-                while waiting:
-                    finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-                    bar.update(done.value - bar.n)
-                    for future in finished:
-                        future.result()
-                return [future.result() for future in futures]
-            except BaseException as error:
-                for process in multiprocessing.active_children():
-                    process.terminate()
-                pool.shutdown(cancel_futures=True)
-                if isinstance(error, BrokenProcessPool):
-                    raise OSError("a process was killed, maybe for its memory (fewer --jobs need less)") from None
-                raise
-
-
-def make_shards(source: dict, parts: list[Part], vocab: int | str, out: str, jobs: int = 0) -> dict:
-    """Write the shards of a plan into the folder `out`, or those that are missing; returns the manifest.
-
-    vocab: symbols of a vocabulary to train, or the name of a ready one, see `tokenizer`. jobs: processes; 0: one for each
-    CPU. Raises ValueError, before any file is touched, for a folder of something else, and as `tokenizer` does.
+    vocab: symbols of a vocabulary to train, or the name of a ready one, see `tokenizer`. jobs:
+    processes; 0: one for each CPU. Raises ValueError, before any file is touched, for a folder of
+    something else, and as `tokenizer` does.
     """
     out = Path(out)
     ready = None if isinstance(vocab, int) else tokenizer(vocab)
     plan = {"format": 1, "source": source, "vocab": tokenizer_hash(ready) if ready else vocab}
-    begun = next((json.loads(path.read_text()) for path in (out / MANIFEST, out / PLAN) if path.is_file()), None)
-    if begun is None and out.exists() and (not out.is_dir() or any(path.suffix != ".tmp" for path in out.iterdir())):
-        raise ValueError(f"out {str(out)!r} exists and holds something else: name a new folder")
-    if begun and any(begun.get(key) != value for key, value in plan.items()):
-        key = next(key for key, value in plan.items() if begun.get(key) != value)
-        raise ValueError(f"out {str(out)!r} was begun with {key} {begun.get(key)}, not {plan[key]}: name a new folder")
-    if begun and "shards" in begun:
+    begun = _begun(out, plan)
+    if "shards" in begun:  # a manifest: all is done
         (out / PLAN).unlink(missing_ok=True)
         return begun
     out.mkdir(parents=True, exist_ok=True)
@@ -324,22 +302,46 @@ def make_shards(source: dict, parts: list[Part], vocab: int | str, out: str, job
         atomic_write(out / PLAN, lambda beside: beside.write_text(json.dumps(plan)))
         save_tokenizer(encoding, out)
     encoding = tokenizer(str(out / TOKENIZER))
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    shards = _make_all(parts, out, min(jobs or cpus, len(parts)), "B" if parts[0].texts else " tokens")
-    counts = ("tokens", "bytes", "documents")
-    totals = {
-        split: {count: sum(shard[count] for shard in shards if shard["split"] == split) for count in counts}
-        for split in ("train", "val")
+    affinity = hasattr(os, "sched_getaffinity")
+    cpus = len(os.sched_getaffinity(0)) if affinity else os.cpu_count()
+    jobs = min(jobs or cpus, len(parts))
+    shards = _make_all(parts, out, jobs, "B" if parts[0].texts else " tokens")
+    manifest = plan | {
+        "tokenizer": {
+            "name": encoding.name,
+            "sha256": tokenizer_hash(encoding),
+            "n_vocab": encoding.n_vocab,
+        },
+        "train": _totals(shards, "train"),
+        "val": _totals(shards, "val"),
+        "shards": shards,
     }
-    what = {"name": encoding.name, "sha256": tokenizer_hash(encoding), "n_vocab": encoding.n_vocab}
-    manifest = plan | {"tokenizer": what} | totals | {"shards": shards}
-    atomic_write(out / MANIFEST, lambda beside: beside.write_text(json.dumps(manifest, indent=1) + "\n"))
+    text = json.dumps(manifest, indent=1) + "\n"
+    atomic_write(out / MANIFEST, lambda beside: beside.write_text(text))
     (out / PLAN).unlink()
     return manifest
 
 
+def _begun(out: Path, plan: dict) -> dict:
+    """The manifest or the plan in `out`, or {} for a folder that is new or empty.
+
+    ValueError where something else is there.
+    """
+    for name in (MANIFEST, PLAN):
+        if (out / name).is_file():
+            begun = json.loads((out / name).read_text())
+            for key, value in plan.items():
+                if begun.get(key) != value:
+                    wrong = f"was begun with {key} {begun.get(key)}, not {value}"
+                    raise ValueError(f"out {str(out)!r} {wrong}: name a new folder")
+            return begun
+    if out.exists() and not (out.is_dir() and all(path.suffix == ".tmp" for path in out.iterdir())):
+        raise ValueError(f"out {str(out)!r} exists and holds something else: name a new folder")
+    return {}
+
+
 def _training_text(parts: list[Part]) -> Iterator[bytes]:
-    """Text for a vocabulary: the first of every training part in turn, so that no part is preferred."""
+    """Text for a vocabulary: the first of every training part, so that no part is preferred."""
     train = [part for part in parts if part.split == "train"]
     each = TOKENIZER_BYTES // len(train)
     for part in train:
@@ -351,29 +353,88 @@ def _training_text(parts: list[Part]) -> Iterator[bytes]:
                 break
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
+def _totals(shards: list[dict], split: str) -> dict:
+    own = [shard for shard in shards if shard["split"] == split]
+    counts = ("tokens", "bytes", "documents")
+    return {count: sum(shard[count] for shard in own) for count in counts}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def _make_all(parts: list[Part], out: Path, jobs: int, unit: str) -> list[dict]:
+    bar = tqdm(
+        total=sum(part.size for part in parts),
+        unit=unit,
+        unit_scale=True,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        desc="encoding",
+    )
+    with bar:
+        if jobs == 1:
+            return [_make(part, out, bar.update) for part in parts]
+        context = multiprocessing.get_context("spawn")  # a fork copies the locks of threads
+        done = context.Value("q", 0)
+        with ProcessPoolExecutor(jobs, context, _start_worker, (out, done)) as pool:
+            try:
+                futures = [pool.submit(_work, part) for part in parts]
+                waiting = set(futures)
+                while waiting:
+                    finished, waiting = wait(waiting, 0.2, return_when=FIRST_COMPLETED)
+                    bar.update(done.value - bar.n)
+                    for future in finished:
+                        future.result()  # raises what the process raised
+                return [future.result() for future in futures]
+            except BaseException as error:
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                pool.shutdown(cancel_futures=True)
+                if isinstance(error, BrokenProcessPool):
+                    why = "a process was killed, maybe for its memory (fewer --jobs need less)"
+                    raise OSError(why) from None
+                raise
+
+
+_worker = {}  # of a process of the pool: the folder, and the count that all add to
+
+
+def _start_worker(out: Path, done) -> None:
+    _worker.update(out=out, done=done)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    multiprocessing.parent_process().join()  # it may be killed
+    os._exit(1)
+
+
+def _work(part: Part) -> dict:
+    done = _worker["done"]
+
+    def tick(n):
+        with done.get_lock():
+            done.value += n
+
+    return _make(part, _worker["out"], tick)
+
+
+# --------------------------------------------------------------------------------------------------
 # Commands
 
 
 def show(source: str = "stdlib") -> None:
     """Print what a corpus is; of shards, also whether they still are what the manifest says."""
     corpus = load_corpus(source)
-    encoding, shards = corpus.encoding, isinstance(corpus.train, Shards)
+    encoding = corpus.encoding
     print(f"{corpus.name}, tokenizer {encoding.name!r} ({encoding.n_vocab:,} symbols)")
-    parts = (("train", corpus.train, corpus.train_bytes, corpus.train_files),
-             ("held out", corpus.val, corpus.val_bytes, corpus.val_files))  # fmt: skip
-    for part, tokens, size, files in parts:
-        shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
-        print(f"{part:>9}: {len(files):,} files, {size:,} bytes, {len(tokens):,} tokens ({shown})")
-    if shards:
-        text = encoding.decode_bytes([i for i in corpus.val[: 2**20].tolist() if i != encoding.eot_token])
+    _show_part("train", corpus.train, corpus.train_bytes, corpus.train_files)
+    _show_part("held out", corpus.val, corpus.val_bytes, corpus.val_files)
+    if isinstance(corpus.train, Shards):
+        ids = [i for i in corpus.val[: 2**20].tolist() if i != encoding.eot_token]
+        text = encoding.decode_bytes(ids)
         line = f"held out: {len(text) / len(encode(text, encoding)):.3f} bytes per token"
         try:
-            line += f"; of GPT-2's vocabulary on the same text: {len(text) / len(encode(text, tokenizer('gpt2'))):.3f}"
+            theirs = len(text) / len(encode(text, tokenizer("gpt2")))
+            line += f"; of GPT-2's vocabulary on the same text: {theirs:.3f}"
         except ValueError as error:
             line += f"; GPT-2's for comparison: {error}"
         print(line)
@@ -384,61 +445,83 @@ def show(source: str = "stdlib") -> None:
         print("-" * 80 + "\n" + encoding.decode(row.tolist()))
 
 
+def _show_part(name: str, tokens, size: int, files: tuple[str, ...]) -> None:
+    shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+    counts = f"{len(files):,} files, {size:,} bytes, {len(tokens):,} tokens"
+    print(f"{name:>9}: {counts} ({shown})")
+
+
 def check(folder: str) -> None:
     """Compare every shard with the manifest. ValueError names the first that differs."""
     shards = json.loads((Path(folder) / MANIFEST).read_text())["shards"]
     for shard in tqdm(shards, desc="sha256", dynamic_ncols=True, leave=False, disable=None):
         if _sha256(Path(folder) / shard["file"]) != shard["sha256"]:
-            raise ValueError(f"data {folder!r}: {shard['file']} is not the file of the manifest: its sha256 differs")
+            wrong = f"{shard['file']} is not the file of the manifest: its sha256 differs"
+            raise ValueError(f"data {folder!r}: {wrong}")
     print(f"sha256 of {len(shards)} shards: as the manifest says")
 
 
-def _number(text: str) -> int:
+def _whole_number(text: str) -> int:
     with contextlib.suppress(ValueError):
         if float(text).is_integer() and float(text) >= 1:
             return int(float(text))
-    raise argparse.ArgumentTypeError(f"{text!r}: legal is a whole number of at least 1, as 8 or 15e9")
+    wanted = "a whole number of at least 1, as 8 or 15e9"
+    raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
 
 
 def _vocab(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
+    if not text.isdigit():
+        return text
+    if not 258 <= int(text) <= 2**20:
+        wanted = f"from 258 to {2**20}, or gpt2, bytes, a tokenizer.json"
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
+    return int(text)
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] not in ("text", "fineweb-edu", "-h", "--help"):
-        return show(argv[0])
-    if not argv:
-        return show()
+class _Parser(argparse.ArgumentParser):
+    """A bad flag is a ValueError, one line like every other message."""
 
-    def refuse(message):
+    def error(self, message):
         raise ValueError(f"{message} (--help lists the flags)")
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
+
+def _parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", metavar="[SOURCE | text | fineweb-edu]")
     text = commands.add_parser("text", help="token shards of local text")
     text.add_argument("paths", nargs="+", help="text files, folders of text files, 'stdlib'")
-    web = commands.add_parser("fineweb-edu", help="token shards of FineWeb-Edu (pip install datasets)")
-    web.add_argument("--tokens", type=_number, default=15 * 10**9, help="training tokens, as 15e9 (the default)")
+    web = commands.add_parser("fineweb-edu", help="token shards of FineWeb-Edu (needs datasets)")
+    number = {"type": _whole_number, "metavar": "N"}
+    web.add_argument("--tokens", **number, default=15 * 10**9, help="to train on (default: 15e9)")
+    symbols = "symbols of a vocabulary to train (default: 32768), or gpt2, bytes, a tokenizer.json"
     for command in (text, web):
-        command.error = refuse
-        command.add_argument("--out", required=True, help="folder of the shards; that of a killed command: goes on")
-        command.add_argument("--vocab", type=_vocab, default=32768, help="symbols of a vocabulary to train (default 32768), "
-                             "or a ready one: gpt2, bytes, a tokenizer.json")  # fmt: skip
-        command.add_argument("--jobs", type=_number, default=0, help="processes (default: one for each CPU)")
-    args = parser.parse_args(argv)
-    if isinstance(args.vocab, int) and not 258 <= args.vocab <= 2**20:
-        raise ValueError(f"vocab is {args.vocab}: legal is 258 to {2**20}, gpt2, bytes, or a tokenizer.json")
-    source, parts = plan_text(args.paths) if args.command == "text" else plan_fineweb(args.tokens)
+        command.add_argument("--out", required=True, help="folder; one that a kill left: goes on")
+        command.add_argument("--vocab", type=_vocab, default=32768, help=symbols)
+        command.add_argument("--jobs", **number, default=0, help="processes (default: all CPUs)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command. Raises ValueError or OSError for what is wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        return show()
+    if argv[0] not in ("text", "fineweb-edu", "-h", "--help"):
+        return show(argv[0])
+    args = _parser().parse_args(argv)
+    web = args.command == "fineweb-edu"
+    source, parts = plan_fineweb(args.tokens) if web else plan_text(args.paths)
     manifest = make_shards(source, parts, args.vocab, args.out, args.jobs)
     for split in ("train", "val"):
         n = manifest[split]
-        print(f"{split:>5}: {n['documents']:,} documents, {n['bytes']:,} bytes, {n['tokens']:,} tokens, "
-              f"{n['bytes'] / max(1, n['tokens']):.3f} bytes per token")  # fmt: skip
-    if args.command == "fineweb-edu" and manifest["train"]["tokens"] < args.tokens:
+        counts = f"{n['documents']:,} documents, {n['bytes']:,} bytes, {n['tokens']:,} tokens"
+        ratio = n["bytes"] / max(1, n["tokens"])
+        print(f"{split:>5}: {counts}, {ratio:.3f} bytes per token")
+    if web and manifest["train"]["tokens"] < args.tokens:
         print(f"note: the sample ended before {args.tokens:,} tokens")
-    print(f"in {args.out}, tokenizer {manifest['tokenizer']['name']!r}; next: python train.py --data {args.out}")
+    name = manifest["tokenizer"]["name"]
+    print(f"in {args.out}, tokenizer {name!r}; next: python train.py --data {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,32 @@
-"""Reading text: corpora, token shards, training batches, validation windows."""
+"""Text in, token arrays out: corpora, token shards, training batches, validation windows.
+
+    corpus = load_corpus("notes.txt")    # or "stdlib", a folder of text, of shards (data.py)
+    inputs, targets = batch(corpus.train, batch_size=4, seq_len=512, seed=0, step=0)
+    for inputs, targets in windows(corpus.val, batch_size=4, seq_len=512):
+        ...
+
+A corpus is two token streams. The held-out one is 5% of the *files*, so nothing of a held-out file
+is ever trained on; a single file gives its last 5%, cut at a line end. Documents are joined with
+<|endoftext|> between them:
+
+    train:  doc_7 <|endoftext|> doc_2 <|endoftext|> doc_9 ...
+    val:    doc_4 <|endoftext|> doc_1 ...
+
+Training batches are a function of (seed, step) and nothing else: a resumed run sees the same data,
+and so does one on another number of processes. Validation windows lie side by side and score every
+held-out token exactly once, so that
+
+    bits per byte = (sum of nats) / ln 2 / (true number of bytes)
+
+compares models whatever their tokenizer; <|endoftext|> is a predicted token of zero bytes.
+
+Shards are token arrays on the disk, for text that does not fit into memory:
+
+    tokenizer.json     pattern, special tokens, tokens in order of rank (support/vocabulary.py)
+    val-00000.npy, train-00000.npy, ...    uint16, or uint32 for vocabularies above 65,536
+    manifest.json      source and tokenizer, each with its sha256; tokens, bytes, documents and
+                       sha256 of every shard. Written last.
+"""
 
 import codecs
 import contextlib
@@ -17,161 +45,224 @@ import tiktoken
 import torch
 
 from support.checkpoint import first_line
-from support.vocabulary import TOKENIZER, encode, kind_of, tokenizer, tokenizer_hash
+from support.vocabulary import TOKENIZER, dtype_of, encode, tokenizer, tokenizer_hash
 
 HELD_OUT = 0.05  # fraction of the files (of the bytes, for a single file)
-
-
 HELD_OUT_BYTES = 2**25  # and of a large corpus not much more than this: validation must end
-
-
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+MANIFEST = "manifest.json"
+PLAN = "plan.json"  # of shards that are not finished
 
 
-MANIFEST, PLAN = "manifest.json", "plan.json"  # PLAN: of shards that are not finished
+# --------------------------------------------------------------------------------------------------
+# Documents
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Two token streams (uint16 or uint32) and the text they come from. Sizes in bytes leave out the <|endoftext|> tokens."""
+def documents(source: str = "stdlib") -> list[tuple[str, bytes]]:
+    """(name, text) of every document of a source, shuffled by a fixed seed.
 
-    name: str
-    encoding: tiktoken.Encoding
-    train: "np.ndarray | Shards"  # [tokens]
-    val: np.ndarray  # [tokens], held out
-    train_bytes: int
-    val_bytes: int
-    train_files: tuple[str, ...]
-    val_files: tuple[str, ...]
-    crc32: int | None = None  # of both streams where it is known
-
-    def fingerprint(self) -> dict:
-        """What identifies the data of a run: sizes and a checksum of both streams."""
-        crc32 = zlib.crc32(self.val.tobytes(), zlib.crc32(self.train.tobytes())) if self.crc32 is None else self.crc32
-        return {"name": self.name, "train_tokens": len(self.train), "val_tokens": len(self.val), "crc32": crc32}
+    source: "stdlib", a text file, or a folder, of which every non-empty UTF-8 file counts; hidden
+    and binary files are passed over. ValueError names what is missing, empty or binary.
+    """
+    return shuffled([(name, text[:]) for name, _, text in read_text(source)])
 
 
-def _why_not_text(data: "bytes | mmap.mmap") -> str | None:
-    if (nul := data.find(b"\0")) >= 0:
-        return f"has a NUL byte at offset {nul}"
-    decoder, block = codecs.getincrementaldecoder("utf-8")(), 2**24
-    for i in range(0, len(data), block):
-        now = data[i : i + block]
-        try:
-            decoder.decode(now, final=i + block >= len(data))
-        except UnicodeDecodeError as error:
-            at = i + error.start - (len(error.object) - len(now))  # its object begins with what the last block left over
-            return f"is not UTF-8 at offset {at} (byte 0x{data[at]:02x})"
-    return None
-
-
-def _files(source: str) -> list[tuple[str, Path]]:
-    """(name, path) of the files of a source that may be documents, in the order of their names; see `documents`."""
-    root = Path(sysconfig.get_path("stdlib") if source == "stdlib" else source)
-    if root.is_file():
-        return [(root.name, root)]
-    if not root.is_dir():
-        legal = "'stdlib', a text file, a folder of text, or of shards (python data.py --help)"
-        raise ValueError(f"data {source!r} does not exist: legal are {legal}")
-    for name in (PLAN, MANIFEST):
-        if (root / name).is_file():
-            raise ValueError(f"data {source!r} is a folder of {'unfinished ' * (name == PLAN)}token shards, not of text")
-    found = []
-    for path in root.rglob("*.py" if source == "stdlib" else "*"):
-        parts = path.relative_to(root).parts
-        skipped = SKIPPED_FOLDERS & set(parts[:-1]) if source == "stdlib" else any(p.startswith(".") for p in parts)
-        if not skipped and path.is_file():
-            found.append(("/".join(parts), path))
-    return sorted(found)
-
-
-@contextlib.contextmanager
-def _mapped(path: str | Path):
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        yield data
-
-
-def _read_text(source: str) -> Iterator[tuple[str, Path, "mmap.mmap"]]:
-    """(name, path, contents mapped into memory) of every document of a source. ValueError as in `documents`."""
-    files, empty = _files(source), True
-    alone = len(files) == 1 and Path(source).is_file()
-    for name, path in files:
+def read_text(source: str) -> Iterator[tuple[str, Path, mmap.mmap]]:
+    """(name, path, contents mapped into memory) of every document. ValueError as in `documents`."""
+    single = source != "stdlib" and Path(source).is_file()
+    empty = True
+    for name, path in _files(source):
         if not path.stat().st_size:
-            if alone:
+            if single:
                 raise ValueError(f"data {source!r} is empty: text is needed")
             continue
-        with _mapped(path) as data:
-            if why := _why_not_text(data):
-                if alone:
+        with mapped(path) as text:
+            if why := _why_not_text(text):
+                if single:
                     raise ValueError(f"data {source!r} {why}: only UTF-8 text is read")
                 continue
-            yield name, path, data
+            yield name, path, text
             empty = False
     if empty:
         raise ValueError(f"data {source!r} is empty: no UTF-8 text file in the folder")
 
 
-def documents(source: str = "stdlib") -> list[tuple[str, bytes]]:
-    """(name, text) of every document of a source, shuffled by a fixed seed: "stdlib", a text file, or a folder.
+def _files(source: str) -> list[tuple[str, Path]]:
+    """(name, path) of the files that may be documents, in the order of their names."""
+    root = Path(sysconfig.get_path("stdlib") if source == "stdlib" else source)
+    if root.is_file():
+        return [(root.name, root)]
+    if not root.is_dir():
+        wanted = "'stdlib', a text file, a folder of text, or of shards (python data.py --help)"
+        raise ValueError(f"data {source!r} does not exist: it must be {wanted}")
+    for name, shards in ((PLAN, "unfinished token shards"), (MANIFEST, "token shards")):
+        if (root / name).is_file():
+            raise ValueError(f"data {source!r} is a folder of {shards}, not of text")
+    found = []
+    for path in root.rglob("*.py" if source == "stdlib" else "*"):
+        parts = path.relative_to(root).parts
+        if source == "stdlib":
+            skipped = not SKIPPED_FOLDERS.isdisjoint(parts[:-1])
+        else:
+            skipped = any(part.startswith(".") for part in parts)
+        if not skipped and path.is_file():
+            found.append(("/".join(parts), path))
+    return sorted(found)
 
-    Of a folder, every non-empty UTF-8 file counts; hidden and binary files are passed over. ValueError names what is
-    missing, empty or binary.
-    """
-    found = [(name, data[:]) for name, _, data in _read_text(source)]
-    return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
+
+def _why_not_text(data: bytes | mmap.mmap) -> str | None:
+    if (nul := data.find(b"\0")) >= 0:
+        return f"has a NUL byte at offset {nul}"
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    size = 2**24
+    for i in range(0, len(data), size):
+        block = data[i : i + size]
+        try:
+            decoder.decode(block, final=i + size >= len(data))
+        except UnicodeDecodeError as error:
+            kept = len(error.object) - len(block)  # the decoder kept the end of the block before
+            at = i + error.start - kept
+            return f"is not UTF-8 at offset {at} (byte 0x{data[at]:02x})"
+    return None
+
+
+@contextlib.contextmanager
+def mapped(path: str | Path):
+    """The contents of a file that is not empty, mapped into memory."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data
+
+
+def shuffled(items: list) -> list:
+    """The items in the order of a fixed seed: of documents, the first are held out."""
+    return [items[i] for i in np.random.default_rng(0).permutation(len(items))]
+
+
+def source_name(sources: list[str]) -> str:
+    """What a corpus of these sources is called."""
+    stdlib = f"Python {sys.version.split()[0]} standard library"
+    names = [stdlib if source == "stdlib" else Path(source).name for source in sources]
+    return " + ".join(names)
+
+
+# --------------------------------------------------------------------------------------------------
+# The held-out part
+
+
+def n_held_out(sizes: list[int]) -> int:
+    """How many of the first documents are held out: 5%, at least 1, no more bytes than needed."""
+    wanted = max(1, round(HELD_OUT * len(sizes)))
+    enough = 1 + int(np.searchsorted(np.cumsum(sizes), HELD_OUT_BYTES))
+    return min(wanted, enough)
+
+
+def held_out_start(text: bytes | mmap.mmap) -> int:
+    """Where the held-out part of a single document begins: its last 5%, at a line start if near."""
+    part = min(HELD_OUT, HELD_OUT_BYTES / len(text))
+    return place_to_cut(text, int(len(text) * (1 - 2 * part)), int(len(text) * (1 - part)))
+
+
+def place_to_cut(text: bytes | mmap.mmap, low: int, high: int) -> int:
+    """After the last line end from low to high, else between the characters at high."""
+    line_end = text.rfind(b"\n", low, high)
+    if line_end >= 0:
+        return line_end + 1
+    while high > 0 and text[high] & 0xC0 == 0x80:  # inside a UTF-8 character
+        high -= 1
+    return high
+
+
+# --------------------------------------------------------------------------------------------------
+# Token streams
 
 
 def join(texts: list[bytes], encoding: tiktoken.Encoding) -> np.ndarray:
-    """One stream of tokens (as `encode`'s) with <|endoftext|> between the documents."""
-    end = np.array([encoding.eot_token], dtype=kind_of(encoding))
-    pieces = [piece for text in texts for piece in (end, encode(text, encoding))]
+    """One stream of tokens [N] with <|endoftext|> between the documents."""
+    end = np.array([encoding.eot_token], dtype=dtype_of(encoding))
+    pieces = []
+    for text in texts:
+        pieces += [end, encode(text, encoding)]
     return np.concatenate(pieces[1:])
 
 
-def _cut(data: "bytes | mmap.mmap", low: int, mark: int) -> int:
-    """Where to cut a text: after the last line end from low to mark, else between the characters at mark."""
-    line_end = data.rfind(b"\n", low, mark)
-    if line_end >= 0:
-        return line_end + 1
-    while mark > 0 and data[mark] & 0xC0 == 0x80:  # inside a UTF-8 character
-        mark -= 1
-    return mark
+class Shards:
+    """Token arrays on the disk as one stream: len, and slices, which may reach across shards."""
+
+    def __init__(self, arrays: list[np.ndarray]):
+        self.arrays = arrays
+        self.ends = np.cumsum([len(array) for array in arrays])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(len(self))
+        i = int(np.searchsorted(self.ends, start, side="right"))
+        pieces = []
+        while start < stop:
+            begin = int(self.ends[i]) - len(self.arrays[i])
+            pieces.append(self.arrays[i][start - begin : stop - begin])
+            start += len(pieces[-1])
+            i += 1
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate([self.arrays[0][:0], *pieces])
 
 
-def _held_out(sizes: list[int]) -> int:
-    """How many of the first documents are held out: 5%, at least one, and no more bytes than are needed."""
-    wanted = max(1, round(HELD_OUT * len(sizes)))
-    return min(wanted, 1 + int(np.searchsorted(np.cumsum(sizes), HELD_OUT_BYTES)))
+def open_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard, mapped into memory. ValueError where it is not there or not whole."""
+    try:
+        # slices of a plain array cost less than those of a memmap
+        return np.load(path, mmap_mode="r").view(np.ndarray)
+    except (OSError, ValueError, EOFError) as error:
+        why = first_line(error)
+        raise ValueError(f"{path.name} is missing, damaged or not whole ({why})") from None
 
 
-def _held_out_part(data: "bytes | mmap.mmap") -> int:
-    """Where the held-out part of a single document begins: its last 5%, from a line start if one is near."""
-    part = min(HELD_OUT, HELD_OUT_BYTES / len(data))
-    return _cut(data, int(len(data) * (1 - 2 * part)), int(len(data) * (1 - part)))
+@dataclass(frozen=True)
+class Corpus:
+    """Two token streams and the text they come from. <|endoftext|> has a size of zero bytes."""
 
+    name: str
+    encoding: tiktoken.Encoding
+    train: np.ndarray | Shards  # [N] uint16 or uint32
+    val: np.ndarray  # [M], held out
+    train_bytes: int
+    val_bytes: int
+    train_files: tuple[str, ...]
+    val_files: tuple[str, ...]
+    crc32: int | None = None  # of the data; None: computed from both streams
 
-def is_shards(source: str) -> bool:
-    return source != "stdlib" and (Path(source) / MANIFEST).is_file()
+    def fingerprint(self) -> dict:
+        """What identifies the data of a run: sizes and a checksum of both streams."""
+        crc32 = self.crc32
+        if crc32 is None:
+            crc32 = zlib.crc32(self.val.tobytes(), zlib.crc32(self.train.tobytes()))
+        sizes = {"train_tokens": len(self.train), "val_tokens": len(self.val)}
+        return {"name": self.name, **sizes, "crc32": crc32}
 
 
 def load_corpus(source: str = "stdlib", encoding: tiktoken.Encoding | None = None) -> Corpus:
-    """The corpus of a source: "stdlib", a text file, a folder of text, or a folder of shards, which stays on the disk.
+    """The corpus of a source: as in `documents`, or a folder of shards, which stays on the disk.
 
-    encoding: the run's; None: the shards' own, bytes for everything else. ValueError as in `documents`, for shards that are
-    unfinished or damaged, and for shards of another encoding than the run's.
+    encoding: the run's; None: the shards' own, bytes for everything else. ValueError as in
+    `documents`, and for shards that are unfinished, damaged or of another encoding than the run's.
     """
     if is_shards(source):
         return _load_shards(Path(source), encoding)
     encoding = encoding or tokenizer()
     files = documents(source)
     if len(files) == 1:
-        (name, data), cut = files[0], _held_out_part(files[0][1])
-        train, val = [(name, data[:cut])], [(name, data[cut:])]
+        name, text = files[0]
+        end = held_out_start(text)
+        train = [(name, text[:end])]
+        val = [(name, text[end:])]
     else:
-        held_out = _held_out([len(text) for _, text in files])
-        train, val = files[held_out:], files[:held_out]
+        n = n_held_out([len(text) for _, text in files])
+        train = files[n:]
+        val = files[:n]
     return Corpus(
-        name=_name([source]),
+        name=source_name([source]),
         encoding=encoding,
         train=join([text for _, text in train], encoding),
         val=join([text for _, text in val], encoding),
@@ -182,35 +273,8 @@ def load_corpus(source: str = "stdlib", encoding: tiktoken.Encoding | None = Non
     )
 
 
-def _name(sources: list[str]) -> str:
-    stdlib = f"Python {sys.version.split()[0]} standard library"
-    return " + ".join(stdlib if source == "stdlib" else Path(source).name for source in sources)
-
-
-class Shards:
-    """Arrays of tokens on the disk as one stream: len, and slices, which may reach across shards."""
-
-    def __init__(self, arrays: list[np.ndarray]):
-        self.arrays, self.ends = arrays, np.cumsum([len(array) for array in arrays])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        start, stop, _ = part.indices(len(self))
-        i, pieces = int(np.searchsorted(self.ends, start, side="right")), []
-        while start < stop:
-            begin = int(self.ends[i]) - len(self.arrays[i])
-            pieces.append(self.arrays[i][start - begin : stop - begin])
-            start, i = start + len(pieces[-1]), i + 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate([self.arrays[0][:0], *pieces])
-
-
-def _open(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r").view(np.ndarray)  # slices of a plain array cost less than those of a memmap
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path.name} is missing, damaged or not whole ({first_line(error)})") from None
+def is_shards(source: str) -> bool:
+    return source != "stdlib" and (Path(source) / MANIFEST).is_file()
 
 
 def _load_shards(folder: Path, encoding: tiktoken.Encoding | None) -> Corpus:
@@ -220,14 +284,18 @@ def _load_shards(folder: Path, encoding: tiktoken.Encoding | None) -> Corpus:
         if tokenizer_hash(own) != manifest["tokenizer"]["sha256"]:
             raise ValueError(f"{TOKENIZER} is not the tokenizer of the manifest")
         arrays = {"train": [], "val": []}
+        files = {"train": [], "val": []}
         for shard in manifest["shards"]:
-            arrays[shard["split"]].append(_open(folder / shard["file"]))
-            if len(arrays[shard["split"]][-1]) != shard["tokens"]:
+            array = open_shard(folder / shard["file"])
+            if len(array) != shard["tokens"]:
                 raise ValueError(f"{shard['file']} does not have its {shard['tokens']:,} tokens")
+            arrays[shard["split"]].append(array)
+            files[shard["split"]].append(shard["file"])
         if encoding and tokenizer_hash(encoding) != tokenizer_hash(own):
-            why = f"holds tokens of {own.name!r}, but the tokenizer of the run is {encoding.name!r}"
-            raise ValueError(f"{why}: legal are shards made with it (data.py ... --vocab RUN/{TOKENIZER}), or text")
-        names = {split: tuple(shard["file"] for shard in manifest["shards"] if shard["split"] == split) for split in arrays}
+            wrong = f"tokens of {own.name!r}, but the tokenizer of the run is {encoding.name!r}"
+            how = f"make shards with it (data.py ... --vocab RUN/{TOKENIZER}), or name a text"
+            raise ValueError(f"holds {wrong}: {how}")
+        checksums = "".join(shard["sha256"] for shard in manifest["shards"])
         return Corpus(
             name=manifest["source"]["name"],
             encoding=encoding or own,
@@ -235,54 +303,66 @@ def _load_shards(folder: Path, encoding: tiktoken.Encoding | None) -> Corpus:
             val=arrays["val"][0],
             train_bytes=manifest["train"]["bytes"],
             val_bytes=manifest["val"]["bytes"],
-            train_files=names["train"],
-            val_files=names["val"],
-            crc32=zlib.crc32("".join(shard["sha256"] for shard in manifest["shards"]).encode()),
+            train_files=tuple(files["train"]),
+            val_files=tuple(files["val"]),
+            crc32=zlib.crc32(checksums.encode()),
         )
     except (OSError, KeyError, TypeError, IndexError, ValueError) as error:
-        why = str(error) if type(error) is ValueError else f"{MANIFEST} is damaged ({error!r})"
+        own_message = type(error) is ValueError  # not that of a subclass, as of json
+        why = str(error) if own_message else f"{MANIFEST} is damaged ({error!r})"
         raise ValueError(f"data {str(folder)!r}: {why}") from None
 
 
-def batch(
-    tokens: "np.ndarray | Shards", batch_size: int, seq_len: int, seed: int, step: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(inputs, targets), int64 [batch_size, seq_len] each, drawn by (seed, step) alone. ValueError if data is short.
+# --------------------------------------------------------------------------------------------------
+# Rows of a stream
 
-    Rows of an array begin anywhere. Shards are read in passes: rows lie side by side, and every one comes once in a pass, in
-    an order of its own.
+
+def batch(
+    tokens: np.ndarray | Shards, batch_size: int, seq_len: int, seed: int, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A training batch (inputs, targets), int64 [batch_size, seq_len], by (seed, step) alone.
+
+    Rows of an array begin anywhere. Shards are read in passes: rows lie side by side, and each
+    comes once in a pass, in the pass's own order. ValueError where the data is too short for a row.
     """
+    if len(tokens) < 2:
+        raise ValueError(f"training needs at least 2 tokens, got {len(tokens)}")
     if len(tokens) <= seq_len:
-        legal = f"1 to {len(tokens) - 1}" if len(tokens) > 1 else "none, it needs at least 2 tokens"
-        raise ValueError(f"seq_len {seq_len} is too long for {len(tokens)} training tokens: legal is {legal}")
+        wanted = f"from 1 to {len(tokens) - 1} for {len(tokens)} training tokens"
+        raise ValueError(f"seq_len must be {wanted}, got {seq_len}")
     if isinstance(tokens, Shards):
-        n = (len(tokens) - 1) // seq_len
-        places = (divmod(step * batch_size + row, n) for row in range(batch_size))
-        starts = [int(_order(n, seed, done)[i]) * seq_len for done, i in places]
+        n = (len(tokens) - 1) // seq_len  # rows in a pass
+        starts = []
+        for row in range(step * batch_size, (step + 1) * batch_size):
+            passes, place = divmod(row, n)
+            starts.append(int(_order(n, seed, passes)[place]) * seq_len)
     else:
-        starts = np.random.default_rng([seed, step]).integers(0, len(tokens) - seq_len, size=batch_size)
-    rows = torch.from_numpy(np.stack([tokens[i : i + seq_len + 1] for i in starts]).astype(np.int64))
+        rng = np.random.default_rng([seed, step])
+        starts = rng.integers(0, len(tokens) - seq_len, size=batch_size)
+    rows = np.stack([tokens[i : i + seq_len + 1] for i in starts])  # [batch_size, seq_len + 1]
+    rows = torch.from_numpy(rows.astype(np.int64))
     return rows[:, :-1], rows[:, 1:]
 
 
 @lru_cache(maxsize=2)
-def _order(n: int, seed: int, done: int) -> np.ndarray:
-    """The rows 0 to n - 1 in the order of a pass, of which `done` are over."""
-    return np.random.default_rng([seed, done]).permutation(np.arange(n, dtype=np.uint32))
+def _order(n: int, seed: int, passes: int) -> np.ndarray:
+    """The rows 0 to n - 1 in the order of the pass that comes after that many passes."""
+    return np.random.default_rng([seed, passes]).permutation(np.arange(n, dtype=np.uint32))
 
 
 def windows(
     tokens: np.ndarray, batch_size: int, seq_len: int, start: int = 256
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Validation batches (inputs, targets), int64 [<= batch_size, <= seq_len]: every token is a target exactly once.
+    """Validation batches (inputs, targets), int64 [<= batch_size, <= seq_len], of all tokens once.
 
-    The first token is predicted from `start` (<|endoftext|>), the first of a later window from the token before it.
+    The first token is predicted from `start` (<|endoftext|>), the first of a later window from the
+    token before it.
     """
     targets = torch.from_numpy(tokens.astype(np.int64))
     inputs = torch.cat([torch.tensor([start]), targets[:-1]])
-    whole = len(targets) // seq_len * seq_len
-    if whole:
-        rows = (stream[:whole].view(-1, seq_len).split(batch_size) for stream in (inputs, targets))
+    end = len(targets) // seq_len * seq_len  # of the last window of full length
+    if end:
+        rows = (stream[:end].view(-1, seq_len).split(batch_size) for stream in (inputs, targets))
         yield from zip(*rows, strict=True)
-    if whole < len(targets):
-        yield inputs[None, whole:], targets[None, whole:]
+    if end < len(targets):
+        yield inputs[None, end:], targets[None, end:]
