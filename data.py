@@ -52,6 +52,7 @@ from support.corpus import (
     shuffled,
     source_name,
 )
+from support.flags import Parser, whole_number
 from support.vocabulary import (
     TOKENIZER,
     blocks,
@@ -461,14 +462,6 @@ def check(folder: str) -> None:
     print(f"sha256 of {len(shards)} shards: as the manifest says")
 
 
-def _whole_number(text: str) -> int:
-    with contextlib.suppress(ValueError):
-        if float(text).is_integer() and float(text) >= 1:
-            return int(float(text))
-    wanted = "a whole number of at least 1, as 8 or 15e9"
-    raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
-
-
 def _vocab(text: str) -> int | str:
     if not text.isdigit():
         return text
@@ -478,21 +471,14 @@ def _vocab(text: str) -> int | str:
     return int(text)
 
 
-class _Parser(argparse.ArgumentParser):
-    """A bad flag is a ValueError, one line like every other message."""
-
-    def error(self, message):
-        raise ValueError(f"{message} (--help lists the flags)")
-
-
 def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(description=__doc__, formatter_class=form)
+    parser = Parser(description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", metavar="[SOURCE | text | fineweb-edu]")
     text = commands.add_parser("text", help="token shards of local text")
     text.add_argument("paths", nargs="+", help="text files, folders of text files, 'stdlib'")
     web = commands.add_parser("fineweb-edu", help="token shards of FineWeb-Edu (needs datasets)")
-    number = {"type": _whole_number, "metavar": "N"}
+    number = {"type": whole_number, "metavar": "N"}
     web.add_argument("--tokens", **number, default=15 * 10**9, help="to train on (default: 15e9)")
     symbols = "symbols of a vocabulary to train (default: 32768), or gpt2, bytes, a tokenizer.json"
     for command in (text, web):

@@ -33,7 +33,7 @@ from bench.harness import harness
 from bench.long_context import babilong_accuracy, needle_words, needles, position
 from bench.scorer import Scorer
 from bench.tables import beside, cell, draw_position, markdown, published
-from support.config import Parser, whole_number, whole_numbers
+from support.flags import Parser, whole_number, whole_numbers
 from support.run import Run
 from support.vocabulary import n_bytes
 from train import NonFinite, validate

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from support.checkpoint import first_line
-from support.config import Parser
+from support.flags import Parser
 from support.run import Run
 
 

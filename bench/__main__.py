@@ -14,7 +14,7 @@ from bench.quality import ablation, quality
 from bench.speed import speed
 from optimizers import OPTIMIZERS
 from support.checkpoint import first_line
-from support.config import Parser, whole_number
+from support.flags import Parser, whole_number
 
 
 def parser() -> Parser:

@@ -51,7 +51,7 @@ from bench.learners import (
 from bench.streams import WORDS, banking77, clinc150, domains, joined, texts
 from layers import one_of
 from support.checkpoint import atomic_write, first_line
-from support.config import Parser
+from support.flags import Parser
 from train import NonFinite
 
 LRS = (1.7e-4, 5e-4, 1.5e-3, 4.5e-3)  # of the stages after the first, to choose from

@@ -59,7 +59,8 @@ from bench.tables import cell as shown
 from bench.tables import markdown, published, short
 from hope import Hope, HopeConfig, loss_fn, one_of
 from support.checkpoint import atomic_write, first_line
-from support.config import Parser, TrainConfig, whole_number
+from support.config import TrainConfig
+from support.flags import Parser, whole_number
 from support.run import device_for, optimizer_for, write_json
 from tasks import IGNORE, LANGUAGES, MAD, formal, mqar
 from train import NonFinite, gradient_norm, learning_rate

@@ -5,7 +5,6 @@ test, and whether a resumed run may change it.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from learn import UPDATES
 from optimizers import OPTIMIZERS
+from support.flags import Parser
 
 
 def flag(default, help, wanted="", check=lambda value: True, on_resume=False):
@@ -238,27 +238,6 @@ SETUPS = {
 
 # --------------------------------------------------------------------------------------------------
 # The command line
-
-
-class Parser(argparse.ArgumentParser):
-    """A bad flag is a ValueError, one line like every other message."""
-
-    def error(self, message):
-        raise ValueError(f"{message} (--help lists the flags)")
-
-
-def whole_number(text: str, least: int = 1) -> int:
-    """A flag: a whole number, as 1000000 or 1e6."""
-    with contextlib.suppress(ValueError, OverflowError):
-        if float(text).is_integer() and float(text) >= least:
-            return int(float(text))
-    wanted = f"a whole number of at least {least}, as 4096 or 1e6"
-    raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
-
-
-def whole_numbers(text: str) -> list[int]:
-    """A flag: several whole numbers, with commas."""
-    return [whole_number(part) for part in text.split(",")]
 
 
 def parse(argv: list[str] | None, description: str, resumed: Callable) -> TrainConfig:

@@ -29,8 +29,9 @@ from torch.utils._pytree import tree_leaves
 import baselines
 from hope import PRESETS, Hope, HopeConfig, layer_kinds, loss_fn
 from layers import one_of, tensors
-from support.config import Parser, TrainConfig, parse
+from support.config import TrainConfig, parse
 from support.corpus import is_shards, load_corpus
+from support.flags import Parser
 from support.run import optimizer_for, resumed
 from support.vocabulary import tokenizer
 

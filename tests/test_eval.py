@@ -526,7 +526,7 @@ def test_bad_input_is_one_line(here, capsys):
         "--tasks babilong": "babi/en",
         "--tasks table1 --lengths 4k": "argument --lengths: must be a whole number of at least 1",
         "--tasks tabel2": "unknown task 'tabel2': did you mean 'table2'?",
-        "--tasks table1 --lengths 50 --data words.txt": "length 50 has no room",
+        "--tasks table1 --lengths 50 --data words.txt": "got 50",
         "--tasks position --context 1e9": "context must be 1 to",
         "--tasks piqa --data-dir nowhere": "data_dir 'nowhere' is not a folder",
     }

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from textbook import close, rms, unit
 
 from hope import Hope, HopeConfig
-from layers import ShortConvolution
-from layers import tensors
+from layers import ShortConvolution, tensors
 from titans import NeuralMemory, SelfModifyingTitans
 
 D = 8
