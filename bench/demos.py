@@ -167,7 +167,7 @@ def hope():
 
 def optimizers():
     """NL figure 4, and what each memory keeps of old gradients."""
-    from bench.optimizers import demo
+    from bench.toy import demo
 
     demo()
 
