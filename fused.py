@@ -1,11 +1,13 @@
 """Hand-derived backward passes in torch, for what autograd does slowly or inexactly.
 
-`decay`, `solve`                  products of retentions, unit lower triangular systems  (memory.py)
-`causal_convolution`              SiLU of a short depthwise convolution                  (titans.py)
-`self_modify`                     all chunks of self-modifying Titans, matrix memories   (titans.py)
+    fast form             what it computes                        defined by (its oracle in tests)
+    decay                 products of retentions                  P in the equations of memory.py
+    solve                 a unit lower triangular system          the same equations
+    causal_convolution    SiLU of a short depthwise convolution   torch's conv1d
+    self_modify           all chunks of self-modifying Titans     titans.SelfModifyingTitans._chunk
 
-Each equals a definition elsewhere, which is its oracle in the tests: the tile equations at the top
-of memory.py, torch's conv1d, `SelfModifyingTitans._chunk`. kernels.py is the same in Triton.
+The last one has matrix memories only. `kernels_for` decides where kernels.py (Triton) takes over
+from `memory.scan` and `self_modify`.
 """
 
 import functools
@@ -22,7 +24,7 @@ EPS = 1e-6  # of l2norm and of the norms around memories
 BACKENDS = ("auto", "torch", "triton")
 
 # Whether "auto" takes the Triton kernels on a GPU. They equal torch under Triton's interpreter and
-# compile for an H100 but have not run on a device: to be True once `pytest -m gpu` has passed on one.
+# compile for an H100, but have not run on a device: set True once `pytest -m gpu` passed on one.
 KERNELS_PROVEN = False
 
 
@@ -161,9 +163,10 @@ def silu_derivative(z):
 
 
 class _CausalConv(torch.autograd.Function):
-    """SiLU of a depthwise convolution, as shifted multiply-adds: on a CPU faster than conv1d and its backward.
+    """SiLU of a depthwise convolution, as shifted multiply-adds: faster than conv1d on a CPU.
 
-    The backward computes the convolution again, which is cheaper than keeping what SiLU was applied to.
+    x [B, width-1+T, D], w [width, D] -> [B, T, D]. The backward computes the convolution again,
+    which is cheaper than keeping what SiLU was applied to.
     """
 
     @staticmethod
@@ -175,7 +178,7 @@ class _CausalConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    def forward(ctx, x, w):  # x [B, width-1+T, D], w [width, D]
+    def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
         return F.silu(_CausalConv.convolve(x, w), inplace=True)
 
@@ -188,7 +191,8 @@ class _CausalConv(torch.autograd.Function):
             grad = grad * silu_derivative(y)
         else:
             grad = torch.ops.aten.silu_backward(grad, y)
-        dx, dw = torch.zeros_like(x, dtype=grad.dtype), []
+        dx = torch.zeros_like(x, dtype=grad.dtype)
+        dw = []
         for j in range(len(w)):
             dx[:, j : j + T].addcmul_(grad, w[j])
             dw.append((x[:, j : j + T] * grad).sum((0, 1)))
@@ -202,30 +206,40 @@ causal_convolution = _CausalConv.apply
 
 
 class _SelfModify(torch.autograd.Function):
-    """All chunks of one layer with hand-derived backward; `SelfModifyingTitans._chunk` is its readable definition.
+    """All chunks of one layer, defined by `SelfModifyingTitans._chunk` in titans.py.
 
-    x, q [N, T, d] (N = batch x heads, q of unit length), W, W0 [N, 3d + 2, d] rows [memory | k | v | eta | alpha],
-    b_eta, b_alpha, A [N, 1], starting on a chunk boundary -> W_t q_t [N, T, d], W_T, and W at the last boundary.
+    N = batch x heads; rows are [memory | k | v | eta | alpha], R = 3d + 2 in number.
 
-    Symbols as at the top of memory.py. Backward walks the chunks in reverse with dW, the gradient at the chunk's end.
+        x, q             [N, T, d]  inputs from a chunk boundary on, queries of unit length
+        W, W0            [N, R, d]  running weights (what was learned), initial weights
+        b_eta, b_alpha   [N, 1]     biases of the gates
+        A                [N, 1]     rate of forgetting, of each head
+        chunk, step      tokens generated at once, inner step size
+
+    Returns y [N, T, d] with y_t = W_t q_t (memory's rows only), W at the end, W at the last chunk
+    boundary. Symbols as at the top of memory.py. The backward walks the chunks in reverse with dW,
+    the gradient of the weights at the chunk's end. First derivatives only.
     """
 
-    # What limits it now (`python bench.py speed --profile hope`: one training step, d 256, 4 x 1024 tokens, one CPU thread):
-    # this function takes 36% of the step (forward 13%, backward 23%), the projections and MLPs around it 42%. Two thirds of
-    # its time are batched products of 64 x 64 x 194, a third passes over the [C, C] decays and [C, rows] errors between
-    # them. Not measured on a GPU, where we expect it bound by the launches of these small kernels, one chunk after the other.
+    # What limits it on one CPU thread (`python -m bench speed --profile hope`: one training step,
+    # d 256, 4 x 1024 tokens): this function takes 36% of the step (forward 13%, backward 23%), the
+    # projections and MLPs around it 42%. Two thirds of its time are batched products of
+    # 64 x 64 x 194, a third passes over the [C, C] decays and [C, R] errors between them. It was
+    # not measured on a GPU, where the launches of these small kernels should bound it.
 
     @staticmethod
     def forward(ctx, x, q, W, W0, b_eta, b_alpha, A, chunk, step):
-        N, T, d = x.shape
-        y, saved = torch.empty_like(x), []
+        T, d = x.shape[1:]
+        y = torch.empty_like(x)
+        saved = []
         for i in range(0, T, chunk):
-            xc, qc = x[:, i : i + chunk], q[:, i : i + chunk]
+            xc = x[:, i : i + chunk]
+            qc = q[:, i : i + chunk]
             C = xc.shape[1]
             boundary = W
             # generate from the boundary weights
-            g = xc @ (W + W0)[:, d:].mT
-            kv = g[..., : 2 * d].unflatten(-1, (2, d)) + xc.unsqueeze(2)
+            g = xc @ (W + W0)[:, d:].mT  # [N, C, 2d + 2]
+            kv = g[..., : 2 * d].unflatten(-1, (2, d)) + xc.unsqueeze(2)  # [N, C, 2, d]
             norm = torch.rsqrt(torch.linalg.vecdot(kv, kv).add_(EPS)).unsqueeze(-1)
             kv.mul_(norm)
             k, v = kv.unbind(2)
@@ -233,11 +247,13 @@ class _SelfModify(torch.autograd.Function):
             alpha = torch.exp(-step * A * F.softplus(z_alpha))
             sig = torch.sigmoid(g[..., 2 * d] + b_eta)
             eta = step * (1 + alpha) * sig
-            # solve for the errors r of all rows: targets - residual - a W k = v - k + W0 (v - k) + W (v - a k)
-            P = decay_forward(alpha)
-            a, ce = P[..., :1], P[..., 1:] * eta.unsqueeze(1)
-            kq = torch.cat([k, qc], 1)
-            S = kq @ k.mT
+            # solve for the errors r [N, C, R] of all rows, whose right-hand side is
+            # targets - residual - a W k = v - k + W0 (v - k) + W (v - a k)
+            P = decay_forward(alpha)  # [N, C+1, C+1]
+            a = P[..., :1]
+            ce = P[..., 1:] * eta.unsqueeze(1)  # [N, C+1, C]
+            kq = torch.cat([k, qc], 1)  # [N, 2C, d]
+            S = kq @ k.mT  # [N, 2C, C], of keys, then of queries
             Z = torch.addcmul(v, a[:, :C], k, value=-1)
             vk = v - k
             r = torch.baddbmm(vk @ W0.mT, Z, W.mT)
@@ -245,12 +261,14 @@ class _SelfModify(torch.autograd.Function):
             X = unit_lower_inverse(ce[:, :C] * S[:, :C])
             r = X @ r
             # read at the running weights, then write
-            y[:, i : i + chunk] = torch.baddbmm(a[:, 1:] * (qc @ W[:, :d].mT), ce[:, 1:] * S[:, C:], r[..., :d])
+            past = a[:, 1:] * (qc @ W[:, :d].mT)
+            y[:, i : i + chunk] = torch.baddbmm(past, ce[:, 1:] * S[:, C:], r[..., :d])
             W = torch.baddbmm(a[:, C:] * W, (ce[:, C].unsqueeze(-1) * r).mT, k)
             if any(ctx.needs_input_grad):
                 saved += [boundary, kv, norm, X, r, P, alpha, sig, z_alpha]
         ctx.save_for_backward(x, q, W0, A, *saved)
-        ctx.chunk, ctx.step = chunk, step
+        ctx.chunk = chunk
+        ctx.step = step
         return y, W, boundary.clone()  # a copy: the first one is an input
 
     @staticmethod
@@ -263,22 +281,32 @@ class _SelfModify(torch.autograd.Function):
     def gradients(ctx, dy, dW, d_boundary):
         x, q, W0, A, *saved = ctx.saved_tensors
         N, T, d = x.shape
-        chunk, step, per_chunk = ctx.chunk, ctx.step, 9
-        dx, dq, dW0 = torch.empty_like(x), torch.empty_like(x), torch.zeros_like(W0)
-        dz_eta, dz_alpha, dA = x.new_empty(N, T), x.new_empty(N, T), torch.zeros_like(A)
+        chunk = ctx.chunk
+        step = ctx.step
+        per_chunk = 9  # tensors that the forward saved
+        dx = torch.empty_like(x)
+        dq = torch.empty_like(x)
+        dW0 = torch.zeros_like(W0)
+        dz_eta = x.new_empty(N, T)
+        dz_alpha = x.new_empty(N, T)
+        dA = torch.zeros_like(A)
         for i in range((T - 1) // chunk * chunk, -1, -chunk):
             j = i // chunk * per_chunk
             W, kv, norm, X, r, P, alpha, sig, z_alpha = saved[j : j + per_chunk]
-            xc, qc, dyc = x[:, i : i + chunk], q[:, i : i + chunk], dy[:, i : i + chunk]
+            xc = x[:, i : i + chunk]
+            qc = q[:, i : i + chunk]
+            dyc = dy[:, i : i + chunk]
             C = xc.shape[1]
             k, v = kv.unbind(2)
-            kq, one_alpha = torch.cat([k, qc], 1), 1 + alpha
-            S = kq @ k.mT  # again: kept for all chunks it would be a seventh of what the function keeps
+            kq = torch.cat([k, qc], 1)
+            one_alpha = 1 + alpha
+            S = kq @ k.mT  # again: keeping it for all chunks would be a seventh of all that is kept
             eta = step * one_alpha * sig
-            a, ce = P[..., :1], P[..., 1:] * eta.unsqueeze(1)
+            a = P[..., :1]
+            ce = P[..., 1:] * eta.unsqueeze(1)
             last = ce[:, C].unsqueeze(-1)
             # through the write W_C = a_C W + (last * r)^T k
-            dr = k @ dW.mT
+            dr = k @ dW.mT  # [N, C, R]
             dk = (last * r) @ dW
             d_last = torch.linalg.vecdot(dr, r)
             dr.mul_(last)
@@ -305,7 +333,7 @@ class _SelfModify(torch.autograd.Function):
             dk.add_(dkq[:, :C])
             dq[:, i : i + chunk] = dkq[:, C:].addcmul_(a[:, 1:], dyW)
             # through step sizes and retention
-            dce = F.pad(d_solve.mul_(S[:, :C]), (0, 0, 0, 1))
+            dce = F.pad(d_solve.mul_(S[:, :C]), (0, 0, 0, 1))  # [N, C+1, C]
             dce[:, 1:].addcmul_(d_read, S[:, C:])
             dce[:, C].add_(d_last)
             deta = (dce * P[..., 1:]).sum(1)
@@ -313,13 +341,17 @@ class _SelfModify(torch.autograd.Function):
             da[:, :C].sub_(torch.linalg.vecdot(k, dZ))
             da[:, C].add_(da_C)
             dP = torch.cat([da.unsqueeze(-1), dce * eta.unsqueeze(1)], -1)
-            d_alpha = decay_backward(P, dP).addcmul_(deta, sig, value=step).mul_(alpha)  # of log alpha
-            dz_eta[:, i : i + chunk] = dze = step * deta * one_alpha * sig * (1 - sig)
-            dz_alpha[:, i : i + chunk] = dza = -step * A * d_alpha * torch.sigmoid(z_alpha)
+            d_alpha = decay_backward(P, dP)
+            d_alpha.addcmul_(deta, sig, value=step).mul_(alpha)  # of log alpha
+            dze = step * deta * one_alpha * sig * (1 - sig)
+            dza = -step * A * d_alpha * torch.sigmoid(z_alpha)
+            dz_eta[:, i : i + chunk] = dze
+            dz_alpha[:, i : i + chunk] = dza
             dA.sub_((step * d_alpha * F.softplus(z_alpha)).sum(1, keepdim=True))
             # through the generation from the boundary weights
             dkv = torch.stack([dk, dv], 2)
-            dkv.addcmul_(kv, torch.linalg.vecdot(kv, dkv).unsqueeze(-1), value=-1).mul_(norm)
+            along = torch.linalg.vecdot(kv, dkv).unsqueeze(-1)
+            dkv.addcmul_(kv, along, value=-1).mul_(norm)
             dg = torch.cat([dkv.flatten(2), dze.unsqueeze(-1), dza.unsqueeze(-1)], -1)
             dx[:, i : i + chunk] = torch.baddbmm(dkv.sum(2), dg, (W + W0)[:, d:])
             dWg = dg.mT @ xc
@@ -327,7 +359,9 @@ class _SelfModify(torch.autograd.Function):
             dW0[:, d:].add_(dWg)
             if i + chunk >= T:
                 dW.add_(d_boundary)
-        return dx, dq, dW, dW0, dz_eta.sum(1, keepdim=True), dz_alpha.sum(1, keepdim=True), dA, None, None
+        db_eta = dz_eta.sum(1, keepdim=True)
+        db_alpha = dz_alpha.sum(1, keepdim=True)
+        return dx, dq, dW, dW0, db_eta, db_alpha, dA, None, None
 
 
 self_modify = _SelfModify.apply
