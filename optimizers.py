@@ -631,7 +631,7 @@ class CombinedOptimizer:
 
     @property
     def param_groups(self):
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return sum((optimizer.param_groups for optimizer in self.optimizers), [])
 
     def step(self):
         for optimizer in self.optimizers:

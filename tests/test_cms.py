@@ -1,13 +1,10 @@
 """Continuum Memory System: forward pass of each variant, memories per row, calendar of updates."""
 
-import copy
-
 import pytest
 import torch
 from torch.nn import functional as F
 
 from cms import CMS, VARIANTS, Level
-from optimizers import CombinedOptimizer, LevelOptimizer
 
 D = 6
 LEVELS = [Level(2, 5), Level(6, 8), Level(12, 4), Level(None, 7)]
@@ -231,103 +228,3 @@ def test_a_nested_level_takes_the_same_number_of_steps_from_every_start():
 def test_bad_input_is_named_with_its_value_and_the_legal_range(make_it, message):
     with pytest.raises(ValueError, match=message):
         make_it()
-
-
-# --------------------------------------------------------------------------------------------------
-# The step clock
-
-
-def network():
-    return torch.nn.ModuleDict(
-        {name: torch.nn.Linear(3, 3) for name in ("fast", "slow", "still", "rest")}
-    )
-
-
-def gradients(net, n):
-    """Gradients of n training steps."""
-    return [{name: torch.randn_like(p) for name, p in net.named_parameters()} for _ in range(n)]
-
-
-STEP_LEVELS = {"fast": 1, "slow": 3, "still": None, "": 2}
-OPTIMIZERS = {
-    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
-    "adamw": lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1),
-    "together": lambda params: both(list(params)),
-}
-
-
-def both(params):
-    return CombinedOptimizer(
-        torch.optim.SGD(params[::2], lr=0.1, momentum=0.9), torch.optim.AdamW(params[1::2], lr=0.01)
-    )
-
-
-def steps(optimizer, net, grads):
-    for step in grads:
-        for name, p in net.named_parameters():
-            p.grad = step[name].clone()
-        optimizer.step()
-
-
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_each_level_steps_along_the_sum_of_its_period_as_if_it_were_alone(kind):
-    net = network()
-    alone, grads = copy.deepcopy(net), gradients(net, 7)
-    steps(LevelOptimizer(OPTIMIZERS[kind](net.parameters()), net, STEP_LEVELS), net, grads)
-    for part, chunk in {"fast": 1, "slow": 3, "rest": 2}.items():
-        own = OPTIMIZERS[kind](alone[part].parameters())
-        for end in range(chunk, 8, chunk):
-            for name, p in alone[part].named_parameters():
-                p.grad = sum(step[f"{part}.{name}"] for step in grads[end - chunk : end])
-            own.step()
-    for a, b in zip(net.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-
-
-def test_a_level_moves_at_multiples_of_its_chunk_and_at_no_other_step():
-    net = network()
-    optimizer = LevelOptimizer(OPTIMIZERS["adamw"](net.parameters()), net, STEP_LEVELS)
-    for tick, step in enumerate(gradients(net, 12), 1):
-        before = copy.deepcopy(net)
-        steps(optimizer, net, [step])
-        moved = [name for name in net if not torch.equal(net[name].weight, before[name].weight)]
-        assert moved == ["fast"] + ["slow"] * (tick % 3 == 0) + ["rest"] * (tick % 2 == 0)
-        assert optimizer.due(tick) == ["fast"] + ["slow"] * (tick % 3 == 0) + [""] * (tick % 2 == 0)
-
-
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_the_step_clock_resumes_in_the_middle_of_a_period(kind, tmp_path):
-    net = network()
-    other, grads = copy.deepcopy(net), gradients(net, 9)
-    optimizer = LevelOptimizer(OPTIMIZERS[kind](net.parameters()), net, STEP_LEVELS)
-    steps(optimizer, net, grads)
-    first = LevelOptimizer(OPTIMIZERS[kind](other.parameters()), other, STEP_LEVELS)
-    steps(first, other, grads[:4])
-    torch.save([first.state_dict(), other.state_dict()], tmp_path / "x.pt")
-    steps(first, other, grads[4:6])  # what was saved is a copy
-    state, weights = torch.load(tmp_path / "x.pt", weights_only=True)
-    again = network()
-    again.load_state_dict(weights)
-    second = LevelOptimizer(OPTIMIZERS[kind](again.parameters()), again, STEP_LEVELS)
-    second.load_state_dict(state)
-    steps(second, again, grads[4:])
-    for a, b in zip(net.parameters(), again.parameters(), strict=True):
-        assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="of levels"):
-        LevelOptimizer(OPTIMIZERS[kind](again.parameters()), again, {"": 1}).load_state_dict(state)
-
-
-@pytest.mark.parametrize(
-    "levels, message",
-    [
-        ({"fast": 0, "": 1}, r"'fast' has chunk 0.*at least 1"),
-        ({"fast": 1}, r"'slow.weight' has no level.*\['fast'\]"),
-        ({"fats": 1, "": 1}, r"'fats' has no parameter.*fast.weight"),
-        ({"": 1}, r"shape \[4\].*not the model's"),
-    ],
-)
-def test_bad_levels_of_the_step_clock_are_named(levels, message):
-    net = network()
-    foreign = [torch.nn.Parameter(torch.zeros(4))] * (levels == {"": 1})
-    with pytest.raises(ValueError, match=message):
-        LevelOptimizer(torch.optim.SGD([*net.parameters(), *foreign], lr=0.1), net, levels)
