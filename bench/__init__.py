@@ -1,1 +1,1 @@
-"""Everything that measures: `python -m bench COMMAND`."""
+"""Everything that measures: `python -m bench COMMAND` (__main__.py)."""

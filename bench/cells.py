@@ -19,14 +19,14 @@ import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 
 from hope import Hope, HopeConfig
 from support.checkpoint import first_line
-from support.config import json_or_text
+from support.config import json_or_text, whole_number
 from support.run import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,6 +225,21 @@ def numbers(text: str, kind: type) -> list:
     if len(set(values)) < len(values):
         raise ValueError(f"{text!r} has a number twice")
     return values
+
+
+def machine_flags(parser, out: str | None) -> None:
+    """--device, --threads and --out, which most commands have."""
+    at_least_0 = partial(whole_number, least=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--threads", type=at_least_0, default=0, help="CPU threads of a process; 0: all cores"
+    )
+    parser.add_argument("--out", default=out, help="file of the result, as JSON")
+
+
+def without_key(line: dict) -> dict:
+    """A finished cell as it stands in a result: its settings are there already."""
+    return {name: value for name, value in line.items() if name != "key"}
 
 
 def write_result(args, result: dict) -> None:

@@ -1,104 +1,195 @@
-"""What models learn from the same data."""
+"""What models learn from the same data: bits per byte of held-out text after the same training.
 
+    python -m bench quality                                                        # 36 runs
+    python -m bench quality --models hope,transformer --seeds 0 --minutes 5        # and at equal time
+    python -m bench quality --models hope@adamw,hope@muon                          # MODEL@OPTIMIZER
+
+All models are trained as train.py does it, on the same batches. For each model the learning rate of
+the grid is chosen that is best on a shorter run with seed 100, which no other run uses; then there
+is a run for each seed. "After equal time" are runs of their own, each with a schedule that ends
+after the tokens which the model gets through in --minutes of training, at the median speed of its
+learning-rate runs. Cells run in --jobs processes that share the cores.
+"""
+
+import argparse
+import json
 import math
 import statistics
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 from bench.cells import (
     SEARCH_SEED,
-    cell_key,
-    cell_model,
+    Record,
+    best_of,
+    check_seeds,
+    code_version,
     cores,
-    load_corpus,
+    machine_flags,
     numbers,
     parameters,
     parse_spec,
-    read_cells,
-    run_cells,
     spec_config,
     split_specs,
-    train_cell,
     where,
+    without_key,
     workers,
 )
-from bench.tables import markdown, published
-from support.config import TrainConfig
-from support.corpus import batch
-from support.run import device_for
+from hope import HopeConfig, loss_fn
+from support.checkpoint import first_line
+from support.config import TrainConfig, whole_number
+from support.corpus import batch, load_corpus
+from support.run import Run, device_for, precision
+from support.vocabulary import n_bytes
+from train import NonFinite, learning_rate, update, validate
+
+MODELS = "hope,hope:inner_step=0,transformer,transformer:conv=4,gated_deltanet,titans"
 
 
-def quality_cells(wanted: list[tuple[str, TrainConfig]], path: Path, corpus: dict, pool) -> list[dict]:
-    """Results of (spec, settings), in order."""
-    def facts(cell):
-        spec, config = cell
-        return {"spec": spec, "lr": config.lr, "seed": config.seed, "threads": config.threads,
-                "tokens": config.steps * config.tokens_per_step, "parameters": parameters(cell_model(config))}  # fmt: skip
-
-    def told(cell):
-        return (f"{cell['spec']}  lr {cell['lr']:g}  seed {cell['seed']}  {cell['tokens']:,} tokens: "
-                f"{bits(cell)} bits per byte, {cell['train_seconds']:.0f} s")  # fmt: skip
-
-    keys = [cell_key(config, corpus) for _, config in wanted]
-    done = run_cells(dict(zip(keys, wanted, strict=True)), train_cell, facts, told, path, read_cells(path), pool)
-    return [{**done[key], "spec": spec} for key, (spec, _) in zip(keys, wanted, strict=True)]
+def add_flags(parser) -> None:
+    parser.add_argument("--models", default=MODELS, help="comma-separated")
+    training_flags(parser, "results/quality.json", tokens=1_000_000, seeds="0,1,2")
 
 
-def bits(cell: dict) -> str:
-    return f"{cell['bits_per_byte']:.4f}" if cell["bits_per_byte"] is not None else f"none ({cell['error']})"
+def training_flags(parser, out: str, tokens: int, seeds: str) -> None:
+    """The flags that `compare` reads, but --models."""
+
+    def number(flag, default, help):
+        parser.add_argument(flag, type=whole_number, default=default, help=help)
+
+    number("--tokens", tokens, "tokens of each run, rounded up to whole steps")
+    parser.add_argument("--seeds", default=seeds, help="of weights and batches")
+    rates = "grid of learning rates; one: no search"
+    parser.add_argument("--lrs", default="1.5e-3,3e-3,6e-3", help=rates)
+    number("--lr-tokens", tokens // 4, "tokens of a learning-rate run")
+    number("--batch", 4, "rows in a batch")
+    number("--seq-len", 512, "tokens in a row")
+    number("--eval-tokens", 262_144, "held-out tokens, from the first on")
+    parser.add_argument("--preset", default="nano", help="size of the models")
+    parser.add_argument("--data", default="stdlib", help="'stdlib', a text file or a folder")
+    timed = "also train each model for this long; 0: do not"
+    parser.add_argument("--minutes", type=minutes, default=0.0, help=timed)
+    number("--jobs", 2, "cells trained at once; they share the cores")
+    machine_flags(parser, out)
 
 
-def summary(title: str, cells: list[dict]) -> list[dict]:
-    """Prints one row a model, best mean first; differences to hope are of runs on the same batches (same seed)."""
-    runs = {}
-    for cell in cells:
-        runs.setdefault(cell["spec"], {})[cell["seed"]] = cell
-    base = "hope" if "hope" in runs else next(iter(runs))
+def minutes(text: str) -> float:
+    """A flag: a number of at least 0."""
+    with suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
 
-    def spread(values):  # mean, and standard deviation over seeds where there are several
-        if any(v is None for v in values):
-            return None, None
-        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
-    rows = []
-    for spec, seeds in runs.items():
-        own = {seed: cell["bits_per_byte"] for seed, cell in seeds.items()}
-        pairs = [(value, runs[base][seed]["bits_per_byte"]) for seed, value in own.items()]
-        mean, std = spread(list(own.values()))
-        above, above_std = spread([None if None in pair else pair[0] - pair[1] for pair in pairs])
-        first = next(iter(seeds.values()))
-        speeds = [cell["tokens_per_s"] for cell in seeds.values() if cell["tokens_per_s"]]
-        rows.append({"model": spec, "parameters": first["parameters"], "lr": first["lr"], "tokens": first["tokens"],
-                     "tokens_per_s": statistics.median(speeds) if speeds else None, "mean": mean, "std": std,
-                     "minutes": statistics.median(cell["train_seconds"] for cell in seeds.values()) / 60,
-                     "difference": above, "difference_std": above_std, "seeds": own})  # fmt: skip
-    rows.sort(key=lambda row: math.inf if row["mean"] is None else row["mean"])
+# --------------------------------------------------------------------------------------------------
+# A cell: (spec, TrainConfig), one training run
 
-    def shown(mean, std, sign=""):
-        return "-" if mean is None else f"{mean:{sign}.4f}" + ("" if std is None else f" ± {std:.4f}")
+corpus_of = cache(load_corpus)  # the keys of all cells need it
 
-    width = max(len(spec) for spec in runs) + 2
-    print(f"\n{title}: bits per byte of held-out text, mean ± std of seeds; difference to {base}\n")
-    print(f"{'model':<{width}}{'bits per byte':>17}{'difference':>19}{'parameters':>12}{'lr':>9}{'tokens':>12}"
-          f"{'tokens/s':>10}{'minutes':>9}  each seed")  # fmt: skip
-    for r in rows:
-        each = ", ".join(f"{seed}: " + ("none" if v is None else f"{v:.4f}") for seed, v in r["seeds"].items())
-        difference = shown(r["difference"], r["difference_std"], "+")
-        print(f"{r['model']:<{width}}{shown(r['mean'], r['std']):>17}{difference:>19}{r['parameters']:>12,}"
-              f"{r['lr']:>9g}{r['tokens']:>12,}"
-              f"{r['tokens_per_s'] or 0:>10,.0f}{r['minutes']:>9.2f}  {each}")  # fmt: skip
-    return rows
+
+def cell_model(config: TrainConfig) -> HopeConfig:
+    """The model of a cell."""
+    own = {"vocab_size": corpus_of(config.data).encoding.n_vocab}
+    return HopeConfig.preset(config.preset, model=config.model, **(own | config.set))
+
+
+def cell_key(config: TrainConfig, corpus: dict, model: HopeConfig | None = None) -> str:
+    """All settings of a cell, the model's defaults included.
+
+    corpus: its fingerprint, so the data may lie anywhere.
+    """
+    train = asdict(config) | {"data": corpus["name"]}
+    model = (model or cell_model(config)).to_dict()
+    return json.dumps({"train": train, "model": model, "corpus": corpus}, sort_keys=True)
+
+
+def current_key(key: str) -> str:
+    """The key of a finished cell, with the defaults of fields that came later: they change no model."""
+    old = json.loads(key)
+    return cell_key(TrainConfig(**old["train"]), old["corpus"], HopeConfig(**old["model"]))
+
+
+def train_cell(cell: tuple[str, TrainConfig]) -> dict:
+    """Train and validate one model.
+
+    A loss that is not finite is a result, too: bits_per_byte None, and the error.
+    """
+    _, config = cell
+    run = Run.start(config, keep=False)
+    optimizer = run.new_optimizer()
+    seconds = []
+    result = {"bits_per_byte": None}
+    try:
+        for step in range(config.steps):
+            began = time.perf_counter()
+            rows = batch(run.corpus.train, config.batch_size, config.seq_len, config.seed, step)
+            inputs, targets = (part.to(run.device) for part in rows)
+            with precision(run.device):
+                logits, _ = run.model(inputs)
+            loss = loss_fn(logits, targets)
+            lr = learning_rate(step, config.steps, config)
+            update(run.model, optimizer, lr, [loss], config.grad_clip)
+            seconds.append(time.perf_counter() - began)
+        held_out = run.corpus.val[: config.eval_tokens]
+        start = run.encoding.eot_token
+        sizes = (config.batch_size, config.seq_len)
+        nats, _ = validate(run.model, held_out, *sizes, run.device, start=start)
+        result["bits_per_byte"] = nats / math.log(2) / n_bytes(held_out, run.encoding)
+    except NonFinite as error:
+        result["error"] = f"step {step + 1}: {first_line(error)}"
+    speed = config.tokens_per_step / statistics.median(seconds) if seconds else None
+    took = {"train_seconds": sum(seconds), "tokens_per_s": speed}
+    return result | took | {"code": code_version()}
+
+
+def facts(cell: tuple[str, TrainConfig]) -> dict:
+    """What stands before a cell's result in its line."""
+    spec, config = cell
+    return {
+        "spec": spec,
+        "lr": config.lr,
+        "seed": config.seed,
+        "threads": config.threads,
+        "tokens": config.steps * config.tokens_per_step,
+        "parameters": parameters(cell_model(config)),
+    }
+
+
+def told(line: dict) -> str:
+    """What is printed of a finished cell."""
+    bits = line["bits_per_byte"]
+    shown = f"none ({line['error']})" if bits is None else f"{bits:.4f}"
+    settings = f"{line['spec']}  lr {line['lr']:g}  seed {line['seed']}  {line['tokens']:,} tokens"
+    return f"{settings}: {shown} bits per byte, {line['train_seconds']:.0f} s"
+
+
+def trained(cells: list, record: Record, corpus: dict, pool) -> list[dict]:
+    """Lines of cells, in order; those that the record lacks are trained."""
+    keys = [cell_key(config, corpus) for _, config in cells]
+    lines = record.run(dict(zip(keys, cells, strict=True)), train_cell, facts, told, pool)
+    return [{**lines[key], "spec": spec} for key, (spec, _) in zip(keys, cells, strict=True)]
+
+
+# --------------------------------------------------------------------------------------------------
+# The comparison
 
 
 def quality(args) -> dict:
+    """`compare`, with worker processes of its own."""
     with workers(args.jobs) as pool:
         return compare(args, pool)
 
 
 def compare(args, pool) -> dict:
-    """Learning rates, runs at equal tokens, runs at equal time (with --minutes); prints the tables and returns all."""
-    specs, seeds, lrs = split_specs(args.models), numbers(args.seeds, int), numbers(args.lrs, float)
-    if SEARCH_SEED in seeds:
-        raise ValueError(f"seeds has {SEARCH_SEED}, which chooses the learning rates: legal are others")
+    """Choose learning rates, train at equal tokens and (--minutes) at equal time; print the tables."""
+    specs = split_specs(args.models)
+    seeds = numbers(args.seeds, int)
+    lrs = numbers(args.lrs, float)
+    check_seeds(seeds)
     device = str(device_for(args.device))
     threads = args.threads or max(1, cores() // args.jobs)
 
@@ -106,140 +197,148 @@ def compare(args, pool) -> dict:
         model, _, optimizer = spec.partition("@")
         name, fields = parse_spec(model)
         return spec, TrainConfig(
-            model=name, preset=args.preset, set=fields, data=args.data, optimizer=optimizer or "adamw", tokens=tokens,
-            batch_size=args.batch, seq_len=args.seq_len, lr=lr, seed=seed, eval_every=0, eval_tokens=args.eval_tokens,
+            model=name, preset=args.preset, set=fields, data=args.data,
+            optimizer=optimizer or "adamw", tokens=tokens, batch_size=args.batch,
+            seq_len=args.seq_len, lr=lr, seed=seed, eval_every=0, eval_tokens=args.eval_tokens,
             device=device, threads=threads,
-        )  # fmt: skip
+        )
 
     # Everything that can be wrong is found here, before anything is written.
-    search = [cell(spec, lr, SEARCH_SEED, args.lr_tokens) for lr in lrs for spec in specs if len(lrs) > 1]
-    [cell(spec, lrs[0], seed, args.tokens) for seed in seeds for spec in specs]
-    corpus = load_corpus(args.data)
-    n_vocab = corpus.encoding.n_vocab
-    models = {spec: spec_config(spec.partition("@")[0], args.preset, vocab_size=n_vocab) for spec in specs}
-    sizes = {spec: parameters(config) for spec, config in models.items()}
+    tried = product(lrs, specs) if len(lrs) > 1 else ()
+    search = [cell(spec, lr, SEARCH_SEED, args.lr_tokens) for lr, spec in tried]
+    for spec, seed in product(specs, seeds):
+        cell(spec, lrs[0], seed, args.tokens)
+    corpus = corpus_of(args.data)
     batch(corpus.train, 1, args.seq_len, 0, 0)
-    if max(sizes.values()) > 1.02 * min(sizes.values()):
-        print(f"note: parameters differ by more than 2%: {', '.join(f'{s} {n:,}' for s, n in sizes.items())}")
+    note_unequal_sizes(specs, args.preset, corpus.encoding.n_vocab)
 
-    path, fingerprint = Path(args.out).with_suffix(".jsonl"), corpus.fingerprint()
-    print(f"{len(search)} learning-rate runs, {len(specs) * len(seeds) * (2 if args.minutes else 1)} others, in "
-          f"{args.jobs} processes on {where(device, threads)}", flush=True)  # fmt: skip
-    searched = quality_cells(search, path, fingerprint, pool)
+    record = Record(Path(args.out).with_suffix(".jsonl"), current_key)
+    train = partial(trained, record=record, corpus=corpus.fingerprint(), pool=pool)
+    others = len(specs) * len(seeds) * (2 if args.minutes else 1)
+    how = f"in {args.jobs} processes on {where(device, threads)}"
+    print(f"{len(search)} learning-rate runs, {others} others, {how}", flush=True)
+    # learning rates
+    searched = train(search)
     best = dict.fromkeys(specs, lrs[0])
     for spec in specs if search else ():
-        own = [c for c in searched if c["spec"] == spec and c["bits_per_byte"] is not None]
-        if not own:
-            raise ValueError(f"model {spec!r} diverged at every learning rate of {args.lrs}: add smaller ones to --lrs")
-        best[spec] = min(own, key=lambda c: c["bits_per_byte"])["lr"]
-    # Seed by seed, so that a benchmark stopped half way has compared all models.
-    at_tokens = [cell(spec, best[spec], seed, args.tokens) for seed in seeds for spec in specs]
-    cells = quality_cells(at_tokens, path, fingerprint, pool)
-    result = {"best_lr": best, "equal_tokens": summary("after equal tokens", cells)}
+        best[spec] = best_lr(spec, lrs, searched)
+    # equal tokens; seed by seed, so that a benchmark stopped half way has compared all models
+    runs = list(product(seeds, specs))
+    lines = train([cell(spec, best[spec], seed, args.tokens) for seed, spec in runs])
+    result = {"best_lr": best, "equal_tokens": summary("after equal tokens", lines)}
+    # equal time
     if args.minutes:
+        step = args.batch * args.seq_len
         tokens = {}
         for spec in specs:
-            rate = statistics.median(c["tokens_per_s"] for c in searched or cells if c["spec"] == spec and c["tokens_per_s"])
-            steps = max(1, round(rate * 60 * args.minutes / (args.batch * args.seq_len)))
-            tokens[spec] = steps * args.batch * args.seq_len
-        at_time = [cell(spec, best[spec], seed, tokens[spec]) for seed in seeds for spec in specs]
-        timed = quality_cells(at_time, path, fingerprint, pool)
-        cells = cells + timed
+            steps = round(speed_of(spec, searched or lines) * 60 * args.minutes / step)
+            tokens[spec] = max(1, steps) * step
+        timed = train([cell(spec, best[spec], seed, tokens[spec]) for seed, spec in runs])
         result["equal_time"] = summary(f"after equal time ({args.minutes:g} minutes)", timed)
-    edges = [f"{spec} {lr:g}" for spec, lr in best.items() if len(lrs) > 1 and lr in (min(lrs), max(lrs))]
-    if edges:
-        print(f"\nnote: the best learning rate is at the edge of the grid for {', '.join(edges)}")
-    versions = {c["code"] for c in searched + cells}
+        lines = lines + timed
+
+    edges = [f"{spec} {lr:g}" for spec, lr in best.items() if lr in (min(lrs), max(lrs))]
+    if search and edges:
+        at = ", ".join(edges)
+        print(f"\nnote: the best learning rate is at the edge of the grid for {at}")
+    lines = searched + lines
+    versions = {line["code"] for line in lines}
     if len(versions) > 1:
-        print(f"\nnote: cells of {len(versions)} versions of the code; a fresh --out trains all again")
-    return result | {"cells": [{k: v for k, v in c.items() if k != "key"} for c in searched + cells]}
+        note = f"cells of {len(versions)} versions of the code; a fresh --out trains all again"
+        print(f"\nnote: {note}")
+    return result | {"cells": [without_key(line) for line in lines]}
 
 
-ABLATION = {  # fields of hope: what it is, the row of NL table 6
-    "": ("Hope", "Hope"),
-    "dgd=false": ("plain gradient instead of DGD (delta 0)", "w/o DGD (plain GD inside self-modifying Titans)"),
-    "momentum=true": ("with momentum (published: Hope without)", "w/o momentum"),
-    "retention=false": ("without retention", "w/o weight decay"),
-    "levels=[null]": ("without CMS: one level", "w/o CMS"),
-    'adaptive=["v"]': ("static k", "w/o inner projection k"),
-    'adaptive=["k"]': ("static v", "w/o inner projection v"),
-    'adaptive=["k","v","q"]': ("learned q (published: Hope with static q)", "w/o inner projection q"),
-    "mode=boundary": ("reads of the boundary weights", None),
-    "conv=0": ("without convolution", None),
-    "gate=false": ("without output gate", None),
-    "memory=mlp": ("MLP memories", None),
-    "inner_step=0": ("memories that never learn", None),
-}
+def note_unequal_sizes(specs: list[str], preset: str, n_vocab: int) -> None:
+    """Print a note where models differ in size. ValueError for a model that cannot be built."""
+    sizes = {}
+    for spec in specs:
+        sizes[spec] = parameters(spec_config(spec.partition("@")[0], preset, vocab_size=n_vocab))
+    if max(sizes.values()) > 1.02 * min(sizes.values()):
+        shown = ", ".join(f"{spec} {n:,}" for spec, n in sizes.items())
+        print(f"note: parameters differ by more than 2%: {shown}")
 
 
-def ablation(args) -> dict:
-    """`compare` of Hope and what is left of it, and a table beside the paper's; returns all."""
-    if parse_spec(args.model)[0] != "hope":
-        raise ValueError(f"model is {args.model!r}: legal is hope, with fields")
-    specs = {":".join(filter(None, (args.model, fields))): names for fields, names in ABLATION.items()}
-    args.models = ",".join(specs)
-    with workers(args.jobs) as pool:
-        result = compare(args, pool)
-    paper = {row["model"]: row["values"][0] for row in published("table6")["rows"]}
-    found, lines = {row["model"]: row for row in result["equal_tokens"]}, []
-    for spec, (what, row) in specs.items():
-        own = found[spec]
-        values = (f"{x:{sign}.3f}" if x is not None else "-" for x, sign in ((own["mean"], ""), (own["difference"], "+")))
-        lines.append([what, f"`{spec}`", *values, paper.get(row, "-")])
-    print("\n" + markdown(["Hope", "model", "bits per byte", "difference", "published, 1.3B: mean perplexity"], lines))
-    return result
+def best_lr(spec: str, lrs: list[float], searched: list[dict]) -> float:
+    """The learning rate of the best search run of a model. ValueError where all diverged."""
+    bits = {line["lr"]: line["bits_per_byte"] for line in searched if line["spec"] == spec}
+    best = best_of(lrs, lambda lr: None if bits[lr] is None else -bits[lr])
+    if best is None:
+        tried = ", ".join(f"{lr:g}" for lr in lrs)
+        diverged = f"model {spec!r} diverged at every learning rate of {tried}"
+        raise ValueError(f"{diverged}: add smaller ones to --lrs")
+    return best
 
 
-load_corpus = cache(load_corpus)  # a worker trains many cells on one corpus
+def speed_of(spec: str, lines: list[dict]) -> float:
+    """Median training speed of a model (tokens/s)."""
+    own = [line for line in lines if line["spec"] == spec]
+    return statistics.median(line["tokens_per_s"] for line in own if line["tokens_per_s"])
 
 
-def train_cell(cell: tuple[str, TrainConfig]) -> dict:
-    """Train and validate one model. A loss that is not finite is a result too: bits_per_byte None, and the error."""
-    _, config = cell
-    torch.set_num_threads(config.threads)
-    corpus, device = load_corpus(config.data), device_for(config.device)
-    encoding = corpus.encoding
-    torch.manual_seed(config.seed)
-    model = Hope(cell_model(config)).to(device).train()
-    optimizer = optimizer_for(model, config)
-    seconds, result = [], {"bits_per_byte": None}
-    try:
-        for step in range(config.steps):
-            began = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config.steps, config)
-            rows = batch(corpus.train, config.batch_size, config.seq_len, config.seed, step)
-            inputs, targets = (part.to(device) for part in rows)
-            with precision(device):
-                logits, _ = model(inputs)
-            loss = loss_fn(logits, targets)
-            loss.backward()
-            norm = gradient_norm(model, step + 1, loss.item())
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seconds.append(time.perf_counter() - began)
-        held_out = corpus.val[: config.eval_tokens]
-        nats, _ = validate(model, held_out, config.batch_size, config.seq_len, device, start=encoding.eot_token)
-        result["bits_per_byte"] = nats / math.log(2) / n_bytes(held_out, encoding)
-    except NonFinite as error:
-        result["error"] = str(error).split(";")[0]
-    speed = config.tokens_per_step / statistics.median(seconds) if seconds else None
-    return result | {"train_seconds": sum(seconds), "tokens_per_s": speed, "code": code_version()}
+# --------------------------------------------------------------------------------------------------
+# Its table
 
 
-def cell_model(config: TrainConfig) -> HopeConfig:
-    own = {"vocab_size": load_corpus(config.data).encoding.n_vocab}
-    return HopeConfig.preset(config.preset, model=config.model, **(own | config.set))
+def summary(title: str, lines: list[dict]) -> list[dict]:
+    """A row for each model, the best mean first, also printed.
+
+    Differences to hope are of runs on the same batches (same seed).
+    """
+    runs = {}
+    for line in lines:
+        runs.setdefault(line["spec"], {})[line["seed"]] = line
+    base = "hope" if "hope" in runs else next(iter(runs))
+    reference = {seed: line["bits_per_byte"] for seed, line in runs[base].items()}
+    rows = []
+    for spec, seeds in runs.items():
+        bits = {seed: line["bits_per_byte"] for seed, line in seeds.items()}
+        mean, std = spread(list(bits.values()))
+        pairs = [(value, reference[seed]) for seed, value in bits.items()]
+        above, above_std = spread([None if None in (a, b) else a - b for a, b in pairs])
+        first = next(iter(seeds.values()))
+        speeds = [line["tokens_per_s"] for line in seeds.values() if line["tokens_per_s"]]
+        seconds = statistics.median(line["train_seconds"] for line in seeds.values())
+        row = {"model": spec} | {name: first[name] for name in ("parameters", "lr", "tokens")}
+        row["tokens_per_s"] = statistics.median(speeds) if speeds else None
+        row |= {"mean": mean, "std": std, "minutes": seconds / 60}
+        row |= {"difference": above, "difference_std": above_std, "seeds": bits}
+        rows.append(row)
+    rows.sort(key=lambda row: math.inf if row["mean"] is None else row["mean"])
+    show(title, base, rows)
+    return rows
 
 
-def cell_key(config: TrainConfig, corpus: dict, model: HopeConfig | None = None) -> str:
-    """All settings of a cell, defaults of the model included, and its data by name and checksum, wherever it lies."""
-    train, model = asdict(config) | {"data": corpus["name"]}, model or cell_model(config)
-    return json.dumps({"train": train, "model": model.to_dict(), "corpus": corpus}, sort_keys=True)
+def spread(values: list) -> tuple[float | None, float | None]:
+    """Mean, and standard deviation where there are several; of a diverged run nothing."""
+    if None in values:
+        return None, None
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def current_key(key: str) -> str:
-    """A finished cell's key with the defaults of settings that came later: a new field's default changes no model."""
-    old = json.loads(key)
-    return cell_key(TrainConfig(**old["train"]), old["corpus"], HopeConfig(**old["model"]))
+def show(title: str, base: str, rows: list[dict]) -> None:
+    """Print the rows of `summary`."""
+
+    def with_std(mean, std, sign=""):
+        if mean is None:
+            return "-"
+        return f"{mean:{sign}.4f}" if std is None else f"{mean:{sign}.4f} ± {std:.4f}"
+
+    width = max(len(row["model"]) for row in rows) + 2
+    what = "bits per byte of held-out text, mean ± std of seeds"
+    print(f"\n{title}: {what}; difference to {base}\n")
+    print(
+        f"{'model':<{width}}{'bits per byte':>17}{'difference':>19}{'parameters':>12}{'lr':>9}"
+        f"{'tokens':>12}{'tokens/s':>10}{'minutes':>9}  each seed"
+    )
+    for row in rows:
+        bits = with_std(row["mean"], row["std"])
+        difference = with_std(row["difference"], row["difference_std"], "+")
+        each = []
+        for seed, value in row["seeds"].items():
+            each.append(f"{seed}: none" if value is None else f"{seed}: {value:.4f}")
+        print(
+            f"{row['model']:<{width}}{bits:>17}{difference:>19}{row['parameters']:>12,}"
+            f"{row['lr']:>9g}{row['tokens']:>12,}{row['tokens_per_s'] or 0:>10,.0f}"
+            f"{row['minutes']:>9.2f}  {', '.join(each)}"
+        )
