@@ -155,7 +155,7 @@ def check_seeds(seeds: list[int]) -> None:
 @cache
 def code_version() -> str:
     """Checksum of the code that a result depends on. FileNotFoundError where a file is missing."""
-    concepts = "fused memory titans cms learn optimizers baselines hope kernels train".split()
+    concepts = "kernels fused memory layers titans cms learn optimizers baselines hope train".split()
     names = [*concepts, "support/corpus", "support/vocabulary"]
     sources = b"".join((ROOT / f"{name}.py").read_bytes() for name in names)
     return f"{zlib.crc32(sources):08x}"
