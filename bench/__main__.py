@@ -11,9 +11,9 @@
 
     python -m bench COMMAND --help     what a command measures, and its flags
 
-A model is NAME[:field=value ...], see cells.py. A finished training run is a line of a .jsonl beside
---out: the same command goes on where an earlier one was stopped, and --out, the result as JSON, says
-on which machine, by which commit and by which command it was measured.
+A model is NAME[:field=value ...], see cells.py. A finished training run is a line of a .jsonl
+beside --out: the same command goes on where an earlier one was stopped, and --out, the result as
+JSON, says on which machine, by which commit and by which command it was measured.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from optimizers import OPTIMIZERS
 from support.checkpoint import first_line
 from support.flags import Parser, whole_number
 
-# A command: its module, and there the function of the flags that measures. Only that one is imported.
+# A command: its module, the only one that is imported, and there the function that measures.
 COMMANDS = {
     "speed": ("bench.speed", "speed"),
     "quality": ("bench.quality", "quality"),
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
         message = first_line(error)
         if isinstance(error, BrokenProcessPool):
-            message = "a worker was killed (out of memory?): try fewer --jobs; finished cells are kept"
+            message = "a worker was killed (out of memory?): try fewer --jobs; cells are kept"
         print(f"bench: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
 """Quality of Hope with one part taken away or changed at a time, beside NL table 6.
 
-    python -m bench ablation                                  # 1.5 hours of a core, half of it the MLP memories
+    python -m bench ablation            # 1.5 hours of a core, half of it the MLP memories
     python -m bench ablation --lrs 3e-3 --tokens 5e5          # no search
 
 The paper prints perplexities of models of 1.3B parameters. Hope of this repository has no momentum

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models by name, cells that are never trained twice, where it was measured.
+"""What benchmarks share: models by name, cells that are never trained twice, where it was done.
 
 A model is NAME[:field=value ...] with fields of HopeConfig: `hope`, `hope:inner_step=0` (memories
 that never learn), `transformer:conv=4`, `hope:chunk=128:levels=[256,null]`.
@@ -26,7 +26,8 @@ import torch
 
 from hope import Hope, HopeConfig
 from support.checkpoint import first_line
-from support.config import json_or_text, whole_number
+from support.config import json_or_text
+from support.flags import whole_number
 from support.run import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,9 +88,9 @@ def parameters(config: HopeConfig) -> int:
 class Record:
     """Finished cells of a benchmark, a line of a .jsonl each, found again by their "key".
 
-    Lines torn by a kill, or with settings that this version does not know, do not count and are told.
-    current: an old key -> the key of the same cell today; it raises ValueError, KeyError or TypeError
-    for settings that are gone.
+    Lines torn by a kill, or with settings that this version does not know, are told and left out.
+    current: an old key -> the key of the same cell today; it raises ValueError, KeyError or
+    TypeError for settings that are gone.
     """
 
     def __init__(self, path: Path, current: Callable[[str], str] = str):
@@ -120,8 +121,8 @@ class Record:
     def run(self, wanted: dict, train: Callable, facts: Callable, told: Callable, pool) -> dict:
         """{key: line} of {key: cell}: those that are finished, and the rest, trained by the pool.
 
-        train: cell -> result; facts: cell -> what stands before it in its line; told: line -> what is
-        printed.
+        train: cell -> result; facts: cell -> what stands before it in its line; told: line -> what
+        is printed.
         """
         missing = {key: cell for key, cell in wanted.items() if key not in self.finished}
         if len(missing) < len(wanted):
@@ -155,8 +156,8 @@ def check_seeds(seeds: list[int]) -> None:
 @cache
 def code_version() -> str:
     """Checksum of the code that a result depends on. FileNotFoundError where a file is missing."""
-    concepts = "kernels fused memory layers titans cms learn optimizers baselines hope train".split()
-    names = [*concepts, "support/corpus", "support/vocabulary"]
+    names = "kernels fused memory layers titans cms learn optimizers baselines hope train".split()
+    names += ["support/corpus", "support/vocabulary"]
     sources = b"".join((ROOT / f"{name}.py").read_bytes() for name in names)
     return f"{zlib.crc32(sources):08x}"
 

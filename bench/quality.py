@@ -1,7 +1,7 @@
 """What models learn from the same data: bits per byte of held-out text after the same training.
 
     python -m bench quality                                                        # 36 runs
-    python -m bench quality --models hope,transformer --seeds 0 --minutes 5        # and at equal time
+    python -m bench quality --models hope,transformer --seeds 0 --minutes 5      # and at equal time
     python -m bench quality --models hope@adamw,hope@muon                          # MODEL@OPTIMIZER
 
 All models are trained as train.py does it, on the same batches. For each model the learning rate of
@@ -41,8 +41,9 @@ from bench.cells import (
 )
 from hope import HopeConfig, loss_fn
 from support.checkpoint import first_line
-from support.config import TrainConfig, whole_number
+from support.config import TrainConfig
 from support.corpus import batch, load_corpus
+from support.flags import whole_number
 from support.run import Run, device_for, precision
 from support.vocabulary import n_bytes
 from train import NonFinite, learning_rate, update, validate
@@ -108,7 +109,7 @@ def cell_key(config: TrainConfig, corpus: dict, model: HopeConfig | None = None)
 
 
 def current_key(key: str) -> str:
-    """The key of a finished cell, with the defaults of fields that came later: they change no model."""
+    """The key of a finished cell, with the defaults of later fields: they change no model."""
     old = json.loads(key)
     return cell_key(TrainConfig(**old["train"]), old["corpus"], HopeConfig(**old["model"]))
 
@@ -185,7 +186,7 @@ def quality(args) -> dict:
 
 
 def compare(args, pool) -> dict:
-    """Choose learning rates, train at equal tokens and (--minutes) at equal time; print the tables."""
+    """Choose learning rates, train at equal tokens and (--minutes) at equal time; print tables."""
     specs = split_specs(args.models)
     seeds = numbers(args.seeds, int)
     lrs = numbers(args.lrs, float)
