@@ -1,4 +1,4 @@
-"""What suites.py promises: the protocol it states, cells that are never trained twice, tables beside the paper's."""
+"""The suites: the protocol they state, cells trained once, tables beside the paper's."""
 
 import json
 from dataclasses import replace
@@ -8,18 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import eval as evaluation
-from bench import suites
-from bench.suites import (
-    COLUMNS,
-    Autoencoder,
-    Cell,
-    build,
-    data_sets,
-    protocol,
-    score,
-    train_cell,
-)
+from bench.__main__ import main
+from bench.small_tasks import Autoencoder, Cell, build, data_sets, protocol, score, train_cell
+from bench.suites import COLUMNS
 from tasks import IGNORE, LANGUAGES, MAD
 
 TINY = {"d_model": 16, "n_layers": 1, "n_heads": 1, "chunk": 8}
@@ -55,10 +46,15 @@ def test_accuracies_by_hand():
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_training_validation_and_test_words_are_apart_where_there_are_enough(language):
     (x, y), valid, test = data_sets(Cell("formal", language, "hope", examples=300, tests=40))
-    words = [{row.tobytes() for row in np.where(t != IGNORE, w, -1)} for w, t in ((x, y), valid[0], test[0])]
+    words = [
+        {row.tobytes() for row in np.where(t != IGNORE, w, -1)}
+        for w, t in ((x, y), valid[0], test[0])
+    ]
     lengths = [(part[1] != IGNORE).sum(1) for part in ((x, y), *valid, *test)]
-    assert [(n.min() >= low, n.max() <= high) for n, low, high in zip(lengths, (2, 2, 51, 2, 51), (50, 50, 100, 50, 100),
-                                                                      strict=True)] == [(True, True)] * 5  # fmt: skip
+    assert [
+        (n.min() >= low, n.max() <= high)
+        for n, low, high in zip(lengths, (2, 2, 51, 2, 51), (50, 50, 100, 50, 100), strict=True)
+    ] == [(True, True)] * 5
     if language in ("parity", "shuffle-2"):
         assert list(map(len, words)) == [300, 40, 40] and len(set.union(*words)) == 380
     else:
@@ -72,15 +68,27 @@ def test_every_task_fits_the_vocabulary_of_its_model(suite, task):
         cell = replace(Cell(suite, task, "hope", **one), examples=2, tests=2)
         train, (valid,), (test,) = data_sets(cell)
         for inputs, targets in (train, valid, test):
-            assert inputs.max() < cell.vocab() and targets.max() < cell.vocab() and inputs.shape == targets.shape
+            assert (
+                inputs.max() < cell.vocab()
+                and targets.max() < cell.vocab()
+                and inputs.shape == targets.shape
+            )
 
 
 def test_the_full_protocol_of_mad_is_the_published_one():
     cells = {task: protocol("mad", task, quick=False) for task in MAD}
     assert {task: len(one) for task, one in cells.items()} == {
-        "compression": 11, "recall": 11, "noisy recall": 14, "fuzzy recall": 11, "selective copying": 13, "memorization": 6,
-    }  # fmt: skip
-    assert cells["recall"][0]["steps"] == 200 * 12_800 / 128 and cells["memorization"][0]["steps"] == 200 * 256 / 128
+        "compression": 11,
+        "recall": 11,
+        "noisy recall": 14,
+        "fuzzy recall": 11,
+        "selective copying": 13,
+        "memorization": 6,
+    }
+    assert (
+        cells["recall"][0]["steps"] == 200 * 12_800 / 128
+        and cells["memorization"][0]["steps"] == 200 * 256 / 128
+    )
     assert [one["examples"] for one in cells["recall"]][-4:] == [6400, 3200, 1600, 800]
 
 
@@ -98,8 +106,19 @@ def test_the_decoder_of_compression_sees_the_last_token_s_state_alone():
 
 
 def test_a_cell_learns_and_follows_from_its_seed():
-    cell = Cell("mad", "memorization", "hope", sizes=TINY, settings={"vocab": 8, "length": 8}, steps=80, batch=16, check=0,
-                lr=1e-2, examples=256, tests=20)  # fmt: skip
+    cell = Cell(
+        "mad",
+        "memorization",
+        "hope",
+        sizes=TINY,
+        settings={"vocab": 8, "length": 8},
+        steps=80,
+        batch=16,
+        check=0,
+        lr=1e-2,
+        examples=256,
+        tests=20,
+    )
     result = train_cell(cell, "cpu", 1)
     assert result["test"] == result["valid"] == [1.0] and result["steps"] == 80
     assert result["test"] == train_cell(replace(cell, check=20), "cpu", 1)["test"]
@@ -108,20 +127,57 @@ def test_a_cell_learns_and_follows_from_its_seed():
 
 
 def test_training_ends_when_all_validation_words_are_right():
-    cell = Cell("mad", "memorization", "hope", sizes=TINY, settings={"vocab": 8, "length": 8}, steps=400, batch=16, check=20,
-                lr=1e-2, examples=256, tests=20)  # fmt: skip
+    cell = Cell(
+        "mad",
+        "memorization",
+        "hope",
+        sizes=TINY,
+        settings={"vocab": 8, "length": 8},
+        steps=400,
+        batch=16,
+        check=20,
+        lr=1e-2,
+        examples=256,
+        tests=20,
+    )
     result = train_cell(cell, "cpu", 1)
     assert result["test"] == [1.0] and result["steps"] < 400 and result["steps"] % 20 == 0
 
 
-RUN = ["tasks", "--suite", "formal", "--models", "hope:d_model=16:n_layers=1:chunk=8,lstm", "--tasks", "(aa)*"]
-RUN += ["--quick", "--seeds", "0,1", "--steps", "3", "--batch", "4", "--examples", "50", "--tests", "10", "--out", "out/t.json"]
+RUN = [
+    "suites",
+    "--suite",
+    "formal",
+    "--models",
+    "hope:d_model=16:n_layers=1:chunk=8,lstm",
+    "--tasks",
+    "(aa)*",
+]
+RUN += [
+    "--quick",
+    "--seeds",
+    "0,1",
+    "--steps",
+    "3",
+    "--batch",
+    "4",
+    "--examples",
+    "50",
+    "--tests",
+    "10",
+    "--out",
+    "out/t.json",
+]
 
 
-def test_eval_tasks_trains_prints_draws_and_never_trains_a_cell_twice(here, capsys, monkeypatch):
-    assert evaluation.main([*RUN, "--jobs", "1", "--lrs", "1e-3,1e-2", "--device", "cpu"]) == 0
+@pytest.mark.slow
+def test_a_suite_trains_prints_draws_and_never_trains_a_cell_twice(here, capsys, monkeypatch):
+    assert main([*RUN, "--jobs", "1", "--lrs", "1e-3,1e-2", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
-    assert "| model | parameters | (aa)* |" in shown and "| Hope, published | not stated | 100.00 / 100.00 |" in shown
+    assert (
+        "| model | parameters | (aa)* |" in shown
+        and "| Hope, published | not stated | 100.00 / 100.00 |" in shown
+    )
     result = json.loads(Path("out/t.json").read_text())
     assert len(result["cells"]) == 2 * 2 + 2 * 2  # learning rates, then seeds, each of two models
     for row in result["rows"]:
@@ -132,31 +188,71 @@ def test_eval_tasks_trains_prints_draws_and_never_trains_a_cell_twice(here, caps
         searched = {c["lr"]: (np.mean(c["valid"]), -c["steps"]) for c in own if c["seed"] == 100}
         assert {c["lr"] for c in own if c["seed"] != 100} == {max(searched, key=searched.get)}
     assert Path("out/t.png").stat().st_size > 1000
-    monkeypatch.setattr("bench.ProcessPoolExecutor.submit", None)
-    assert evaluation.main([*RUN, "--jobs", "1", "--lrs", "1e-3,1e-2", "--device", "cpu"]) == 0
+    monkeypatch.setattr("bench.cells.ProcessPoolExecutor.submit", None)
+    assert main([*RUN, "--jobs", "1", "--lrs", "1e-3,1e-2", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.count("4 of 4 cells are in") == 2
     assert json.loads(Path("out/t.json").read_text()) == result
 
 
 @pytest.mark.parametrize("suite", COLUMNS)
+@pytest.mark.slow
 def test_a_suite_is_all_its_tasks_where_none_is_named(here, capsys, suite):
-    one_step = ["--steps", "1", "--batch", "2", "--examples", "4", "--tests", "2", "--seeds", "0", "--jobs", "1"]
+    one_step = [
+        "--steps",
+        "1",
+        "--batch",
+        "2",
+        "--examples",
+        "4",
+        "--tests",
+        "2",
+        "--seeds",
+        "0",
+        "--jobs",
+        "1",
+    ]
     model = "hope:d_model=16:n_layers=1:n_heads=1"
-    assert suites.main(["--suite", suite, "--quick", "--models", model, *one_step, "--device", "cpu", "--out", "t.json"]) == 0
+    assert (
+        main(
+            [
+                "suites",
+                "--suite",
+                suite,
+                "--quick",
+                "--models",
+                model,
+                *one_step,
+                "--device",
+                "cpu",
+                "--out",
+                "t.json",
+            ]
+        )
+        == 0
+    )
     assert set(json.loads(Path("t.json").read_text())["rows"][0]["mean"]) == set(COLUMNS[suite])
     assert Path("t.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("flags, told", [
-    (["--suite", "formel"], "unknown suite 'formel': must be one of formal, mad, mqar; did you mean 'formal'?"),
-    (["--suite", "mad", "--models", "lstm"], "lstm is a reference on the formal languages only"),
-    (["--suite", "mad", "--tasks", "recal"], "unknown task 'recal'"),
-    (["--suite", "formal", "--models", "hopp"], "did you mean 'hope'"),
-    (["--suite", "formal", "--seeds", "100"], "seeds is 100: legal are numbers from 0 on but 100"),
-    (["--suite", "formal", "--steps", "0"], "at least 1"),
-    (["--suite", "mqar", "--lrs", "0"], "lr is 0.0: legal is above 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (
+            ["--suite", "formel"],
+            "unknown suite 'formel': must be one of formal, mad, mqar; did you mean 'formal'?",
+        ),
+        (
+            ["--suite", "mad", "--models", "lstm"],
+            "lstm is a reference on the formal languages only",
+        ),
+        (["--suite", "mad", "--tasks", "recal"], "unknown task 'recal'"),
+        (["--suite", "formal", "--models", "hopp"], "did you mean 'hope'"),
+        (["--suite", "formal", "--seeds", "100"], "seeds must be at least 0 and not 100"),
+        (["--suite", "formal", "--steps", "0"], "at least 1"),
+        (["--suite", "mqar", "--lrs", "0"], "lr must be above 0, got 0.0"),
+    ],
+)
 def test_bad_input_is_one_line_and_writes_nothing(here, capsys, flags, told):
-    assert suites.main(flags) == 2
+    assert main(["suites", *flags]) == 2
     message = capsys.readouterr().err
     assert told in message and message.count("\n") == 1 and not list(here.iterdir())
