@@ -104,7 +104,7 @@ def test_quality_compares_models_and_never_trains_a_cell_twice(here, capsys, mon
         searched = {c["lr"]: c["bits_per_byte"] for c in own}
         assert min(searched, key=searched.get) == row["lr"]
 
-    # All cells are there, the last one torn as by a kill: it alone is trained again, with the same result.
+    # All cells are there, the last one torn as by a kill: it alone is trained again, equally.
     path = Path("out/q.jsonl")
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:-1], lines[-1][:40]]))
