@@ -230,6 +230,7 @@ def test_the_ablation_takes_one_part_away_at_a_time(here, capsys, monkeypatch):
     assert len(rows) == 2 and all(0 < row["mean"] < 16 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_digits_are_learned_with_every_optimizer(here, capsys):
     pytest.importorskip("sklearn", reason="needs scikit-learn")
     flags = [
