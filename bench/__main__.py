@@ -24,20 +24,19 @@ from concurrent.futures.process import BrokenProcessPool
 
 from bench.cells import write_result
 from hope import one_of
-from optimizers import OPTIMIZERS
 from support.checkpoint import first_line
-from support.flags import Parser, whole_number
+from support.flags import Parser
 
-# A command: its module, the only one that is imported, and there the function that measures.
+# A command: its module, the only one that is imported, and there what measures and adds flags.
 COMMANDS = {
-    "speed": ("bench.speed", "speed"),
-    "quality": ("bench.quality", "quality"),
-    "ablation": ("bench.ablation", "ablation"),
-    "optimizers": ("bench.optimizers", "compare_optimizers"),
-    "digits": ("bench.optimizers", "digits"),
-    "kernels": ("bench.kernels", "kernel_speed"),
-    "suites": ("bench.suites", "suites"),
-    "continual": ("bench.continual", "main"),
+    "speed": ("bench.speed", "speed", "add_flags"),
+    "quality": ("bench.quality", "quality", "add_flags"),
+    "ablation": ("bench.ablation", "ablation", "add_flags"),
+    "optimizers": ("bench.optimizers", "compare_optimizers", "add_flags"),
+    "digits": ("bench.optimizers", "digits", "digits_flags"),
+    "kernels": ("bench.kernels", "kernel_speed", "add_flags"),
+    "suites": ("bench.suites", "suites", "add_flags"),
+    "continual": ("bench.continual", "main", None),  # has commands and flags of its own
 }
 
 
@@ -66,15 +65,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(command: str, flags: list[str]) -> int:
     """One command, and its result as a file. Returns the exit status."""
-    module_name, function = COMMANDS[one_of("command", command, COMMANDS)]
+    module_name, function, add_flags = COMMANDS[one_of("command", command, COMMANDS)]
     module = importlib.import_module(module_name)
-    if command == "continual":  # has commands of its own
+    if add_flags is None:
         return module.main(flags)
     parser = Parser(
         prog=f"python -m bench {command}", description=module.__doc__, formatter_class=Help
     )
-    add_flags = FLAGS.get(command) or module.add_flags
-    add_flags(parser)
+    getattr(module, add_flags)(parser)
     args = parser.parse_args(flags)
     args.line = shlex.join(["python", "-m", "bench", command, *flags])
     result = getattr(module, function)(args)
@@ -83,50 +81,6 @@ def measure(command: str, flags: list[str]) -> int:
         print(f"\nin {args.out}")
     return 0
 
-
-# --------------------------------------------------------------------------------------------------
-# Flags of commands whose module has no add_flags
-
-
-def optimizers_flags(parser) -> None:
-    from bench.quality import training_flags
-
-    names = f"out of {', '.join(OPTIMIZERS)}"
-    parser.add_argument("--models", default="hope,transformer", help="comma-separated")
-    parser.add_argument("--optimizers", default="adamw,muon,m3,delta_momentum,dmgd", help=names)
-    parser.add_argument(
-        "--rounds", type=whole_number, default=20, help="rounds of ten optimizer steps, timed"
-    )
-    training_flags(parser, "results/optimizers.json", tokens=500_000, seeds="0")
-
-
-def digits_flags(parser) -> None:
-    names = f"out of {', '.join(OPTIMIZERS)}"
-    parser.add_argument("--optimizers", default="adamw,muon,m3", help=names)
-    parser.add_argument("--steps", type=whole_number, default=300, help="of every run")
-    parser.add_argument("--seeds", default="0,1,2", help="of weights and batches")
-    parser.add_argument("--lrs", default="1e-3,3e-3,1e-2", help="grid of learning rates")
-    parser.add_argument("--batch", type=whole_number, default=64, help="images in a batch")
-    parser.add_argument("--threads", type=whole_number, help="CPU threads; all cores if not given")
-    parser.add_argument("--out", default="results/digits.json", help="file of the result, as JSON")
-
-
-def kernels_flags(parser) -> None:
-    lengths = "2048,4096,8192,16384,32768"
-    chunk = "tokens that self-modifying memories generate at once"
-    preset = "size of the models whose training steps are timed; none: leave them out"
-    parser.add_argument("--heads", default="128,256", help="batch x heads, multiples of 16")
-    parser.add_argument("--lengths", default=lengths, help="tokens in a row")
-    parser.add_argument("--chunk", type=whole_number, default=64, help=chunk)
-    parser.add_argument("--preset", default="340m", help=preset)
-    parser.add_argument(
-        "--models", default="hope", help="comma-separated; transformer is always measured"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--out", default="results/kernels.json", help="file of the result, as JSON")
-
-
-FLAGS = {"optimizers": optimizers_flags, "digits": digits_flags, "kernels": kernels_flags}
 
 if __name__ == "__main__":
     sys.exit(main())

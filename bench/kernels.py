@@ -1,13 +1,14 @@
 """Times of the fused Triton kernels (kernels.py) on a CUDA GPU, and of models that train with them.
 
-    python -m bench kernels [--heads 128,256] [--lengths 2048,...] [--out results/kernels.json]
+    python -m bench kernels                                          # 20 rows, then training steps
+    python -m bench kernels --heads 128 --lengths 4096 --preset none
 
 For the learning rule (`scan`, as a gated delta rule) and the self-modifying chunk step, heads of
 width 64 in bfloat16, forward and backward: milliseconds, TFLOP/s and TB/s counted by hand
 (`scan_work`, `modify_work`) beside what a matrix product and a copy reach on this GPU, and how many
 times longer the same takes in torch ("eager"), under torch.compile and in flash-linear-attention
 ("fla") where it is installed. Then tokens/s of training steps, beside a Transformer's. What fails
-(out of memory, a compiler) is said on stderr and shown as "-". --out is written after every row.
+(out of memory, a compiler) is printed on stderr and shown as "-". --out is written after every row.
 """
 
 import itertools
@@ -26,6 +27,7 @@ import memory
 from bench.cells import numbers, spec_config, split_specs, write_result
 from bench.speed import build, training_step
 from support.checkpoint import first_line
+from support.config import whole_number
 from support.run import device_for
 
 WIDTH = 64  # of a head
@@ -33,6 +35,21 @@ RIVALS = ("eager", "compiled", "fla")
 SLOW = 4096  # tokens: rivals that launch kernels chunk by chunk are measured up to here
 STEP_TOKENS = 16384  # of a training step
 STEP_LENGTHS = (4096, 32768)
+
+
+def add_flags(parser) -> None:
+    parser.add_argument("--heads", default="128,256", help="batch x heads, multiples of 16")
+    lengths = "2048,4096,8192,16384,32768"
+    parser.add_argument("--lengths", default=lengths, help="tokens in a row")
+    chunk = "tokens that self-modifying memories generate at once"
+    parser.add_argument("--chunk", type=whole_number, default=64, help=chunk)
+    preset = "size of the models whose training steps are timed; none: leave them out"
+    parser.add_argument("--preset", default="340m", help=preset)
+    models = "comma-separated; transformer is always measured"
+    parser.add_argument("--models", default="hope", help=models)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--out", default="results/kernels.json", help="file of the result, as JSON")
+
 
 # --------------------------------------------------------------------------------------------------
 # Measuring
@@ -56,8 +73,8 @@ def milliseconds(f) -> float:
     return do_bench(f, warmup=50, rep=200, return_mode="median")
 
 
-def there_and_back(f, args) -> float:
-    """Milliseconds of f on args, forward and backward."""
+def forward_and_backward(f, args) -> float:
+    """Milliseconds of f on args, and of the gradients of all of them."""
     args = [x.detach().requires_grad_() for x in args]
     with torch.no_grad():
         weights = torch.randn_like(f(*args))
@@ -187,9 +204,10 @@ def kernel_row(what: str, N: int, T: int, chunk: int, peak: dict, device) -> dic
         flops, moved = modify_work(N, T)
     ms = {}
     for rival, call in (calls or {}).items():
-        ms[rival] = measured(f"{name}, {rival}", there_and_back, *call)
+        ms[rival] = measured(f"{name}, {rival}", forward_and_backward, *call)
     row = {"what": what, "heads": N, "T": T, "chunk": None if what == "scan" else chunk}
-    time = row["ms"] = ms.get("fused")
+    time = ms.get("fused")
+    row["ms"] = time
     row["tflops"] = flops / time / 1e9 if time else None
     row["tbytes"] = moved / time / 1e9 if time else None
     row["of_tflops"] = row["tflops"] / peak["tflops"] if time else None
@@ -228,7 +246,7 @@ def kernel_table(rows: list[dict]) -> str:
 
 
 def tokens_per_second(spec: str, preset: str, T: int, device) -> float:
-    """Of training steps of a model whose mixers insist on the kernels."""
+    """Median speed of training steps of a model whose mixers insist on the kernels."""
     rows = max(1, STEP_TOKENS // T)
     model, inputs, targets = build(spec_config(spec, preset), rows, T, device)
     for module in model.modules():
@@ -266,7 +284,7 @@ def kernel_speed(args) -> dict:
     device = device_for(args.device)
     if device.type != "cuda":
         why = "tests/test_kernels.py checks the kernels without one"
-        raise ValueError(f"kernels are measured on a CUDA GPU, and there is none here ({why})")
+        raise ValueError(f"device must be a CUDA GPU, got {device} ({why})")
     torch.cuda.set_device(device.index or 0)  # events are recorded on the current one
     heads = numbers(args.heads, int)
     lengths = numbers(args.lengths, int)
@@ -294,7 +312,8 @@ def kernel_speed(args) -> dict:
         speed = measured(f"{spec}, T {T}", tokens_per_second, spec, args.preset, T, device)
         steps.append({"model": spec, "T": T, "tokens_per_s": speed})
         base = next(step["tokens_per_s"] for step in steps if step["T"] == T)
-        ratio = steps[-1]["ratio"] = speed / base if base and speed else None
+        ratio = speed / base if base and speed else None
+        steps[-1]["ratio"] = ratio
         write_result(args, result)
         shown = "not measured" if speed is None else f"{speed:,.0f} tokens/s"
         where = f"training step, {args.preset}, T {T}"

@@ -27,11 +27,11 @@ from bench.cells import (
     split_specs,
     workers,
 )
-from bench.quality import compare
+from bench.quality import compare, corpus_of, training_flags
 from hope import Hope, HopeConfig
-from optimizers import optimizer_by_name
+from optimizers import OPTIMIZERS, optimizer_by_name
 from support.config import TrainConfig
-from support.corpus import load_corpus
+from support.flags import whole_number
 from support.run import device_for, optimizer_for
 from train import NonFinite, learning_rate, update
 
@@ -39,11 +39,32 @@ from train import NonFinite, learning_rate, update
 # On language models
 
 
+def add_flags(parser) -> None:
+    names = f"out of {', '.join(OPTIMIZERS)}"
+    parser.add_argument("--models", default="hope,transformer", help="comma-separated")
+    parser.add_argument("--optimizers", default="adamw,muon,m3,delta_momentum,dmgd", help=names)
+    parser.add_argument(
+        "--rounds", type=whole_number, default=20, help="rounds of ten optimizer steps, timed"
+    )
+    training_flags(parser, "results/optimizers.json", tokens=500_000, seeds="0")
+
+
+def digits_flags(parser) -> None:
+    names = f"out of {', '.join(OPTIMIZERS)}"
+    parser.add_argument("--optimizers", default="adamw,muon,m3", help=names)
+    parser.add_argument("--steps", type=whole_number, default=300, help="of every run")
+    parser.add_argument("--seeds", default="0,1,2", help="of weights and batches")
+    parser.add_argument("--lrs", default="1e-3,3e-3,1e-2", help="grid of learning rates")
+    parser.add_argument("--batch", type=whole_number, default=64, help="images in a batch")
+    parser.add_argument("--threads", type=whole_number, help="CPU threads; all cores if not given")
+    parser.add_argument("--out", default="results/digits.json", help="file of the result, as JSON")
+
+
 def compare_optimizers(args) -> dict:
     """`compare` of every model under every optimizer, then the time of their steps."""
     models = split_specs(args.models)
     names = split_specs(args.optimizers)
-    n_vocab = load_corpus(args.data).encoding.n_vocab
+    n_vocab = corpus_of(args.data).encoding.n_vocab
     configs = {model: spec_config(model, args.preset, vocab_size=n_vocab) for model in models}
     for name in names:
         TrainConfig(optimizer=name)  # ValueError for an unknown one, before anything is trained
