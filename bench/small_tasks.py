@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import math
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
@@ -221,7 +220,6 @@ def train_cell(cell: Cell, device: str, threads: int) -> dict:
     began = time.perf_counter()
     best = -1.0
     kept = None
-    loss = math.nan
     result = {"valid": None, "test": None}
     try:
         for step in range(cell.steps):
@@ -230,9 +228,9 @@ def train_cell(cell: Cell, device: str, threads: int) -> dict:
             length = 1 + int((y[rows] != IGNORE).any(0).nonzero().max())
             inputs = x[rows][:, :length]
             targets = y[rows][:, :length]
-            losses = [loss_fn(model(inputs)[0], targets)]
+            loss = loss_fn(model(inputs)[0], targets)
             lr = learning_rate(step, cell.steps, config)
-            loss, _ = update(model, optimizer, lr, losses, config.grad_clip)
+            update(model, optimizer, lr, [loss], config.grad_clip)
             # validate; the best weights so far count
             if step + 1 == cell.steps or (cell.check and (step + 1) % cell.check == 0):
                 scores = [score(model, part, how) for part in valid]
@@ -247,5 +245,5 @@ def train_cell(cell: Cell, device: str, threads: int) -> dict:
     except NonFinite as error:
         result["error"] = f"step {step + 1}: {error}"
     seconds = time.perf_counter() - began
-    more = {"steps": step + 1, "loss": loss, "seconds": seconds, "parameters": count(model)}
-    return result | more
+    more = {"steps": step + 1, "loss": loss.item(), "seconds": seconds}
+    return result | more | {"parameters": count(model)}

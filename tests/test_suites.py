@@ -9,17 +9,18 @@ import pytest
 import torch
 
 from bench.__main__ import main
+from bench.cells import ROOT
 from bench.small_tasks import Autoencoder, Cell, build, data_sets, protocol, score, train_cell
-from bench.suites import COLUMNS
+from bench.suites import BINS, COLUMNS, draw, summary
 from tasks import IGNORE, LANGUAGES, MAD
 
 TINY = {"d_model": 16, "n_layers": 1, "n_heads": 1, "chunk": 8}
+EASY = {"settings": {"vocab": 8, "length": 8}, "examples": 256, "tests": 20}
+EASY |= {"sizes": TINY, "batch": 16, "lr": 1e-2}
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+# --------------------------------------------------------------------------------------------------
+# Scores and data
 
 
 class Says(torch.nn.Module):
@@ -45,21 +46,22 @@ def test_accuracies_by_hand():
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_training_validation_and_test_words_are_apart_where_there_are_enough(language):
-    (x, y), valid, test = data_sets(Cell("formal", language, "hope", examples=300, tests=40))
-    words = [
-        {row.tobytes() for row in np.where(t != IGNORE, w, -1)}
-        for w, t in ((x, y), valid[0], test[0])
-    ]
-    lengths = [(part[1] != IGNORE).sum(1) for part in ((x, y), *valid, *test)]
-    assert [
-        (n.min() >= low, n.max() <= high)
-        for n, low, high in zip(lengths, (2, 2, 51, 2, 51), (50, 50, 100, 50, 100), strict=True)
-    ] == [(True, True)] * 5
+    cell = Cell("formal", language, "hope", examples=300, tests=40)
+    train, valid, test = data_sets(cell)
+    for near in (train, valid[0], test[0]):
+        lengths = (near[1] != IGNORE).sum(1)
+        assert lengths.min() >= 2 and lengths.max() <= 50
+    for far in (valid[1], test[1]):
+        lengths = (far[1] != IGNORE).sum(1)
+        assert lengths.min() >= 51 and lengths.max() <= 100
+    words = []
+    for inputs, targets in (train, valid[0], test[0]):
+        words.append({row.tobytes() for row in np.where(targets != IGNORE, inputs, -1)})
     if language in ("parity", "shuffle-2"):
         assert list(map(len, words)) == [300, 40, 40] and len(set.union(*words)) == 380
     else:
         assert words[0] == words[1] == words[2]
-    assert y.max() < Cell("formal", language, "hope").vocab()
+    assert train[1].max() < cell.vocab()
 
 
 @pytest.mark.parametrize("suite, task", [*(("mad", task) for task in MAD), ("mqar", "4 pairs")])
@@ -68,28 +70,22 @@ def test_every_task_fits_the_vocabulary_of_its_model(suite, task):
         cell = replace(Cell(suite, task, "hope", **one), examples=2, tests=2)
         train, (valid,), (test,) = data_sets(cell)
         for inputs, targets in (train, valid, test):
-            assert (
-                inputs.max() < cell.vocab()
-                and targets.max() < cell.vocab()
-                and inputs.shape == targets.shape
-            )
+            assert inputs.shape == targets.shape
+            assert inputs.max() < cell.vocab() and targets.max() < cell.vocab()
 
 
 def test_the_full_protocol_of_mad_is_the_published_one():
     cells = {task: protocol("mad", task, quick=False) for task in MAD}
-    assert {task: len(one) for task, one in cells.items()} == {
-        "compression": 11,
-        "recall": 11,
-        "noisy recall": 14,
-        "fuzzy recall": 11,
-        "selective copying": 13,
-        "memorization": 6,
-    }
-    assert (
-        cells["recall"][0]["steps"] == 200 * 12_800 / 128
-        and cells["memorization"][0]["steps"] == 200 * 256 / 128
-    )
+    variations = {"compression": 11, "recall": 11, "noisy recall": 14, "fuzzy recall": 11}
+    variations |= {"selective copying": 13, "memorization": 6}
+    assert {task: len(one) for task, one in cells.items()} == variations
+    assert cells["recall"][0]["steps"] == 200 * 12_800 / 128
+    assert cells["memorization"][0]["steps"] == 200 * 256 / 128
     assert [one["examples"] for one in cells["recall"]][-4:] == [6400, 3200, 1600, 800]
+
+
+# --------------------------------------------------------------------------------------------------
+# One cell
 
 
 def test_the_decoder_of_compression_sees_the_last_token_s_state_alone():
@@ -106,19 +102,7 @@ def test_the_decoder_of_compression_sees_the_last_token_s_state_alone():
 
 
 def test_a_cell_learns_and_follows_from_its_seed():
-    cell = Cell(
-        "mad",
-        "memorization",
-        "hope",
-        sizes=TINY,
-        settings={"vocab": 8, "length": 8},
-        steps=80,
-        batch=16,
-        check=0,
-        lr=1e-2,
-        examples=256,
-        tests=20,
-    )
+    cell = Cell("mad", "memorization", "hope", steps=80, check=0, **EASY)
     result = train_cell(cell, "cpu", 1)
     assert result["test"] == result["valid"] == [1.0] and result["steps"] == 80
     assert result["test"] == train_cell(replace(cell, check=20), "cpu", 1)["test"]
@@ -127,57 +111,39 @@ def test_a_cell_learns_and_follows_from_its_seed():
 
 
 def test_training_ends_when_all_validation_words_are_right():
-    cell = Cell(
-        "mad",
-        "memorization",
-        "hope",
-        sizes=TINY,
-        settings={"vocab": 8, "length": 8},
-        steps=400,
-        batch=16,
-        check=20,
-        lr=1e-2,
-        examples=256,
-        tests=20,
-    )
+    cell = Cell("mad", "memorization", "hope", steps=400, check=20, **EASY)
     result = train_cell(cell, "cpu", 1)
     assert result["test"] == [1.0] and result["steps"] < 400 and result["steps"] % 20 == 0
 
 
-RUN = [
-    "suites",
-    "--suite",
-    "formal",
-    "--models",
-    "hope:d_model=16:n_layers=1:chunk=8,lstm",
-    "--tasks",
-    "(aa)*",
-]
-RUN += [
-    "--quick",
-    "--seeds",
-    "0,1",
-    "--steps",
-    "3",
-    "--batch",
-    "4",
-    "--examples",
-    "50",
-    "--tests",
-    "10",
-    "--out",
-    "out/t.json",
-]
+def test_a_cell_that_diverges_has_no_score_but_the_error():
+    cell = Cell("formal", "parity", "lstm", steps=9, check=0, examples=50, tests=10, lr=1e38)
+    result = train_cell(cell, "cpu", 1)
+    assert result["valid"] is result["test"] is None and result["steps"] < 9
+    assert result["error"].startswith(f"step {result['steps']}: ")
+
+
+@pytest.mark.parametrize("name", ["formal_quick", "formal_parity", "mad_quick"])
+def test_the_cells_of_results_are_cells_of_today(name):
+    for line in (ROOT / "results" / f"tasks_{name}.jsonl").read_text().splitlines():
+        key = json.loads(line)["key"]
+        assert Cell(**json.loads(key)["cell"]).key() == key
+
+
+# --------------------------------------------------------------------------------------------------
+# A suite
+
+RUN = "suites --suite formal --models hope:d_model=16:n_layers=1:chunk=8,lstm --tasks (aa)*".split()
+RUN += "--quick --seeds 0,1 --steps 3 --batch 4 --examples 50 --tests 10 --lrs 1e-3,1e-2".split()
+RUN += "--jobs 1 --device cpu --out out/t.json".split()
 
 
 @pytest.mark.slow
 def test_a_suite_trains_prints_draws_and_never_trains_a_cell_twice(here, capsys, monkeypatch):
-    assert main([*RUN, "--jobs", "1", "--lrs", "1e-3,1e-2", "--device", "cpu"]) == 0
+    assert main(RUN) == 0
     shown = capsys.readouterr().out
-    assert (
-        "| model | parameters | (aa)* |" in shown
-        and "| Hope, published | not stated | 100.00 / 100.00 |" in shown
-    )
+    assert "| model | parameters | (aa)* |" in shown
+    assert "| Hope, published | not stated | 100.00 / 100.00 |" in shown
     result = json.loads(Path("out/t.json").read_text())
     assert len(result["cells"]) == 2 * 2 + 2 * 2  # learning rates, then seeds, each of two models
     for row in result["rows"]:
@@ -189,70 +155,49 @@ def test_a_suite_trains_prints_draws_and_never_trains_a_cell_twice(here, capsys,
         assert {c["lr"] for c in own if c["seed"] != 100} == {max(searched, key=searched.get)}
     assert Path("out/t.png").stat().st_size > 1000
     monkeypatch.setattr("bench.cells.ProcessPoolExecutor.submit", None)
-    assert main([*RUN, "--jobs", "1", "--lrs", "1e-3,1e-2", "--device", "cpu"]) == 0
+    assert main(RUN) == 0
     assert capsys.readouterr().out.count("4 of 4 cells are in") == 2
     assert json.loads(Path("out/t.json").read_text()) == result
 
 
 @pytest.mark.parametrize("suite", COLUMNS)
+def test_a_model_that_diverges_has_learned_nothing(tmp_path, suite):
+    task = next(iter(COLUMNS[suite]))
+    line = {"suite": suite, "task": task, "seed": 0, "test": None, "parameters": 9}
+    nothing = summary("hope", [task], [line])
+    assert nothing["mean"][task] == nothing["worst"][task] == [0.0] * BINS[suite]
+    all_right = {**line, "seed": 1, "test": [1.0] * BINS[suite]}
+    half = summary("lstm", [task], [line, all_right])
+    assert half["mean"][task] == [50.0] * BINS[suite]
+    draw(tmp_path / "t.png", suite, [task], [nothing, half])
+    assert (tmp_path / "t.png").stat().st_size > 1000
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("suite", COLUMNS)
 def test_a_suite_is_all_its_tasks_where_none_is_named(here, capsys, suite):
-    one_step = [
-        "--steps",
-        "1",
-        "--batch",
-        "2",
-        "--examples",
-        "4",
-        "--tests",
-        "2",
-        "--seeds",
-        "0",
-        "--jobs",
-        "1",
-    ]
-    model = "hope:d_model=16:n_layers=1:n_heads=1"
-    assert (
-        main(
-            [
-                "suites",
-                "--suite",
-                suite,
-                "--quick",
-                "--models",
-                model,
-                *one_step,
-                "--device",
-                "cpu",
-                "--out",
-                "t.json",
-            ]
-        )
-        == 0
-    )
-    assert set(json.loads(Path("t.json").read_text())["rows"][0]["mean"]) == set(COLUMNS[suite])
+    flags = ["suites", "--suite", suite, "--models", "hope:d_model=16:n_layers=1:n_heads=1"]
+    flags += "--quick --steps 1 --batch 2 --examples 4 --tests 2 --seeds 0 --jobs 1".split()
+    assert main([*flags, "--device", "cpu", "--out", "t.json"]) == 0
+    rows = json.loads(Path("t.json").read_text())["rows"]
+    assert set(rows[0]["mean"]) == set(COLUMNS[suite])
     assert Path("t.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize(
-    "flags, told",
-    [
-        (
-            ["--suite", "formel"],
-            "unknown suite 'formel': must be one of formal, mad, mqar; did you mean 'formal'?",
-        ),
-        (
-            ["--suite", "mad", "--models", "lstm"],
-            "lstm is a reference on the formal languages only",
-        ),
-        (["--suite", "mad", "--tasks", "recal"], "unknown task 'recal'"),
-        (["--suite", "formal", "--models", "hopp"], "did you mean 'hope'"),
-        (["--suite", "formal", "--seeds", "100"], "seeds must be at least 0 and not 100"),
-        (["--suite", "formal", "--steps", "0"], "at least 1"),
-        (["--suite", "mqar", "--lrs", "0"], "lr must be above 0, got 0.0"),
-    ],
-)
-def test_bad_input_is_one_line_and_writes_nothing(here, capsys, flags, told):
-    assert main(["suites", *flags]) == 2
-    message = capsys.readouterr().err
-    assert told in message and message.count("\n") == 1 and not list(here.iterdir())
+def test_bad_input_is_one_line_and_writes_nothing(here, capsys):
+    unknown = "unknown suite 'formel': must be one of formal, mad, mqar; did you mean 'formal'?"
+    refused = {
+        "--suite formel": unknown,
+        "--suite mad --models lstm": "lstm is a reference on the formal languages only",
+        "--suite mad --tasks recal": "unknown task 'recal'",
+        "--suite formal --models hopp": "did you mean 'hope'",
+        "--suite formal --seeds 100": "seeds must be at least 0 and not 100",
+        "--suite formal --steps 0": "at least 1",
+        "--suite mqar --lrs 0": "lr must be above 0, got 0.0",
+    }
+    before = sorted(here.rglob("*"))
+    for flags, told in refused.items():
+        assert main(["suites", *flags.split()]) == 2, flags
+        message = capsys.readouterr().err
+        assert told in message and message.count("\n") == 1, (flags, message)
+    assert sorted(here.rglob("*")) == before
