@@ -1,53 +1,81 @@
-"""The fused chunk update in Triton: `memory.scan` and the chunk step of `titans.SelfModifyingTitans`, forward and backward.
+"""The learning rule and the self-modifying chunk step as fused Triton kernels, with backward.
 
-In torch every chunk is dozens of small kernels that wait for each other. Here one program keeps the fast weights of one
-(batch, head) on chip and walks all its tiles in one launch. memory.py and titans.py define what is computed and are the
-tests' oracles; this file repeats their algebra for tokens t, s = 0..C-1 of a tile, l the last of them:
+    fast form      defined by (token by token)            the same in torch
+    scan           memory.scan_stepwise                   memory.scan
+    self_modify    titans.SelfModifyingTitans._chunk      fused.self_modify
 
-    A0[t, s] = prod_{s < i < t} alpha_i  (s < t, else 0)   a0[t] = prod_{i < t} alpha_i     before token t; T0, t0 from theta
-    A1 = alpha A0 + I      a1 = alpha a0                   T1 = theta T0 + I      t1 = theta t0                after token t
-    c0 = A0 T1             b0 = A0 t1                      c1 = alpha c0 + T1     b1 = alpha b0 + t1   (plain: c0 = A0, T1 = I)
+The tests compare these with each other. In torch every chunk is dozens of small kernels that wait
+for each other. Here one program keeps the fast weights of one (batch, head) on chip and walks all
+its tiles in one launch. The equations below repeat those at the top of memory.py for the tokens
+t, s = 0..C-1 of a tile, l the last of them. W' and S' are the weights after the tile, ∘ is the
+product by elements:
 
-    forward    X  = (I + delta c0 eta ∘ K K^T)^-1                    r = X (u - delta (a0 K W^T + b0 K S^T))
-               y  = a1 Q W^T + b1 Q S^T + (c1 eta ∘ Q K^T) r
-               W' = a1[l] W + b1[l] S + (c1[l] eta r)^T K            S' = t1[l] S + (T1[l] eta r)^T K
+    A0[t, s] = prod_{s < i < t} alpha_i  (s < t, else 0)           before token t
+    a0[t]    = prod_{i < t} alpha_i
+    A1 = alpha A0 + I        a1 = alpha a0                         after token t
+    T0, t0, T1, t1           the same of theta                     (plain: c0 = A0, T1 = I)
+    c0 = A0 T1               b0 = A0 t1
+    c1 = alpha c0 + T1       b1 = alpha b0 + t1
 
-    backward   d  = X^T (c1[l] eta K dW'^T + T1[l] eta K dS'^T + (c1 eta ∘ Q K^T)^T dy) = du
-    (chain)    dW = a1[l] dW' + (a1 dy)^T Q - (delta a0 d)^T K       dS = b1[l] dW' + t1[l] dS' + (b1 dy)^T Q - (delta b0 d)^T K
+    forward
+        X   = (I + delta c0 eta ∘ K K^T)^-1
+        r   = X (u - delta (a0 K W^T + b0 K S^T))
+        y   = a1 Q W^T + b1 Q S^T + (c1 eta ∘ Q K^T) r
+        W'  = a1[l] W + b1[l] S + (c1[l] eta r)^T K
+        S'  = t1[l] S + (T1[l] eta r)^T K
 
-    (local)    M  = (dy r^T) ∘ c1 eta      N = -(d r^T) ∘ delta c0 eta
-               dQ = a1 dy W + b1 dy S + M K
-               dK = c1[l] eta r dW' + T1[l] eta r dS' + M^T Q + (N + N^T) K - delta (a0 d W + b0 d S)
-               dc1 = (dy r^T) ∘ (Q K^T) eta, row l: + eta (K dW'^T . r)      da1 = Q . dy W,    at l: + <dW', W>
-               dc0 = -(d r^T) ∘ (K K^T) delta eta + alpha dc1                da0 = -delta K . d W + alpha da1
-               and through a product of decays, without a division (exact at 0, finite at 1e-30):
-               d alpha_i = sum_s (A0^T dA0 ∘ A0)[i, s] + a0_i (A0^T da0)_i + (what alpha in A1, a1 gets directly)
+    backward, chain
+        d   = X^T (c1[l] eta K dW'^T + T1[l] eta K dS'^T + (c1 eta ∘ Q K^T)^T dy)  = du
+        dW  = a1[l] dW' + (a1 dy)^T Q - (delta a0 d)^T K
+        dS  = b1[l] dW' + t1[l] dS' + (b1 dy)^T Q - (delta b0 d)^T K
 
-Only the chain must walk the tiles in reverse; everything local runs for all tiles at once. The forward keeps W and S at
-every EVERY-th tile; the backward computes the states between again ("again"), all segments at once, and holds at most
-SPAN tiles of them, whatever T. What stays from forward to backward are 1/EVERY of the states: for heads of 64 64 bytes a
-token in `scan` (bfloat16 inputs: 392) and 388 with self-modification (256).
+    backward, local
+        M   = (dy r^T) ∘ c1 eta      N = -(d r^T) ∘ delta c0 eta
+        dQ  = a1 dy W + b1 dy S + M K
+        dK  = c1[l] eta r dW' + T1[l] eta r dS' + M^T Q + (N + N^T) K - delta (a0 d W + b0 d S)
+        dc1 = (dy r^T) ∘ (Q K^T) eta                       row l: + eta (K dW'^T . r)
+        dc0 = -(d r^T) ∘ (K K^T) delta eta + alpha dc1
+        da1 = Q . dy W                                     at l: + <dW', W>
+        da0 = -delta K . d W + alpha da1
+        d alpha_i = sum_s (A0^T dA0 ∘ A0)[i, s] + a0_i (A0^T da0)_i + (what A1, a1 get directly)
 
-Self-modification: with B = W0 + W at the chunk's start and all rows [memory | k | v | eta | alpha] stacked,
+The last line goes through a product of decays without a division: exact at 0, finite at 1e-30.
 
-    k, v = l2norm of the rows of B x + x;   eta, alpha from its last two rows;   r = X (B v - W0 k - a0 W k + v - k)
+Only the chain must walk the tiles in reverse; everything local runs for all tiles at once. The
+forward keeps W and S at every EVERY-th tile. The backward recomputes the states between ("again"),
+all segments at once, and holds at most SPAN tiles of them, whatever T. What stays from forward to
+backward is 1/EVERY of the states: for heads of width 64, 64 bytes a token in `scan` (its bfloat16
+inputs are 392) and 388 with self-modification (inputs 256).
 
-(v - k in the three square blocks), the rest as above with S = 0. A chunk is cut into tiles of 16 tokens, which changes
-nothing: k, v, eta, alpha of all of them come from B. Backward: dk, dv, deta, dalpha give dG [rows, C], dx = B^T dG + dk +
-dv, and dG x^T + d v^T joins dW at the chunk's start. The backward of the read alone is `_scan_local` with all tiles at
-once; dx and dW0 are plain batched products, left to torch.
+Self-modification: with B = W0 + W at the chunk's start and all rows [memory | k | v | eta | alpha]
+stacked,
 
-Decisions. Tiles are held transposed, r^T [rows, C], so that the rows of the memory and not the few tokens fill the 64
-rows of a Hopper matrix instruction; otherwise Triton gives every warp a copy (255 registers and spills at C = 32).
-X: forward substitution in all diagonal blocks of 16 at once, then doubling of the blocks by [[P, 0], [-R L P, R]]. The
-nilpotent product (I - L)(I + L^2)(I + L^4)... costs the same but takes powers of L: they reach 2^31 where a key repeats
-with eta = 2, while the inverse has entries of 2. States, X, decays and sums are float32. float32 operands of a product are
-split into three tf32 products (input_precision "tf32x3", about 22 bits; plain tf32 has 11); where x, q (k, u, q) are
-bfloat16 so are the operands, all but those of X. No atomics: runs are identical. First derivatives only: a second one
-raises RuntimeError; ask for backend="torch" there. Registers are what is scarce: 256 x 64 float32 weights fill a quarter
-of an SM's. So loops hoist nothing (disable_licm), what is needed twice far apart is loaded twice (the second time from a
-cache), sums join an accumulator with += of a product (with -= Triton keeps two), and weights go round the loop once more
-in the operands' type, which makes Triton hand them to products in shared memory.
+    k, v = l2norm of the rows of B x + x        eta, alpha from its last two rows
+    r    = X (B v - W0 k - a0 W k + v - k)      (v - k in the three square blocks only)
+
+and the rest as above with S = 0. A chunk is cut into tiles of 16 tokens, which changes nothing:
+k, v, eta, alpha of all of them come from B. In the backward dk, dv, deta, dalpha give dG [rows, C];
+dx = B^T dG + dk + dv, and dG x^T + d v^T joins dW at the chunk's start. The backward of the read
+alone is `_scan_local` with all tiles at once; dx and dW0 are plain batched products, left to torch.
+
+Decisions:
+
+- Tiles are held transposed, r^T [rows, C], so that the rows of the memory and not the few tokens
+  fill the 64 rows of a Hopper matrix instruction. Otherwise Triton gives every warp a copy (255
+  registers and spills at C = 32).
+- X: forward substitution in all diagonal blocks of 16 at once, then doubling of the blocks by
+  [[P, 0], [-R L P, R]]. The nilpotent product (I - L)(I + L^2)(I + L^4)... costs the same but takes
+  powers of L: they reach 2^31 where a key repeats with eta = 2, while the inverse has entries of 2.
+- States, X, decays and sums are float32. float32 operands of a product are split into three tf32
+  products (input_precision "tf32x3", about 22 bits; plain tf32 has 11). Where x, q (in `scan`: k,
+  u, q) are bfloat16 so are the operands, all but those of X.
+- No atomics: runs are identical.
+- First derivatives only: a second one raises RuntimeError; ask for backend="torch" there.
+- Registers are what is scarce: 256 x 64 float32 weights fill a quarter of an SM's. So loops hoist
+  nothing (disable_licm), what is needed twice far apart is loaded twice (the second time from a
+  cache), sums join an accumulator with += of a product (with -= Triton keeps two), and weights go
+  round the loop once more in the operands' type, which makes Triton hand them to products in shared
+  memory.
 """
 
 import functools
@@ -58,42 +86,52 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Algebra of one tile, on chip
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: on the CPU, tests
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on the CPU, for tests
+# --------------------------------------------------------------------------------------------------
+# Algebra of one tile, on chip
 
 
 @triton.jit
 def _dot(a, b, TYPE: tl.constexpr):
-    """a @ b of operands rounded to TYPE, summed in float32. float32 operands become three tf32 products, never one."""
-    a, b = a.to(TYPE), b.to(TYPE)
+    """a @ b of operands rounded to TYPE, summed in float32; of float32: three tf32 products."""
+    a = a.to(TYPE)
+    b = b.to(TYPE)
     if INTERPRETED:  # the interpreter would multiply the bits of bfloat16
-        a, b = a.to(tl.float32), b.to(tl.float32)
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
     return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
 def _decay(x):
-    """x [C] -> P [C, C], P[t, s] = prod_{s < i < t} x_i below the diagonal, else 0; p[t] = prod_{i < t} x_i."""
+    """P[t, s] = prod_{s < i < t} x_i for s < t, else 0; p[t] = prod_{i < t} x_i."""
     C: tl.constexpr = x.shape[0]
-    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    before = tl.sum(tl.where(s == t - 1, x[None, :], tl.where((t == 0) & (s == 0), 1.0, 0.0)), 1)  # x[t-1], and 1 at t = 0
+    t = tl.arange(0, C)[:, None]
+    s = tl.arange(0, C)[None, :]
+    # x[t-1], and 1 at t = 0
+    before = tl.sum(
+        tl.where(s == t - 1, x[None, :], tl.where((t == 0) & (s == 0), 1.0, 0.0)), 1
+    )
     P = tl.cumprod(tl.where(s < t - 1, before[:, None], 1.0), 0)
     return tl.where(s < t, P, 0.0), tl.cumprod(before, 0)
 
 
 @triton.jit
 def _decay_gradient(P, p, dP, dp):
-    """d x_i = sum_{s < i < t} P[t, i] dP[t, s] P[i, s] + sum_{i < t} P[t, i] dp[t] p[i]. No division, exact at zeros."""
+    """d x_i = sum_{s < i < t} P[t, i] dP[t, s] P[i, s] + sum_{i < t} P[t, i] dp[t] p[i].
+
+    No division, so it is exact at zeros.
+    """
     return tl.sum(_dot(tl.trans(P), dP, tl.float32) * P, 1) + p * tl.sum(P * dp[:, None], 0)
 
 
 @triton.jit
 def _inverse(L):
-    """(I + tril(L, -1))^-1: forward substitution in all diagonal blocks of 16 at once, then doubling of the blocks."""
+    """(I + tril(L, -1))^-1, as described at the top of this file."""
     C: tl.constexpr = L.shape[0]
-    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    t = tl.arange(0, C)[:, None]
+    s = tl.arange(0, C)[None, :]
     X = tl.where(t == s, 1.0, 0.0)
     for j in range(0, 15):  # column j of every block
         column = tl.sum(tl.where((s == t // 16 * 16 + j) & (t > s), L, 0.0), 1)
@@ -114,26 +152,46 @@ def _row(M, last):
 
 
 @triton.jit
+def _delta(p, ok, C: tl.constexpr, DELTA: tl.constexpr):
+    """delta of the tokens at p: a series where DELTA is 2, else ones."""
+    return tl.load(p, mask=ok, other=0.0) if DELTA == 2 else tl.full([C], 1.0, tl.float32)
+
+
+@triton.jit
 def _weights(eta, alpha, theta, start, tok, ok, C: tl.constexpr, MOMENTUM: tl.constexpr):
-    """eta, alpha of the tokens start + tok, then what W_t holds of the past, by the equations at the top."""
-    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    et, al = tl.load(eta + start + tok, mask=ok, other=0.0), tl.load(alpha + start + tok, mask=ok, other=1.0)
+    """eta, alpha of the tokens start + tok, then the decays of the equations at the top."""
+    t = tl.arange(0, C)[:, None]
+    s = tl.arange(0, C)[None, :]
+    et = tl.load(eta + start + tok, mask=ok, other=0.0)
+    al = tl.load(alpha + start + tok, mask=ok, other=1.0)
     A0, a0 = _decay(al)
     T1 = tl.where(t == s, 1.0, 0.0)
-    a1, c0, b0, b1, T0, t0, t1 = al * a0, A0, a0, a0, A0, a0, a0
+    a1 = al * a0
+    # without momentum b0, b1, T0, t0 and t1 are not used
+    c0 = A0
+    b0 = a0
+    b1 = a0
+    T0 = A0
+    t0 = a0
+    t1 = a0
     if MOMENTUM:
         th = tl.load(theta + start + tok, mask=ok, other=1.0)
         T0, t0 = _decay(th)
-        T1, t1 = th[:, None] * T0 + T1, th * t0
+        T1 = th[:, None] * T0 + T1
+        t1 = th * t0
         c0 = tl.where(s < t, _dot(A0, T1, tl.float32), 0.0)
         b0 = tl.sum(A0 * t1[None, :], 1)
         b1 = al * b0 + t1
     return et, al, A0, a0, c0, b0, a1, b1, al[:, None] * c0 + T1, T0, t0, T1, t1
 
 
+# Where things lie in memory: rows and columns beyond the width, and tokens that are not `ok`, are
+# read as 0 and not written.
+
+
 @triton.jit
 def _get(p, start, tok, ok, width, cols):
-    """Rows start + tok, columns cols of p [..., width], transposed to [cols, tok]; 0 where not ok or beyond the width."""
+    """Rows start + tok, columns cols of p [..., width], transposed to [cols, tok]."""
     at = tok[None, :] * width + cols[:, None]
     return tl.load(p + start * width + at, mask=ok[None, :] & (cols < width)[:, None], other=0.0)
 
@@ -146,9 +204,11 @@ def _put(p, x, start, tok, ok, width, cols):
 
 @triton.jit
 def _get_state(p, j, rows, width, row, col):
-    """Rows row, columns col of the j-th state in p [..., rows, width]; 0 beyond."""
+    """Rows row, columns col of the j-th state in p [..., rows, width]."""
     at = row[:, None] * width + col[None, :]
-    return tl.load(p + j * rows * width + at, mask=(row < rows)[:, None] & (col < width)[None, :], other=0.0)
+    return tl.load(
+        p + j * rows * width + at, mask=(row < rows)[:, None] & (col < width)[None, :], other=0.0
+    )
 
 
 @triton.jit
@@ -159,9 +219,10 @@ def _put_state(p, w, j, rows, width, row, col):
 
 @triton.jit
 def _get_pair(p, j, rows, width, row, col, MOMENTUM: tl.constexpr):
-    """W and S, the j-th pair in p [..., 2, rows, width]; without momentum W twice, p [..., 1, rows, width]."""
+    """W and S, the j-th pair in p [..., 2, rows, width]; without momentum W twice, of one state."""
     j *= 1 + MOMENTUM
-    return _get_state(p, j, rows, width, row, col), _get_state(p, j + MOMENTUM, rows, width, row, col)
+    W = _get_state(p, j, rows, width, row, col)
+    return W, _get_state(p, j + MOMENTUM, rows, width, row, col)
 
 
 @triton.jit
@@ -179,13 +240,17 @@ def _square(p, j, C: tl.constexpr):
 
 @triton.jit
 def _tile(i, T, chunk, PER, C: tl.constexpr):
-    """Tile i where a chunk is PER tiles of C tokens, the last one shorter: its tokens, which there are, the last, the first."""
-    begin, end = i // PER * chunk + i % PER * C, tl.minimum(T, (i // PER + 1) * chunk)
+    """Tile i where a chunk is PER tiles of C tokens, the last one shorter.
+
+    Returns its tokens, which of them exist, the index of the last one, and the first token.
+    """
+    begin = i // PER * chunk + i % PER * C
+    end = tl.minimum(T, (i // PER + 1) * chunk)
     tok = begin + tl.arange(0, C)
     return tok, tok < end, tl.minimum(end - begin, C) - 1, begin
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The learning rule
 
 # A kernel is compiled once, not again where one of these is 1 or a multiple of 16.
@@ -193,28 +258,41 @@ COUNTS = ["T", "H", "rows", "chunk", "PER", "segments", "EVERY", "first", "tiles
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _scan_forward(W, k, u, q, eta, alpha, theta, delta, y, W_T, W_kept, r_kept, X_kept,
-                  T, dv, dk, segments, EVERY, first, tiles, C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr,
-                  MOMENTUM: tl.constexpr, DELTA: tl.constexpr, READ: tl.constexpr, AGAIN: tl.constexpr):  # fmt: skip
-    """Rows [j DV, (j + 1) DV) of one memory n, from one of its `segments` states in W on, keeping every EVERY-th state.
-    AGAIN: for the backward, only the EVERY tiles up to the next kept state, now keeping every state, and r and X."""
+def _scan_forward(
+    W, k, u, q, eta, alpha, theta, delta, y, W_T, W_kept, r_kept, X_kept,
+    T, dv, dk, segments, EVERY, first, tiles,
+    C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, MOMENTUM: tl.constexpr,
+    DELTA: tl.constexpr, READ: tl.constexpr, AGAIN: tl.constexpr,
+):
+    """Rows [j DV, (j + 1) DV) of one memory n, from one of its `segments` states in W on.
+
+    Keeps every EVERY-th state. AGAIN: for the backward, only the EVERY tiles up to the next kept
+    state, now keeping every state, and r and X.
+    """
     TYPE: tl.constexpr = k.dtype.element_ty
-    n, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    v, h = j * DV + tl.arange(0, DV), tl.arange(0, DK)
+    n = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1)
+    v = j * DV + tl.arange(0, DV)
+    h = tl.arange(0, DK)
     lo = first + tl.program_id(2) * EVERY
-    hi, every = (tl.minimum(lo + EVERY, first + tiles), 1) if AGAIN else (tiles, EVERY)
+    hi = tl.minimum(lo + EVERY, first + tiles) if AGAIN else tiles
+    every = 1 if AGAIN else EVERY
     w, z = _get_pair(W, n * segments + lo // EVERY % segments, dv, dk, v, h, MOMENTUM)
     for i in tl.range(lo, hi, disable_licm=True):
         tok, ok, last, _ = _tile(i, T, C, 1, C)
         K = _get(k, n * T, tok, ok, dk, h)
-        et, _, _, a0, c0, b0, a1, b1, c1, _, _, T1, t1 = _weights(eta, alpha, theta, n * T, tok, ok, C, MOMENTUM)
+        et, _, _, a0, c0, b0, a1, b1, c1, _, _, T1, t1 = _weights(
+            eta, alpha, theta, n * T, tok, ok, C, MOMENTUM
+        )
         if DELTA:
-            d = tl.load(delta + n * T + tok, mask=ok, other=0.0) if DELTA == 2 else tl.full([C], 1.0, tl.float32)
+            d = _delta(delta + n * T + tok, ok, C, DELTA)
             X = _inverse(d[:, None] * c0 * et[None, :] * _dot(tl.trans(K), K, TYPE))
             if AGAIN:
                 tl.store(_square(X_kept, n * tiles + i - first, C), X)
         if i % every == 0:
-            _put_pair(W_kept, w, z, n * tl.cdiv(tiles, every) + (i - first) // every, dv, dk, v, h, MOMENTUM)
+            kept = n * tl.cdiv(tiles, every) + (i - first) // every
+            _put_pair(W_kept, w, z, kept, dv, dk, v, h, MOMENTUM)
+        # the errors of all tokens
         r = _get(u, n * T, tok, ok, dv, v).to(tl.float32)
         if DELTA:
             r -= (d * a0)[None, :] * _dot(w, K, TYPE)
@@ -223,6 +301,7 @@ def _scan_forward(W, k, u, q, eta, alpha, theta, delta, y, W_T, W_kept, r_kept, 
             r = _dot(r, tl.trans(X), tl.float32)
         if AGAIN:
             _put(r_kept, r, (n * tiles - first) * C, tok, ok, dv, v)
+        # read
         if READ:
             Q = _get(q, n * T, tok, ok, dk, h)
             Y = a1[None, :] * _dot(w, Q, TYPE)
@@ -230,6 +309,7 @@ def _scan_forward(W, k, u, q, eta, alpha, theta, delta, y, W_T, W_kept, r_kept, 
                 Y += b1[None, :] * _dot(z, Q, TYPE)
             Y += _dot(r, tl.trans(c1 * et[None, :] * _dot(tl.trans(Q), K, TYPE)), TYPE)
             _put(y, Y, n * T, tok, ok, dv, v)
+        # write
         w = _row(a1, last) * w + _dot((_row(c1, last) * et)[None, :] * r, tl.trans(K), TYPE)
         if MOMENTUM:
             w += _row(b1, last) * z
@@ -239,33 +319,43 @@ def _scan_forward(W, k, u, q, eta, alpha, theta, delta, y, W_T, W_kept, r_kept, 
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _scan_chain(k, q, eta, alpha, theta, delta, dy, X_kept, dW, dW_kept, du, T, dv, dk, first, tiles,
-                C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr,
-                MOMENTUM: tl.constexpr, DELTA: tl.constexpr, READ: tl.constexpr):  # fmt: skip
-    """The part of the backward that must walk the tiles in reverse: dW, dS (updated in place) and du."""
+def _scan_chain(
+    k, q, eta, alpha, theta, delta, dy, X_kept, dW, dW_kept, du, T, dv, dk, first, tiles,
+    C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, MOMENTUM: tl.constexpr,
+    DELTA: tl.constexpr, READ: tl.constexpr,
+):
+    """The part of the backward that must walk the tiles in reverse: dW, dS (in place) and du."""
     TYPE: tl.constexpr = k.dtype.element_ty
-    n, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    v, h = j * DV + tl.arange(0, DV), tl.arange(0, DK)
+    n = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1)
+    v = j * DV + tl.arange(0, DV)
+    h = tl.arange(0, DK)
     dw, dz = _get_pair(dW, n, dv, dk, v, h, MOMENTUM)
     for back in tl.range(1, tiles + 1, disable_licm=True):
         kept = n * tiles + tiles - back
         tok, ok, last, _ = _tile(first + tiles - back, T, C, 1, C)
         K = _get(k, n * T, tok, ok, dk, h)
-        et, _, _, a0, c0, b0, a1, b1, c1, _, _, T1, t1 = _weights(eta, alpha, theta, n * T, tok, ok, C, MOMENTUM)
+        et, _, _, a0, c0, b0, a1, b1, c1, _, _, T1, t1 = _weights(
+            eta, alpha, theta, n * T, tok, ok, C, MOMENTUM
+        )
         _put_pair(dW_kept, dw, dz, kept, dv, dk, v, h, MOMENTUM)
+        # through the write
         dr = (_row(c1, last) * et)[None, :] * _dot(dw, K, TYPE)
         if MOMENTUM:
             dr += (_row(T1, last) * et)[None, :] * _dot(dz, K, TYPE)
             dz = _row(t1, last) * dz + _row(b1, last) * dw
         dw *= _row(a1, last)
+        # through the read
         if READ:
-            Q, dY = _get(q, n * T, tok, ok, dk, h), _get(dy, n * T, tok, ok, dv, v)
+            Q = _get(q, n * T, tok, ok, dk, h)
+            dY = _get(dy, n * T, tok, ok, dv, v)
             dr += _dot(dY, c1 * et[None, :] * _dot(tl.trans(Q), K, TYPE), TYPE)
             dw += _dot(a1[None, :] * dY, tl.trans(Q), TYPE)
             if MOMENTUM:
                 dz += _dot(b1[None, :] * dY, tl.trans(Q), TYPE)
+        # through the errors
         if DELTA:
-            d = tl.load(delta + n * T + tok, mask=ok, other=0.0) if DELTA == 2 else tl.full([C], 1.0, tl.float32)
+            d = _delta(delta + n * T + tok, ok, C, DELTA)
             dr = _dot(dr, tl.load(_square(X_kept, kept, C)), tl.float32)
             dw += _dot((-d * a0)[None, :] * dr, tl.trans(K), TYPE)
             if MOMENTUM:
@@ -275,41 +365,63 @@ def _scan_chain(k, q, eta, alpha, theta, delta, dy, X_kept, dW, dW_kept, du, T, 
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, r_kept, dW_kept, dk_out, dq, deta, dalpha, dtheta, ddelta,
-                T, dv, dk, rows, wide, chunk, PER, first, tiles, C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr,
-                MOMENTUM: tl.constexpr, DELTA: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr):  # fmt: skip
-    """The rest of the backward, all tiles at once: gradients of k, q and the series, a share per block of rows. States have
-    `rows` rows and r `wide` columns, of which these are the first dv. Not WRITE: the read only, and its part of du."""
+def _scan_local(
+    k, q, eta, alpha, theta, delta, dy, du, W_kept, r_kept, dW_kept,
+    dk_out, dq, deta, dalpha, dtheta, ddelta,
+    T, dv, dk, rows, wide, chunk, PER, first, tiles,
+    C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, MOMENTUM: tl.constexpr,
+    DELTA: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr,
+):
+    """The rest of the backward, all tiles at once: gradients of k, q and the series.
+
+    Each block of rows has its own copy of them, to be summed. States have `rows` rows and r `wide`
+    columns, of which these are the first dv. Not WRITE: the read only, and its part of du.
+    """
     TYPE: tl.constexpr = k.dtype.element_ty
-    n, j, i = tl.program_id(0).to(tl.int64), tl.program_id(1), first + tl.program_id(2)
-    v, h, t = j * DV + tl.arange(0, DV), tl.arange(0, DK), tl.arange(0, C)
-    kept, share = n * tiles + i - first, (j * tl.num_programs(0) + n) * T
+    n = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1)
+    i = first + tl.program_id(2)
+    v = j * DV + tl.arange(0, DV)
+    h = tl.arange(0, DK)
+    t = tl.arange(0, C)
+    kept = n * tiles + i - first
+    copy = (j * tl.num_programs(0) + n) * T
     tok, ok, last, begin = _tile(i, T, chunk, PER, C)
     K = _get(k, n * T, tok, ok, dk, h)
-    et, al, A0, a0, c0, b0, a1, b1, c1, T0, t0, T1, t1 = _weights(eta, alpha, theta, n * T, tok, ok, C, MOMENTUM)
+    et, al, A0, a0, c0, b0, a1, b1, c1, T0, t0, T1, t1 = _weights(
+        eta, alpha, theta, n * T, tok, ok, C, MOMENTUM
+    )
     r = _get(r_kept, kept * C - begin, tok, ok, wide, v)
     w, z = _get_pair(W_kept, kept, rows, dk, v, h, MOMENTUM)
-    dK, dc1 = tl.zeros([DK, C], tl.float32), tl.zeros([C, C], tl.float32)
-    det, da = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    db, dt1, dT1 = da, da, dc1
+    dK = tl.zeros([DK, C], tl.float32)
+    dc1 = tl.zeros([C, C], tl.float32)
+    det = tl.zeros([C], tl.float32)
+    da = tl.zeros([C], tl.float32)
+    db = da
+    dt1 = da
+    dT1 = dc1
     if WRITE:
         here = t == last
         dw = _get_state(dW_kept, kept * (1 + MOMENTUM), rows, dk, v, h)
-        wr, dwr = _row(c1, last), tl.sum(_dot(dw, K, TYPE) * r, 0)
+        wr = _row(c1, last)
+        dwr = tl.sum(_dot(dw, K, TYPE) * r, 0)
         dK += _dot(tl.trans(dw), (wr * et)[None, :] * r, TYPE)
         det += wr * dwr
         dc1 += tl.where(here[:, None], (et * dwr)[None, :], 0.0)
         da += tl.where(here, tl.sum(dw.to(tl.float32) * w.to(tl.float32)), 0.0)
         if MOMENTUM:
-            dz = _get_state(dW_kept, kept * 2 + 1, rows, dk, v, h)  # not earlier, for the registers are full
-            wr, dwr = _row(T1, last), tl.sum(_dot(dz, K, TYPE) * r, 0)
+            # not earlier, for the registers are full
+            dz = _get_state(dW_kept, kept * 2 + 1, rows, dk, v, h)
+            wr = _row(T1, last)
+            dwr = tl.sum(_dot(dz, K, TYPE) * r, 0)
             dK += _dot(tl.trans(dz), (wr * et)[None, :] * r, TYPE)
             det += wr * dwr
             dT1 += tl.where(here[:, None], (et * dwr)[None, :], 0.0)
             db += tl.where(here, tl.sum(dw.to(tl.float32) * z.to(tl.float32)), 0.0)
             dt1 += tl.where(here, tl.sum(dz.to(tl.float32) * z.to(tl.float32)), 0.0)
     if READ:
-        Q, dY = _get(q, n * T, tok, ok, dk, h), _get(dy, n * T, tok, ok, dv, v)
+        Q = _get(q, n * T, tok, ok, dk, h)
+        dY = _get(dy, n * T, tok, ok, dv, v)
         part = _dot(tl.trans(w), dY, TYPE)
         dQ = a1[None, :] * part
         da += tl.sum(part * Q, 0)
@@ -317,7 +429,8 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, r_kept, dW_kept,
             part = _dot(tl.trans(z), dY, TYPE)
             dQ += b1[None, :] * part
             db += tl.sum(part * Q, 0)
-        dM, QK = _dot(tl.trans(dY), r, TYPE), _dot(tl.trans(Q), K, TYPE)
+        dM = _dot(tl.trans(dY), r, TYPE)
+        QK = _dot(tl.trans(Q), K, TYPE)
         if not WRITE:
             _put(du, _dot(dY, c1 * et[None, :] * QK, TYPE), n * T, tok, ok, dv, v)
         G = dM * QK
@@ -325,12 +438,15 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, r_kept, dW_kept,
         det += tl.sum(G * c1, 0)
         dM *= c1 * et[None, :]
         dK += _dot(Q, dM, TYPE)
-        _put(dq, dQ + _dot(K, tl.trans(dM), TYPE), share, tok, ok, dk, h)
-    dc0, da0, db0 = al[:, None] * dc1, al * da, al * db
+        _put(dq, dQ + _dot(K, tl.trans(dM), TYPE), copy, tok, ok, dk, h)
+    dc0 = al[:, None] * dc1
+    da0 = al * da
+    db0 = al * db
     if DELTA:  # through the errors
         tl.debug_barrier()  # loaded once more, for the registers are full
-        K, r = _get(k, n * T, tok, ok, dk, h), _get(r_kept, kept * C - begin, tok, ok, wide, v)
-        d = tl.load(delta + n * T + tok, mask=ok, other=0.0) if DELTA == 2 else tl.full([C], 1.0, tl.float32)
+        K = _get(k, n * T, tok, ok, dk, h)
+        r = _get(r_kept, kept * C - begin, tok, ok, wide, v)
+        d = _delta(delta + n * T + tok, ok, C, DELTA)
         dr = _get(du, n * T, tok, ok, dv, v)
         part = _dot(tl.trans(w), dr, TYPE)
         dK -= (d * a0)[None, :] * part
@@ -348,25 +464,28 @@ def _scan_local(k, q, eta, alpha, theta, delta, dy, du, W_kept, r_kept, dW_kept,
         dc0 += G * d[:, None] * et[None, :]
         det += tl.sum(G * d[:, None] * c0, 0)
         if DELTA == 2:
-            tl.store(ddelta + share + tok, dd + tl.sum(G * c0 * et[None, :], 1), mask=ok)
+            tl.store(ddelta + copy + tok, dd + tl.sum(G * c0 * et[None, :], 1), mask=ok)
         dM *= d[:, None] * c0 * et[None, :]
         dK += _dot(K, dM + tl.trans(dM), TYPE)
-    _put(dk_out, dK, share, tok, ok, dk, h)
-    tl.store(deta + share + tok, det, mask=ok)
-    dal, dA0 = da * a0 + tl.sum(dc1 * c0, 1), dc0
+    _put(dk_out, dK, copy, tok, ok, dk, h)
+    tl.store(deta + copy + tok, det, mask=ok)
+    dal = da * a0 + tl.sum(dc1 * c0, 1)
+    dA0 = dc0
     if MOMENTUM:  # through c0 = A0 T1 and b0 = A0 t1
         th = tl.load(theta + n * T + tok, mask=ok, other=1.0)
         dal += db * b0
         dt1 += db + tl.sum(A0 * db0[:, None], 0)
         dT1 += dc1 + _dot(tl.trans(A0), dc0, tl.float32)
         dA0 = _dot(dc0, tl.trans(T1), tl.float32) + db0[:, None] * t1[None, :]
-        dth = dt1 * t0 + tl.sum(dT1 * T0, 1) + _decay_gradient(T0, t0, th[:, None] * dT1, th * dt1)
-        tl.store(dtheta + share + tok, dth, mask=ok)
-    tl.store(dalpha + share + tok, dal + _decay_gradient(A0, a0, dA0, da0), mask=ok)
+        dth = dt1 * t0 + tl.sum(dT1 * T0, 1)
+        dth += _decay_gradient(T0, t0, th[:, None] * dT1, th * dt1)
+        tl.store(dtheta + copy + tok, dth, mask=ok)
+    tl.store(dalpha + copy + tok, dal + _decay_gradient(A0, a0, dA0, da0), mask=ok)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Self-modifying Titans with matrix memories, all rows [memory | k | v | eta | alpha] stacked and padded to 4 D
+# --------------------------------------------------------------------------------------------------
+# Self-modifying Titans with matrix memories: all rows [memory | k | v | eta | alpha] stacked and
+# padded to 4 D
 
 
 @triton.jit
@@ -378,41 +497,57 @@ def _blocks(G, lo: tl.constexpr, hi: tl.constexpr, C: tl.constexpr, D: tl.conste
 
 @triton.jit
 def _stack(x, k, v, eta, alpha, C: tl.constexpr, D: tl.constexpr):
-    """[4 D, C] with x, k, v [D, C] in blocks 0, 1, 2, eta, alpha [C] in the first rows of block 3, zeros elsewhere."""
-    m, i = tl.arange(0, 4)[:, None, None], tl.arange(0, D)[None, :, None]
+    """[4 D, C]: x, k, v [D, C] in blocks 0, 1, 2; eta, alpha [C] in the first rows of block 3."""
+    m = tl.arange(0, 4)[:, None, None]
+    i = tl.arange(0, D)[None, :, None]
     gates = tl.where(i == 0, eta[None, None, :], tl.where(i == 1, alpha[None, None, :], 0.0))
-    return tl.reshape(tl.where(m == 1, k[None], tl.where(m == 2, v[None], tl.where(m == 3, gates, x[None]))), (4 * D, C))
+    stacked = tl.where(
+        m == 1, k[None], tl.where(m == 2, v[None], tl.where(m == 3, gates, x[None]))
+    )
+    return tl.reshape(stacked, (4 * D, C))
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept,
-                    T, H, step, chunk, PER, segments, EVERY, first, tiles,
-                    C: tl.constexpr, D: tl.constexpr, AGAIN: tl.constexpr):  # fmt: skip
+def _modify_forward(
+    x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept,
+    T, H, step, chunk, PER, segments, EVERY, first, tiles,
+    C: tl.constexpr, D: tl.constexpr, AGAIN: tl.constexpr,
+):
     """One memory n; PER tiles make a chunk, else as `_scan_forward`."""
     TYPE: tl.constexpr = x.dtype.element_ty
-    n, R, NT = tl.program_id(0).to(tl.int64), 3 * D + 2, tl.num_programs(0).to(tl.int64) * T
-    row, col = tl.arange(0, 4 * D), tl.arange(0, D)
+    n = tl.program_id(0).to(tl.int64)
+    R = 3 * D + 2
+    NT = tl.num_programs(0).to(tl.int64) * T
+    row = tl.arange(0, 4 * D)
+    col = tl.arange(0, D)
     lo = first + tl.program_id(1) * EVERY
-    hi, every = (tl.minimum(lo + EVERY, first + tiles), 1) if AGAIN else (tiles, EVERY)
+    hi = tl.minimum(lo + EVERY, first + tiles) if AGAIN else tiles
+    every = 1 if AGAIN else EVERY
     w = _get_state(W, n * segments + lo // EVERY % segments, R, D, row, col)
-    be, ba, rate = tl.load(b_eta + n), tl.load(b_alpha + n), step * tl.load(A + n)
-    narrow = w.to(TYPE)  # carried round the loop: so products get it in shared memory and not in registers
+    be = tl.load(b_eta + n)
+    ba = tl.load(b_alpha + n)
+    rate = step * tl.load(A + n)
+    narrow = w.to(TYPE)  # carried round the loop: products get it in shared memory, not registers
     B = narrow
     for i in tl.range(lo, hi, disable_licm=True):
         tok, ok, last, begin = _tile(i, T, chunk, PER, C)
         if i % PER == 0:
             B = (_get_state(W0, n % H, R, D, row, col).to(tl.float32) + w).to(TYPE)
         if i % every == 0:
-            _put_state(W_kept, w, n * tl.cdiv(tiles, every) + (i - first) // every, R, D, row, col)
+            kept = n * tl.cdiv(tiles, every) + (i - first) // every
+            _put_state(W_kept, w, kept, R, D, row, col)
         if not AGAIN:
             if i == (tiles - 1) // PER * PER:
                 _put_state(W_last, w, n, R, D, row, col)
         # generate from the boundary weights
         xs = _get(x, n * T, tok, ok, D, col)
         G = _dot(B, xs, TYPE)
-        K, V = _blocks(G, 1, 2, C, D) + xs, _blocks(G, 2, 3, C, D) + xs
-        nk, nv = tl.rsqrt(tl.sum(K * K, 0) + 1e-6), tl.rsqrt(tl.sum(V * V, 0) + 1e-6)
-        K, V = K * nk[None, :], V * nv[None, :]
+        K = _blocks(G, 1, 2, C, D) + xs
+        V = _blocks(G, 2, 3, C, D) + xs
+        nk = tl.rsqrt(tl.sum(K * K, 0) + 1e-6)
+        nv = tl.rsqrt(tl.sum(V * V, 0) + 1e-6)
+        K = K * nk[None, :]
+        V = V * nv[None, :]
         z_eta = tl.sum(tl.where((row == 3 * D)[:, None], G, 0.0), 0) + be
         z_alpha = tl.sum(tl.where((row == 3 * D + 1)[:, None], G, 0.0), 0) + ba
         softplus = tl.maximum(z_alpha, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z_alpha)))
@@ -424,10 +559,12 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
             series = (et, al, z_eta, z_alpha, nk, nv)
             for m in tl.static_range(6):
                 tl.store(g_kept + m * NT + n * T + tok, series[m], mask=ok)
-        # the errors of all rows, then read, then write
+        # the errors of all rows; of M(z) = z + (W0 + W) z the z is added by itself, so that it
+        # never is rounded with W0
         A0, a0 = _decay(al)
         X = _inverse(A0 * et[None, :] * _dot(tl.trans(K), K, TYPE))
-        own, none = V - K, tl.zeros([C], tl.float32)  # of M(z) = z + (W0 + W) z, the z: it never is rounded with W0
+        own = V - K
+        none = tl.zeros([C], tl.float32)
         r = _stack(own, own, own, none, none, C, D) + _dot(B, V, TYPE)
         r += _dot(_get_state(W0, n % H, R, D, row, col), -K, TYPE)
         r += _dot(narrow, -a0[None, :] * K, TYPE)
@@ -436,45 +573,65 @@ def _modify_forward(x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_ke
         if AGAIN:
             _put(r_kept, r, (n * tiles + i - first) * C - begin, tok, ok, 4 * D, row)
             tl.store(_square(X_kept, n * tiles + i - first, C), X)
-        else:
+        else:  # read
             Q = _get(q, n * T, tok, ok, D, col)
             M = A1 * et[None, :] * _dot(tl.trans(Q), K, TYPE)
             Y = (al * a0)[None, :] * _dot(narrow, Q, TYPE)
             _put(y, Y + _dot(r, tl.trans(M), TYPE), n * T, tok, ok, D, row)
-        w = _row(al * a0, last) * w + _dot((_row(A1, last) * et)[None, :] * r, tl.trans(K), TYPE)
+        # write
+        w = _row(al * a0, last) * w + _dot(
+            (_row(A1, last) * et)[None, :] * r, tl.trans(K), TYPE
+        )
         narrow = w.to(TYPE)
     if not AGAIN:
         _put_state(W_T, w, n, R, D, row, col)
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _modify_chain(x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept, dr_read, dk_read, dgates, dW, d_all, dG_all,
-                  T, H, step, chunk, PER, first, tiles, C: tl.constexpr, D: tl.constexpr):  # fmt: skip
-    """Backward through generation, errors and write of one memory n, tile by tile in reverse. Updated in place: dW, and
-    dgates, from those of eta and alpha in the read to those of z_eta and log alpha."""
+def _modify_chain(
+    x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept,
+    dr_read, dk_read, dgates, dW, d_all, dG_all, T, H, step, chunk, PER, first, tiles,
+    C: tl.constexpr, D: tl.constexpr,
+):
+    """Backward through generation, errors and write of one memory n, tile by tile in reverse.
+
+    Updated in place: dW, and dgates, from the gradients of eta and alpha in the read to those of
+    z_eta and log alpha.
+    """
     TYPE: tl.constexpr = x.dtype.element_ty
-    n, R, NT = tl.program_id(0).to(tl.int64), 3 * D + 2, tl.num_programs(0).to(tl.int64) * T
-    row, col, t = tl.arange(0, 4 * D), tl.arange(0, D), tl.arange(0, C)
-    before = first // PER * chunk  # tokens before those that d_all and dG_all hold; held: where their row of token 0 would be
+    n = tl.program_id(0).to(tl.int64)
+    R = 3 * D + 2
+    NT = tl.num_programs(0).to(tl.int64) * T
+    row = tl.arange(0, 4 * D)
+    col = tl.arange(0, D)
+    t = tl.arange(0, C)
+    # d_all and dG_all hold tokens from `before` on; `held`: where their row of token 0 would be
+    before = first // PER * chunk
     held = n * (tl.minimum(T, tl.cdiv(first + tiles, PER) * chunk) - before) - before
     dw = _get_state(dW, n, R, D, row, col)
     narrow = dw.to(TYPE)
     rate = step * tl.load(A + n)
     for back in tl.range(1, tiles + 1, disable_licm=True):
-        i, kept = first + tiles - back, n * tiles + tiles - back
+        i = first + tiles - back
+        kept = n * tiles + tiles - back
         tok, ok, last, begin = _tile(i, T, chunk, PER, C)
-        g, dg = g_kept + n * T + tok, dgates + n * T + tok
-        et, al = tl.load(g, mask=ok, other=0.0), tl.load(g + NT, mask=ok, other=1.0)
+        g = g_kept + n * T + tok
+        dg = dgates + n * T + tok
+        et = tl.load(g, mask=ok, other=0.0)
+        al = tl.load(g + NT, mask=ok, other=1.0)
         A0, a0 = _decay(al)
         A1 = al[:, None] * A0 + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
-        K, r = _get(K_kept, n * T, tok, ok, D, col), _get(r_kept, kept * C - begin, tok, ok, 4 * D, row)
+        K = _get(K_kept, n * T, tok, ok, D, col)
+        r = _get(r_kept, kept * C - begin, tok, ok, 4 * D, row)
         # through the write, then the solve
-        wr, dr = _row(A1, last), _dot(narrow, K, TYPE)
+        wr = _row(A1, last)
+        dr = _dot(narrow, K, TYPE)
         dwr = tl.sum(dr * r, 0)
         d = dr * (wr * et)[None, :] + _get(dr_read, n * T, tok, ok, D, row)
         d = _dot(d, tl.load(_square(X_kept, kept, C)), tl.float32).to(TYPE)
         _put(d_all, d, held, tok, ok, 4 * D, row)
-        dK = _get(dk_read, n * T, tok, ok, D, col) + _dot(tl.trans(narrow), (wr * et)[None, :] * r, TYPE)
+        dK = _get(dk_read, n * T, tok, ok, D, col)
+        dK += _dot(tl.trans(narrow), (wr * et)[None, :] * r, TYPE)
         # dM = -d^T r by 32 rows in every warp: the few tokens would give each warp all of d and r
         parts = tl.permute(tl.reshape(d, (D // 8, 32, C)), (0, 2, 1))
         dM = -tl.sum(_dot(parts, tl.reshape(r, (D // 8, 32, C)), TYPE), 0)
@@ -485,7 +642,8 @@ def _modify_chain(x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kep
         a1dY = (al * a0)[None, :] * _get(dy, n * T, tok, ok, D, row)
         dw += _dot(a1dY, tl.trans(_get(q, n * T, tok, ok, D, col)), TYPE)
         part = _dot(tl.trans(w), d, TYPE)
-        dV = _blocks(d.to(tl.float32), 0, 3, C, D) + _dot(tl.trans(_get_state(W0, n % H, R, D, row, col)), d, TYPE)
+        dV = _blocks(d.to(tl.float32), 0, 3, C, D)
+        dV += _dot(tl.trans(_get_state(W0, n % H, R, D, row, col)), d, TYPE)
         dK -= dV + a0[None, :] * part
         dV += _dot(tl.trans(_get_state(W_kept, kept - i % PER, R, D, row, col)), d, TYPE)
         da0 = al * da - tl.sum(part * K, 0)
@@ -496,56 +654,84 @@ def _modify_chain(x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kep
         dK += _dot(K, dM + tl.trans(dM), TYPE)
         # through step sizes and retention; loaded once more, for the registers are full
         tl.debug_barrier()
-        et, al = tl.load(g, mask=ok, other=0.0), tl.load(g + NT, mask=ok, other=1.0)
+        et = tl.load(g, mask=ok, other=0.0)
+        al = tl.load(g + NT, mask=ok, other=1.0)
         A0, a0 = _decay(al)
         dA1 = tl.where(t[:, None] == last, (et * dwr)[None, :], 0.0)
         det = wr * dwr + tl.sum(G * A0, 0) + tl.load(dg, mask=ok, other=0.0)
-        dal = da * a0 + tl.sum(dA1 * A0, 1) + _decay_gradient(A0, a0, al[:, None] * dA1 + G * et[None, :], da0)
-        z_eta, z_alpha = tl.load(g + 2 * NT, mask=ok, other=0.0), tl.load(g + 3 * NT, mask=ok, other=0.0)
+        dal = da * a0 + tl.sum(dA1 * A0, 1)
+        dal = dal + _decay_gradient(A0, a0, al[:, None] * dA1 + G * et[None, :], da0)
+        z_eta = tl.load(g + 2 * NT, mask=ok, other=0.0)
+        z_alpha = tl.load(g + 3 * NT, mask=ok, other=0.0)
         sig = tl.sigmoid(z_eta)
-        dal = tl.where(ok, dal + tl.load(dg + NT, mask=ok, other=0.0) + step * det * sig, 0.0) * al  # of log alpha
+        dal = dal + tl.load(dg + NT, mask=ok, other=0.0) + step * det * sig
+        dal = tl.where(ok, dal, 0.0) * al  # of log alpha
         d_eta = tl.where(ok, step * det * (1.0 + al) * sig * (1.0 - sig), 0.0)
         d_alpha = -rate * dal * tl.sigmoid(z_alpha)
-        tl.debug_barrier()  # every warp has a copy of these few numbers: none may store before all have loaded
+        # every warp has a copy of these few numbers: none may store before all have loaded
+        tl.debug_barrier()
         tl.store(dg, d_eta, mask=ok)
         tl.store(dg + NT, dal, mask=ok)
         # through the generation from the boundary weights
         V = _get(V_kept, n * T, tok, ok, D, col)
-        nk, nv = tl.load(g + 4 * NT, mask=ok, other=0.0), tl.load(g + 5 * NT, mask=ok, other=0.0)
+        nk = tl.load(g + 4 * NT, mask=ok, other=0.0)
+        nv = tl.load(g + 5 * NT, mask=ok, other=0.0)
         dK = (dK - K * tl.sum(dK * K, 0)[None, :]) * nk[None, :]
         dV = (dV - V * tl.sum(dV * V, 0)[None, :]) * nv[None, :]
-        _put(dG_all, _stack(tl.zeros_like(dK), dK, dV, d_eta, d_alpha, C, D), held, tok, ok, 4 * D, row)
+        dG = _stack(tl.zeros_like(dK), dK, dV, d_eta, d_alpha, C, D)
+        _put(dG_all, dG, held, tok, ok, 4 * D, row)
         if i % PER == 0:  # all that was generated in this chunk came from the weights at its start
             tl.debug_barrier()
             for j in range(0, PER):
                 tok, ok, _, _ = _tile(i + j, T, chunk, PER, C)
-                v, xs = _get(V_kept, n * T, tok, ok, D, col), _get(x, n * T, tok, ok, D, col)
+                v = _get(V_kept, n * T, tok, ok, D, col)
+                xs = _get(x, n * T, tok, ok, D, col)
                 dw += _dot(_get(d_all, held, tok, ok, 4 * D, row), tl.trans(v), TYPE)
                 dw += _dot(_get(dG_all, held, tok, ok, 4 * D, row), tl.trans(xs), TYPE)
         narrow = dw.to(TYPE)
     _put_state(dW, dw, n, R, D, row, col)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Launches. Both operators take a list of tensors (absent: empty) and give a list: results, then the states that are kept
+# --------------------------------------------------------------------------------------------------
+# Launches. Both operators take a list of tensors (absent ones are empty) and return a list:
+# results, then the states that are kept
 
-EVERY = 8  # tiles from one kept state to the next: 1/8 of what keeping all would take, and 1/8 of the backward's parallel work
+# Tiles from one kept state to the next: keeping all takes 8 times as much, and the backward has
+# 1/8 of the parallel work it had then.
+EVERY = 8
 SPAN = 64  # tiles whose states the backward holds at once, a multiple of EVERY
 # one stage, no loads ahead: shared memory is full of operands
 LAUNCH = {"scan": dict(num_warps=4, num_stages=1), "modify": dict(num_warps=8, num_stages=1)}
 
 
+def _block(n, most):
+    """The block size for n rows, columns or tokens: a power of two from 16 on."""
+    return min(max(16, triton.next_power_of_2(n)), most)
+
+
 def _sizes(x, tile, delta):
-    """N, T, dv, dk, blocks of rows, tiles and compile-time constants of a scan of x as `_scan` takes it."""
+    """N, T, dv, dk, blocks of rows, tiles, compile-time constants of a scan of x as in `_scan`."""
     W, k, u, q, *_, series = x
-    (N, T, dk), dv = k.shape, u.shape[2]
-    C, DV, DK = (min(max(16, triton.next_power_of_2(n)), most) for n, most in ((tile, 32), (dv, 64), (dk, 64)))
-    constants = dict(C=C, DV=DV, DK=DK, MOMENTUM=W.shape[1] - 1, DELTA=2 if series.numel() else int(delta), READ=q.numel() > 0)
-    return N, T, dv, dk, triton.cdiv(dv, DV), triton.cdiv(T, C), constants | LAUNCH["scan"]
+    N, T, dk = k.shape
+    dv = u.shape[2]
+    constants = {
+        "C": _block(tile, 32),
+        "DV": _block(dv, 64),
+        "DK": _block(dk, 64),
+        "MOMENTUM": W.shape[1] - 1,
+        "DELTA": 2 if series.numel() else int(delta),
+        "READ": q.numel() > 0,
+    }
+    blocks = triton.cdiv(dv, constants["DV"])
+    tiles = triton.cdiv(T, constants["C"])
+    return N, T, dv, dk, blocks, tiles, constants | LAUNCH["scan"]
 
 
 def on_its_device(f):
-    """Operator f(..., list of tensors, number, number) with the GPU of these tensors as the current one: Triton takes that."""
+    """Operator f(..., tensors, number, number) with the GPU of these tensors as the current one.
+
+    Triton launches on the current one.
+    """
 
     @functools.wraps(f)
     def run(*args):
@@ -558,11 +744,17 @@ def on_its_device(f):
 @torch.library.custom_op("nested_learning::scan", mutates_args=())
 @on_its_device
 def _scan(x: list[Tensor], tile: int, delta: float) -> list[Tensor]:
-    """y, (W, S) at the end and those kept, of (W, S) [N, 1 or 2, dv, dk], k [N, T, dk], u [N, T, dv], q, then eta, alpha,
-    theta, delta [N, T]."""
+    """y, (W, S) at the end, and those that are kept.
+
+    x: (W, S) [N, 1 or 2, dv, dk], k [N, T, dk], u [N, T, dv], q as k, then eta, alpha, theta and
+    delta [N, T].
+    """
     N, T, dv, dk, blocks, tiles, constants = _sizes(x, tile, delta)
     out = _scan_fake(x, tile, delta)
-    _scan_forward[(N, blocks)](*x, *out, *out[:2], T, dv, dk, 1, EVERY, 0, tiles, **constants, AGAIN=False)
+    unused = out[:2]  # r and X are written in the backward only
+    _scan_forward[(N, blocks)](
+        *x, *out, *unused, T, dv, dk, 1, EVERY, 0, tiles, **constants, AGAIN=False
+    )
     return out
 
 
@@ -570,156 +762,247 @@ def _scan(x: list[Tensor], tile: int, delta: float) -> list[Tensor]:
 def _scan_fake(x, tile, delta):
     N, T, dv, _, _, tiles, constants = _sizes(x, tile, delta)
     new = x[0].new_empty
-    return [new(N * constants["READ"], T, dv), new(x[0].shape), new(N, triton.cdiv(tiles, EVERY), *x[0].shape[1:])]
+    y = new(N * constants["READ"], T, dv)
+    return [y, new(x[0].shape), new(N, triton.cdiv(tiles, EVERY), *x[0].shape[1:])]
 
 
 @torch.library.custom_op("nested_learning::scan_backward", mutates_args=())
 @on_its_device
-def _scan_backward(grads: list[Tensor], kept: list[Tensor], x: list[Tensor], tile: int, delta: float) -> list[Tensor]:
+def _scan_backward(
+    grads: list[Tensor], kept: list[Tensor], x: list[Tensor], tile: int, delta: float
+) -> list[Tensor]:
     """Gradients of x, the arguments of `_scan`."""
     N, T, dv, dk, blocks, all_tiles, constants = _sizes(x, tile, delta)
     W, k, u, q, *series = x
-    C, dy, dW, du = constants["C"], grads[0], grads[1].clone(), torch.empty_like(u)
-    # gradients that all blocks of rows share: one copy per block, added up at the end
-    shares = [W.new_empty(blocks, *t.shape, dtype=torch.float32 if blocks > 1 else t.dtype) for t in (k, q, *series)]
+    C = constants["C"]
+    dy = grads[0]
+    dW = grads[1].clone()
+    du = torch.empty_like(u)
+    # gradients that all blocks of rows contribute to: one copy per block, added up at the end
+    copies = []
+    for t in (k, q, *series):
+        dtype = torch.float32 if blocks > 1 else t.dtype
+        copies.append(W.new_empty(blocks, *t.shape, dtype=dtype))
     for first in reversed(range(0, all_tiles, SPAN)):
         tiles = min(SPAN, all_tiles - first)
-        W_all, dW_all = (k.new_empty(N, tiles, *W.shape[1:]) for _ in range(2))
-        r, X = k.new_empty(N, tiles * C, dv), W.new_empty(N, tiles, C, C)
+        W_all = k.new_empty(N, tiles, *W.shape[1:])
+        dW_all = torch.empty_like(W_all)
+        r = k.new_empty(N, tiles * C, dv)
+        X = W.new_empty(N, tiles, C, C)
         _scan_forward[(N, blocks, triton.cdiv(tiles, EVERY))](
-            *kept, k, u, q, *series, dy, dW, W_all, r, X, T, dv, dk, kept[0].shape[1], EVERY, first, tiles,
-            **constants | dict(READ=False), AGAIN=True)  # fmt: skip
-        _scan_chain[(N, blocks)](k, q, *series, dy, X, dW, dW_all, du, T, dv, dk, first, tiles, **constants)
+            *kept, k, u, q, *series, dy, dW, W_all, r, X,
+            T, dv, dk, kept[0].shape[1], EVERY, first, tiles,
+            **constants | dict(READ=False), AGAIN=True,
+        )
+        _scan_chain[(N, blocks)](
+            k, q, *series, dy, X, dW, dW_all, du, T, dv, dk, first, tiles, **constants
+        )
         _scan_local[(N, blocks, tiles)](
-            k, q, *series, dy, du, W_all, r, dW_all, *shares, T, dv, dk, dv, dv, C, 1, first, tiles,
-            **constants, WRITE=True)  # fmt: skip
-    dk_out, *rest = (g.sum(0).to(t.dtype) if blocks > 1 else g[0] for g, t in zip(shares, (k, q, *series), strict=True))
+            k, q, *series, dy, du, W_all, r, dW_all, *copies,
+            T, dv, dk, dv, dv, C, 1, first, tiles, **constants, WRITE=True,
+        )
+    summed = []
+    for g, t in zip(copies, (k, q, *series), strict=True):
+        summed.append(g.sum(0).to(t.dtype) if blocks > 1 else g[0])
+    dk_out, *rest = summed
     return [dW, dk_out, du, *rest]
 
 
 def unfit(x, width, chunk=None):
-    """Why the kernels cannot run on tensors like x with keys of this width; None: they can. chunk: tokens of a chunk of
-    self-modifying Titans, None for `scan`."""
-    if not INTERPRETED.value and (not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 0)):
-        return f"they need an NVIDIA GPU of compute capability 8.0 or more (the tensors are on {x.device})"
+    """Why the kernels cannot run on tensors like x with keys of this width, None where they can.
+
+    chunk: tokens of a chunk of self-modifying Titans, None for `scan`.
+    """
+    on_gpu = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    if not INTERPRETED.value and not on_gpu:
+        needed = "an NVIDIA GPU of compute capability 8.0 or more"
+        return f"they need {needed} (the tensors are on {x.device})"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"they need float32 or bfloat16, got {x.dtype}"
     if chunk is None:
         return f"they need keys of width 64 at most, got {width}" if width > 64 else None
     if width not in (16, 32, 64) or chunk > 128:
-        return f"they need heads of width 16, 32 or 64 and chunks of 128 tokens at most, got {width} and {chunk}"
+        needed = "heads of width 16, 32 or 64 and chunks of 128 tokens at most"
+        return f"they need {needed}, got {width} and {chunk}"
     if width == 64 and x.dtype == torch.float32 and x.is_cuda:
-        on_chip = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-        if on_chip < 160 << 10:
-            return f"in float32 they need 160 KiB of shared memory, this GPU has {on_chip >> 10}: train in bfloat16"
+        on_chip = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin >> 10
+        if on_chip < 160:
+            needed = "160 KiB of shared memory in float32"
+            return f"they need {needed}, this GPU has {on_chip}: train in bfloat16"
+    return None
 
 
 def scan(W, k, u, eta, alpha, q, theta, S, delta, tile):
-    """`memory.scan` with these kernels, for arguments aligned by it (equal leading dimensions) that are not `unfit`."""
-    lead, same = W.shape[:-2], k.dtype if k.dtype == u.dtype and (q is None or q.dtype == k.dtype) else torch.float32
+    """`memory.scan` with these kernels, for arguments aligned by it and not `unfit`.
+
+    Their leading dimensions are equal.
+    """
+    lead = W.shape[:-2]
+    narrow = k.dtype == u.dtype and (q is None or q.dtype == k.dtype)
+    dtype = k.dtype if narrow else torch.float32
     if not torch.is_tensor(delta) and delta not in (0, 1):
         delta = torch.full_like(eta, delta)
     number = 0.0 if torch.is_tensor(delta) else float(delta)
 
     def flat(x, n, dtype=torch.float32):
-        return W.new_empty(0, dtype=dtype) if not torch.is_tensor(x) else x.to(dtype).reshape(-1, *x.shape[-n:]).contiguous()
+        """x [..., n last dimensions] -> [N, ...]; empty for what is not a tensor."""
+        if not torch.is_tensor(x):
+            return W.new_empty(0, dtype=dtype)
+        return x.to(dtype).reshape(-1, *x.shape[-n:]).contiguous()
 
     pair = flat(W, 2)[:, None] if S is None else torch.stack([flat(W, 2), flat(S, 2)], 1)
-    matrices, series = [flat(x, 2, same) for x in (k, u, q)], [flat(x, 1) for x in (eta, alpha, theta, delta)]
+    matrices = [flat(x, 2, dtype) for x in (k, u, q)]
+    series = [flat(x, 1) for x in (eta, alpha, theta, delta)]
     y, pair, _ = _scan([pair, *matrices, *series], tile, number)
     W_T, *S_T = (x.reshape(lead + x.shape[1:]) for x in pair.unbind(1))
-    return None if q is None else y.reshape(lead + y.shape[1:]), W_T, S_T[0] if S_T else None
+    y = None if q is None else y.reshape(lead + y.shape[1:])
+    return y, W_T, S_T[0] if S_T else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _chunks(T, chunk):
-    """(tokens of a tile, tiles of a chunk, tiles of T tokens, tiles between kept states)."""
+    """Tokens of a tile, tiles of a chunk, tiles of T tokens, tiles between kept states."""
     C = 16
     per = triton.cdiv(chunk, C)
-    return C, per, T // chunk * per + triton.cdiv(T % chunk, C), per * max(1, EVERY // per)
+    tiles = T // chunk * per + triton.cdiv(T % chunk, C)
+    return C, per, tiles, per * max(1, EVERY // per)
 
 
 @torch.library.custom_op("nested_learning::modify", mutates_args=())
 @on_its_device
 def _modify(x: list[Tensor], chunk: int, step: float) -> list[Tensor]:
-    """W_t q_t, W_T, W at the last boundary, kept W for x, q [N, T, d], W0 [H, 3d + 2, d], W [N, 3d + 2, d], gates [N]."""
+    """y [N, T, d] with y_t = W_t q_t, W at the end, W at the last boundary, and W where it is kept.
+
+    x: x, q [N, T, d], W0 [H, 3d + 2, d], W [N, 3d + 2, d], then b_eta, b_alpha, A [N].
+    """
     out = _modify_fake(x, chunk, step)
-    (N, T, D), (C, per, tiles, every) = x[0].shape, _chunks(x[0].shape[1], chunk)
-    _modify_forward[(N,)](*x, *out, *out, out[0], T, len(x[2]), step, chunk, per, 1, every, 0, tiles, C=C, D=D,
-                          **LAUNCH["modify"], AGAIN=False)  # fmt: skip
+    N, T, D = x[0].shape
+    C, per, tiles, every = _chunks(T, chunk)
+    unused = (*out, out[0])  # what only the backward writes
+    _modify_forward[(N,)](
+        *x, *out, *unused, T, len(x[2]), step, chunk, per, 1, every, 0, tiles,
+        C=C, D=D, **LAUNCH["modify"], AGAIN=False,
+    )
     return out
 
 
 @_modify.register_fake
 def _modify_fake(x, chunk, step):
     _, _, tiles, every = _chunks(x[0].shape[1], chunk)
-    W, new = x[3], x[3].new_empty
-    return [new(x[1].shape), new(W.shape), new(W.shape), new(len(W), triton.cdiv(tiles, every), *W.shape[1:])]
+    W = x[3]
+    new = W.new_empty
+    kept = new(len(W), triton.cdiv(tiles, every), *W.shape[1:])
+    return [new(x[1].shape), new(W.shape), new(W.shape), kept]
 
 
 @torch.library.custom_op("nested_learning::modify_backward", mutates_args=())
 @on_its_device
-def _modify_backward(grads: list[Tensor], kept: list[Tensor], inputs: list[Tensor], chunk: int, step: float) -> list[Tensor]:
+def _modify_backward(
+    grads: list[Tensor], kept: list[Tensor], inputs: list[Tensor], chunk: int, step: float
+) -> list[Tensor]:
     """Gradients of the inputs of `_modify`."""
     x, q, W0, W, b_eta, b_alpha, A = inputs
-    (dy, dW, d_last), (W_last, W_kept) = (grads[0], grads[1].clone(), grads[2]), kept
-    (N, T, D), (C, per, all_tiles, every), R, H = x.shape, _chunks(x.shape[1], chunk), W.shape[1], len(W0)
-    dx, dq, dW0 = torch.empty_like(x), torch.empty_like(q), torch.zeros_like(W)
+    dy, dW, d_last = grads
+    dW = dW.clone()
+    W_last, W_kept = kept
+    N, T, D = x.shape
+    R = W.shape[1]
+    H = len(W0)
+    C, per, all_tiles, every = _chunks(T, chunk)
+    dx = torch.empty_like(x)
+    dq = torch.empty_like(q)
+    dW0 = torch.zeros_like(W)
     K, V, dr, dk = (torch.empty_like(x) for _ in range(4))
-    g, dg, none, span = W.new_empty(6, N, T), W.new_empty(2, N, T), W, every * max(1, SPAN // every)
-    tail = (all_tiles - 1) // per * per  # the last chunk goes by itself: the gradient of the weights at its start joins there
+    g = W.new_empty(6, N, T)  # eta, alpha, z_eta, z_alpha and the norms of k and v
+    dg = W.new_empty(2, N, T)
+    none = W  # for arguments that are not used
+    modify = dict(C=C, D=D, **LAUNCH["modify"])
+    read = dict(C=C, DV=D, DK=D, MOMENTUM=0, DELTA=0, READ=True, WRITE=False, **LAUNCH["scan"])
+    span = every * max(1, SPAN // every)
+    # the last chunk goes by itself: the gradient of the weights at its start joins there
+    tail = (all_tiles - 1) // per * per
     for first in (tail, *reversed(range(0, tail, span))):
-        tiles, states = (all_tiles - tail, W_last[:, None]) if first == tail else (min(span, tail - first), W_kept)
-        lo, hi = first // per * chunk, min(T, triton.cdiv(first + tiles, per) * chunk)
-        W_all, X = x.new_empty(N, tiles, R, D), W.new_empty(N, tiles, C, C)
-        r, d, dG = (x.new_empty(N, tokens, 4 * D) for tokens in (tiles * C, hi - lo, hi - lo))
+        if first == tail:
+            tiles = all_tiles - tail
+            states = W_last[:, None]
+        else:
+            tiles = min(span, tail - first)
+            states = W_kept
+        lo = first // per * chunk
+        hi = min(T, triton.cdiv(first + tiles, per) * chunk)
+        W_all = x.new_empty(N, tiles, R, D)
+        X = W.new_empty(N, tiles, C, C)
+        r = x.new_empty(N, tiles * C, 4 * D)
+        d = x.new_empty(N, hi - lo, 4 * D)
+        dG = torch.empty_like(d)
         _modify_forward[(N, triton.cdiv(tiles, every))](
-            x, q, W0, states, b_eta, b_alpha, A, none, none, none, W_all, K, V, g, r, X, T, H, step, chunk, per,
-            states.shape[1], every, first, tiles, C=C, D=D, **LAUNCH["modify"], AGAIN=True)  # fmt: skip
+            x, q, W0, states, b_eta, b_alpha, A, none, none, none, W_all, K, V, g, r, X,
+            T, H, step, chunk, per, states.shape[1], every, first, tiles, **modify, AGAIN=True,
+        )
         _scan_local[(N, 1, tiles)](
             K, q, g[0], g[1], none, none, dy, dr, W_all, r, none, dk, dq, dg[0], dg[1], none, none,
-            T, D, D, R, 4 * D, chunk, per, first, tiles, C=C, DV=D, DK=D,
-            MOMENTUM=0, DELTA=0, READ=True, WRITE=False, **LAUNCH["scan"])  # fmt: skip
-        _modify_chain[(N,)](x, q, W0, A, dy, W_all, K, V, g, r, X, dr, dk, dg, dW, d, dG, T, H, step, chunk, per,
-                            first, tiles, C=C, D=D, **LAUNCH["modify"])  # fmt: skip
+            T, D, D, R, 4 * D, chunk, per, first, tiles, **read,
+        )
+        _modify_chain[(N,)](
+            x, q, W0, A, dy, W_all, K, V, g, r, X, dr, dk, dg, dW, d, dG,
+            T, H, step, chunk, per, first, tiles, **modify,
+        )
         # what is left are plain products, for all chunks at once
-        now, B = slice(lo, hi), W0.repeat(N // H, 1, 1)[:, None] + W_all[:, ::per]
-        dx[:, now] = (dG[..., :R].unflatten(1, (B.shape[1], -1)) @ B).flatten(1, 2) + sum(dG.split(D, 2)[1:3])
+        now = slice(lo, hi)
+        B = W0.repeat(N // H, 1, 1)[:, None] + W_all[:, ::per]  # [N, chunks, R, D]
+        through_B = (dG[..., :R].unflatten(1, (B.shape[1], -1)) @ B).flatten(1, 2)
+        dx[:, now] = through_B + sum(dG.split(D, 2)[1:3])
         dW0 += (d.mT @ (V[:, now] - K[:, now]) + dG.mT @ x[:, now])[:, :R]
         if first == tail:
             dW += d_last
-    z_alpha, d_alpha = g[3], -step * dg[1]
-    db_alpha, dA = A * (d_alpha * z_alpha.sigmoid()).sum(1), (d_alpha * F.softplus(z_alpha)).sum(1)
-    return [dx, dq, dW0.unflatten(0, (-1, H)).sum(0).to(W0.dtype), dW, dg[0].sum(1), db_alpha, dA]
+    z_alpha = g[3]
+    d_alpha = -step * dg[1]
+    db_alpha = A * (d_alpha * z_alpha.sigmoid()).sum(1)
+    dA = (d_alpha * F.softplus(z_alpha)).sum(1)
+    dW0 = dW0.unflatten(0, (-1, H)).sum(0).to(W0.dtype)
+    return [dx, dq, dW0, dW, dg[0].sum(1), db_alpha, dA]
 
 
-for operator, gradients in ((_scan, _scan_backward), (_modify, _modify_backward)):
+def self_modify(x, q, W, W0, b_eta, b_alpha, A, chunk, step):
+    """`fused.self_modify` with these kernels: all chunks of one layer, from a chunk boundary on.
+
+    x, q [N, T, d] (N = batch x heads), W [N, 3d + 2, d], W0 [H, 3d + 2, d] with H heads, b_eta,
+    b_alpha, A [N] -> y [N, T, d] with y_t = W_t q_t, W at the end, W at the last boundary.
+    """
+    narrow = [t.to(x.dtype).contiguous() for t in (x, q, W0)]
+    wide = [t.float().contiguous() for t in (W, b_eta, b_alpha, A)]
+    return tuple(_modify([*narrow, *wide], chunk, float(step))[:3])
+
+
+# --------------------------------------------------------------------------------------------------
+# Derivatives of the operators
+
+
+def _differentiable(operator, gradients):
+    """Register the backward of an operator: gradients(grads of results, kept, tensors, numbers)."""
 
     def save(ctx, inputs, output):
         x, *ctx.numbers = inputs
-        ctx.tensors, ctx.shapes = len(x), [y.shape for y in output[:-1]]
+        ctx.tensors = len(x)
+        ctx.shapes = [y.shape for y in output[:-1]]
         ctx.set_materialize_grads(False)  # zeros for what is kept would be as large as that
         ctx.save_for_backward(*x, *output[2:])
 
-    def backward(ctx, grads, gradients=gradients):
+    def backward(ctx, grads):
         saved = ctx.saved_tensors  # asked for once only: a checkpoint computes them again
-        x, kept = saved[: ctx.tensors], saved[ctx.tensors :]
-        grads = [kept[0].new_zeros(shape) if g is None else g.contiguous()
-                 for g, shape in zip(grads[:-1], ctx.shapes, strict=True)]  # fmt: skip
+        x = saved[: ctx.tensors]
+        kept = saved[ctx.tensors :]
+        given = []
+        for g, shape in zip(grads[:-1], ctx.shapes, strict=True):
+            given.append(kept[0].new_zeros(shape) if g is None else g.contiguous())
         with torch.autocast(kept[0].device.type, enabled=False):
-            return gradients(grads, kept, x, *ctx.numbers), None, None
+            return gradients(given, kept, x, *ctx.numbers), None, None
 
     operator.register_autograd(backward, setup_context=save)
     gradients.register_fake(lambda grads, kept, x, *numbers: [torch.empty_like(t) for t in x])
 
 
-def self_modify(x, q, W, W0, b_eta, b_alpha, A, chunk, step):
-    """All chunks of one layer of `titans.SelfModifyingTitans`, from a chunk boundary on: its `_SelfModify` with these kernels.
-
-    x, q [N, T, d] (N = batch x heads), W [N, 3d + 2, d], W0 [H, 3d + 2, d] with H heads, b_eta, b_alpha, A [N]
-    -> W_t q_t [N, T, d], W_T, W at the last boundary.
-    """
-    narrow, wide = (t.to(x.dtype).contiguous() for t in (x, q, W0)), (t.float().contiguous() for t in (W, b_eta, b_alpha, A))
-    return tuple(_modify([*narrow, *wide], chunk, float(step))[:3])
+_differentiable(_scan, _scan_backward)
+_differentiable(_modify, _modify_backward)

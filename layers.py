@@ -226,7 +226,7 @@ class Recurrent(nn.Module):
         self.n_heads = n_heads
         self.width = head_width(d_model, n_heads)
         self.expand = expand
-        self.backend = "auto"  # see memory.kernels_for
+        self.backend = "auto"  # see fused.kernels_for
         dv = expand * d_model
         # q | k | v | gate | rates, in one product
         self.sizes = (d_model, d_model, dv, dv if gate else 0, rates * n_heads)

@@ -91,7 +91,7 @@ class SelfModifyingTitans(nn.Module):
         self.mode = mode
         self.inner_step = inner_step
         self.dgd = dgd
-        self.backend = "auto"  # see memory.kernels_for
+        self.backend = "auto"  # see fused.kernels_for
         self.adaptive = [name for name in ("k", "v", "q") if name in adaptive]
         self.static = [name for name in ("k", "v", "q") if name not in adaptive]
         n = 1 + len(self.adaptive)  # memories with an output of width d

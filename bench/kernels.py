@@ -1,5 +1,16 @@
-"""The fused kernels on a GPU."""
+"""Times of the fused Triton kernels (kernels.py) on a CUDA GPU, and of models that train with them.
 
+    python -m bench kernels [--heads 128,256] [--lengths 2048,...] [--out results/kernels.json]
+
+For the learning rule (`scan`, as a gated delta rule) and the self-modifying chunk step, heads of
+width 64 in bfloat16, forward and backward: milliseconds, TFLOP/s and TB/s counted by hand
+(`scan_work`, `modify_work`) beside what a matrix product and a copy reach on this GPU, and how many
+times longer the same takes in torch ("eager"), under torch.compile and in flash-linear-attention
+("fla") where it is installed. Then tokens/s of training steps, beside a Transformer's. What fails
+(out of memory, a compiler) is said on stderr and shown as "-". --out is written after every row.
+"""
+
+import itertools
 import math
 import statistics
 import subprocess
@@ -10,18 +21,30 @@ from importlib import metadata
 
 import torch
 
+import fused
+import memory
 from bench.cells import numbers, spec_config, split_specs, write_result
 from bench.speed import build, training_step
 from support.checkpoint import first_line
 from support.run import device_for
 
+WIDTH = 64  # of a head
+RIVALS = ("eager", "compiled", "fla")
+SLOW = 4096  # tokens: rivals that launch kernels chunk by chunk are measured up to here
+STEP_TOKENS = 16384  # of a training step
+STEP_LENGTHS = (4096, 32768)
 
-def measured(name, f):
-    """f(), or None and a line that says why not."""
+# --------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def measured(name, f, *args):
+    """f(*args), or None and a line that says why not."""
     try:
-        return f()
+        return f(*args)
     except Exception as error:  # of compilers and drivers, too
-        print(f"{name}: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
+        why = f"{name}: {type(error).__name__}: {first_line(error)}"
+        print(why, file=sys.stderr, flush=True)
     finally:
         torch.cuda.empty_cache()
 
@@ -33,104 +56,191 @@ def milliseconds(f) -> float:
     return do_bench(f, warmup=50, rep=200, return_mode="median")
 
 
-def there_and_back(f, args):
-    """A call of f on args, forward and backward, as one function without arguments."""
+def there_and_back(f, args) -> float:
+    """Milliseconds of f on args, forward and backward."""
     args = [x.detach().requires_grad_() for x in args]
     with torch.no_grad():
         weights = torch.randn_like(f(*args))
-    return lambda: torch.autograd.grad(f(*args), args, weights)
+    return milliseconds(lambda: torch.autograd.grad(f(*args), args, weights))
+
+
+# --------------------------------------------------------------------------------------------------
+# What a GPU can do, and what the kernels ask of it
 
 
 def ceilings(device) -> dict:
-    """TFLOP/s of a bfloat16 matrix product of 8192^3, and TB/s of a copy of 4 GiB, bytes read and written counted."""
+    """TFLOP/s of a bfloat16 matrix product of 8192^3, TB/s of a copy of 4 GiB, read and written."""
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.randn(2**30, device=device)
     target = torch.empty_like(source)
-    product, copy = milliseconds(lambda: a @ b), milliseconds(lambda: target.copy_(source))
+    product = milliseconds(lambda: a @ b)
+    copy = milliseconds(lambda: target.copy_(source))
     return {"tflops": 2 * 8192**3 / product / 1e9, "tbytes": 2 * source.nbytes / copy / 1e9}
 
 
-def scan_work(N: int, T: int, d: int = 64, C: int = 32) -> tuple[int, int]:
-    """FLOPs and bytes of the fused scan, forward and backward, for N heads of width d in tiles of C tokens."""
-    # products of [d, d] x [d, C] and of [d, C] x [C, C], and the doubling of the inverse, of forward, again, chain, local
-    big, small, inverse = (3 + 2 + 3 + 4), (4 + 2 + 3 + 7), 2 * 2
+def scan_work(N: int, T: int, d: int = WIDTH, C: int = 32) -> tuple[int, int]:
+    """FLOPs and bytes of the fused scan, forward and backward: N heads of width d, tiles of C."""
+    # in the order forward, again, chain, local
+    big = 3 + 2 + 3 + 4  # products of [d, d] x [d, C]
+    small = 4 + 2 + 3 + 7  # products of [d, C] x [C, C]
+    inverse = 2 * 2  # its doublings
     per_tile = 2 * (big * d * d * C + small * d * C * C) + inverse * 2 * C**3
-    return N * -(-T // C) * per_tile, N * T * (2 * 6 * d * 2 + 2 * d * 4 + 4 * 4)
+    moved = N * T * (2 * 6 * d * 2 + 2 * d * 4 + 4 * 4)
+    return N * -(-T // C) * per_tile, moved
 
 
-def modify_work(N: int, T: int, d: int = 64, C: int = 16) -> tuple[int, int]:
+def modify_work(N: int, T: int, d: int = WIDTH, C: int = 16) -> tuple[int, int]:
     """The same for self-modifying Titans, whose 3 d + 2 rows are padded to 4 d."""
-    # products of all 4 d rows with d columns, and of d rows with C tokens, of forward, again, local, chain and what is left
-    big, small = (6 + 5 + 0 + 9 + 3), (10 + 5 + 5 + 10 + 0)
-    return N * -(-T // C) * 2 * ((4 * big + 1) * d * d * C + small * d * C * C), N * T * (2 * 4 * d * 2 + 2 * d * 4)
+    # in the order forward, again, local, chain, what is left to torch
+    big = 6 + 5 + 0 + 9 + 3  # products of all 4 d rows with d columns
+    small = 10 + 5 + 5 + 10 + 0  # products of d rows with C tokens
+    per_tile = 2 * ((4 * big + 1) * d * d * C + small * d * C * C)
+    moved = N * T * (2 * 4 * d * 2 + 2 * d * 4)
+    return N * -(-T // C) * per_tile, moved
 
 
-def kernel_calls(what: str, N: int, T: int, chunk: int, device) -> dict:
-    """{name: (function, its arguments)} of the fused kernels and what they are measured against, on the same tensors."""
-    import kernels
-    import memory
-    import titans
+# --------------------------------------------------------------------------------------------------
+# The kernels and their rivals, on the same random tensors: {name: (function, its arguments)}
 
-    d, calls = 64, {}
+
+def scan_calls(N: int, T: int, device) -> dict:
+    """The learning rule with the inputs of a gated delta rule."""
+    d = WIDTH
     normal = partial(torch.randn, device=device)
-    if what == "scan":  # as a gated delta rule
-        k, q = (memory.l2norm(normal(N, T, d)).bfloat16() for _ in range(2))
-        u, eta, alpha = normal(N, T, d).bfloat16(), torch.rand(N, T, device=device), 1 - 0.1 * torch.rand(N, T, device=device)
-        args, W = (k, q, u, eta, alpha), torch.zeros(N, d, d, device=device)
+    k, q = (memory.l2norm(normal(N, T, d)).bfloat16() for _ in range(2))
+    u = normal(N, T, d).bfloat16()
+    eta = torch.rand(N, T, device=device)
+    alpha = 1 - 0.1 * torch.rand(N, T, device=device)
+    W = torch.zeros(N, d, d, device=device)
+    args = (k, q, u, eta, alpha)
 
-        def run(backend, k, q, u, eta, alpha):
-            return memory.scan(W, k, u, eta, alpha, q, delta=alpha, backend=backend)[0]
+    def run(backend, k, q, u, eta, alpha):
+        return memory.scan(W, k, u, eta, alpha, q, delta=alpha, backend=backend)[0]
 
-        tile = torch.compile(memory._tile, dynamic=False)
+    tile = torch.compile(memory._tile, dynamic=False)
 
-        def compiled(k, q, u, eta, alpha):
-            state, y = W, []
-            for parts in zip(*(x.split(64, 1) for x in (k.float(), u.float(), eta, alpha, q.float())), strict=True):
-                now, state, _ = tile(state, None, *parts, None, parts[3])
-                y.append(now)
-            return torch.cat(y, 1)
+    def compiled(k, q, u, eta, alpha):
+        state = W
+        y = []
+        streams = (x.split(64, 1) for x in (k.float(), u.float(), eta, alpha, q.float()))
+        for parts in zip(*streams, strict=True):
+            now, state, _ = tile(state, None, *parts, None, parts[3])
+            y.append(now)
+        return torch.cat(y, 1)
 
-        calls["fused"] = partial(run, "triton"), args
-        if T <= 4096:
-            calls["eager"], calls["compiled"] = (partial(run, "torch"), args), (compiled, args)
-        with suppress(ImportError):
-            from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    calls = {"fused": (partial(run, "triton"), args)}
+    if T <= SLOW:
+        calls["eager"] = partial(run, "torch"), args
+        calls["compiled"] = compiled, args
+    with suppress(ImportError):
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-            rows = [x.unflatten(0, (-1, 16)).transpose(1, 2).contiguous() for x in (q, k, u, alpha.log(), eta)]
-            # FLA's g is the logarithm of alpha; its order is queries, keys, values, g, beta
-            calls["fla"] = lambda *a: chunk_gated_delta_rule(*a, scale=1.0)[0], rows
-    else:
-        x, q = normal(N, T, d).bfloat16(), memory.l2norm(normal(N, T, d)).bfloat16()
-        W, W0, heads = torch.zeros(N, 3 * d + 2, d, device=device), normal(16, 3 * d + 2, d) * d**-0.5, N // 16
-        gates = [torch.full((N,), value, device=device) for value in (0.0, -math.log(9), 1.0)]
+        def fla(*rows):
+            return chunk_gated_delta_rule(*rows, scale=1.0)[0]
 
-        def torch_step(x, q, W0):
-            flat = [g[:, None] for g in gates]
-            return titans._SelfModify.apply(x.float(), q.float(), W, W0.repeat(heads, 1, 1), *flat, chunk, 1.0)[0]
-
-        def fused_step(x, q, W0):
-            return kernels.self_modify(x, q, W, W0, *gates, chunk, 1.0)[0]
-
-        calls["fused"] = fused_step, (x, q, W0)
-        if T <= 4096:
-            calls["eager"] = torch_step, (x, q, W0)
+        # FLA's g is the logarithm of alpha; its order is queries, keys, values, g, beta
+        rows = (x.unflatten(0, (-1, 16)) for x in (q, k, u, alpha.log(), eta))  # [B, H, T, ...]
+        calls["fla"] = fla, [x.transpose(1, 2).contiguous() for x in rows]
     return calls
+
+
+def modify_calls(N: int, T: int, chunk: int, device) -> dict:
+    """The self-modifying chunk step of layers with 16 heads."""
+    import kernels
+
+    d = WIDTH
+    R = 3 * d + 2
+    normal = partial(torch.randn, device=device)
+    x = normal(N, T, d).bfloat16()
+    q = memory.l2norm(normal(N, T, d)).bfloat16()
+    W = torch.zeros(N, R, d, device=device)
+    W0 = normal(16, R, d) * d**-0.5
+    gates = [torch.full((N,), value, device=device) for value in (0.0, -math.log(9), 1.0)]
+
+    def eager(x, q, W0):
+        flat = [g[:, None] for g in gates]
+        W0 = W0.repeat(N // 16, 1, 1)
+        return fused.self_modify(x.float(), q.float(), W, W0, *flat, chunk, 1.0)[0]
+
+    def run(x, q, W0):
+        return kernels.self_modify(x, q, W, W0, *gates, chunk, 1.0)[0]
+
+    calls = {"fused": (run, (x, q, W0))}
+    if T <= SLOW:
+        calls["eager"] = eager, (x, q, W0)
+    return calls
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows of the result
+
+
+def kernel_row(what: str, N: int, T: int, chunk: int, peak: dict, device) -> dict:
+    """One row: N heads, T tokens. What could not be measured is None."""
+    torch.manual_seed(0)
+    name = f"{what} of {N} heads, T {T}"
+    if what == "scan":
+        calls = measured(name, scan_calls, N, T, device)
+        flops, moved = scan_work(N, T)
+    else:
+        calls = measured(name, modify_calls, N, T, chunk, device)
+        flops, moved = modify_work(N, T)
+    ms = {}
+    for rival, call in (calls or {}).items():
+        ms[rival] = measured(f"{name}, {rival}", there_and_back, *call)
+    row = {"what": what, "heads": N, "T": T, "chunk": None if what == "scan" else chunk}
+    time = row["ms"] = ms.get("fused")
+    row["tflops"] = flops / time / 1e9 if time else None
+    row["tbytes"] = moved / time / 1e9 if time else None
+    row["of_tflops"] = row["tflops"] / peak["tflops"] if time else None
+    row["of_tbytes"] = row["tbytes"] / peak["tbytes"] if time else None
+    for rival in RIVALS:
+        row[rival] = ms[rival] / time if ms.get(rival) and time else None
+    row["all_ms"] = ms
+    return row
+
+
+COLUMNS = [  # key, title, width, digits
+    ("ms", "ms", 9, 3),
+    ("tflops", "TFLOP/s", 9, 1),
+    ("of_tflops", "of peak", 9, 3),
+    ("tbytes", "TB/s", 7, 2),
+    ("of_tbytes", "of peak", 9, 3),
+    ("eager", "eager/", 8, 1),
+    ("compiled", "compiled/", 11, 1),
+    ("fla", "fla/", 7, 2),
+]
 
 
 def kernel_table(rows: list[dict]) -> str:
     """The measured cells as text; what was not measured is '-'."""
-    def shown(value, digits=2):
-        return "-" if value is None else f"{value:,.{digits}f}"
-
-    lines = [f"{'':14}{'heads':>6}{'T':>8}{'chunk':>7}{'ms':>9}{'TFLOP/s':>9}{'of peak':>9}{'TB/s':>7}{'of peak':>9}"
-             f"{'eager/':>8}{'compiled/':>11}{'fla/':>7}"]  # fmt: skip
-    for r in rows:
-        lines.append(
-            f"{r['what']:14}{r['heads']:>6}{r['T']:>8}{r['chunk'] or '-':>7}{shown(r['ms'], 3):>9}{shown(r['tflops'], 1):>9}"
-            f"{shown(r['of_tflops'], 3):>9}{shown(r['tbytes']):>7}{shown(r['of_tbytes'], 3):>9}"
-            f"{shown(r['eager'], 1):>8}{shown(r['compiled'], 1):>11}{shown(r['fla']):>7}"
-        )
+    head = f"{'':14}{'heads':>6}{'T':>8}{'chunk':>7}"
+    for _, title, width, _ in COLUMNS:
+        head += f"{title:>{width}}"
+    lines = [head]
+    for row in rows:
+        line = f"{row['what']:14}{row['heads']:>6}{row['T']:>8}{row['chunk'] or '-':>7}"
+        for key, _, width, digits in COLUMNS:
+            shown = "-" if row[key] is None else f"{row[key]:,.{digits}f}"
+            line += f"{shown:>{width}}"
+        lines.append(line)
     return "\n".join(lines)
+
+
+def tokens_per_second(spec: str, preset: str, T: int, device) -> float:
+    """Of training steps of a model whose mixers insist on the kernels."""
+    rows = max(1, STEP_TOKENS // T)
+    model, inputs, targets = build(spec_config(spec, preset), rows, T, device)
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = "triton"
+    training_step(model, inputs, targets)
+    seconds = [training_step(model, inputs, targets) for _ in range(5)]
+    return inputs.numel() / statistics.median(seconds)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
 
 
 def driver() -> str | None:
@@ -139,58 +249,54 @@ def driver() -> str | None:
         return subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
 
 
-def kernel_speed(args) -> dict:
-    """Times of the fused kernels; prints the table and returns what it holds. --out is written with every row."""
-    device = device_for(args.device)
-    if device.type != "cuda":
-        raise ValueError("kernels are measured on a CUDA GPU, and here is none (tests/test_kernels.py checks them without one)")
+def versions() -> dict:
     import triton
 
-    import memory
-
-    torch.cuda.set_device(device.index or 0)  # events are recorded on the current one
-    memory.AUTO_KERNELS = True  # the models, too, are measured with the kernels
-    heads, lengths = numbers(args.heads, int), numbers(args.lengths, int)
-    wrong = [N for N in heads if N < 16 or N % 16] + [T for T in lengths if T < 1]
-    if wrong:
-        raise ValueError(f"heads must be multiples of 16 and lengths at least 1 token, got {wrong[0]}")
-    versions = {"driver": driver(), "cuda": torch.version.cuda, "triton": triton.__version__}
+    found = {"driver": driver(), "cuda": torch.version.cuda, "triton": triton.__version__}
     with suppress(ImportError, metadata.PackageNotFoundError):
-        versions["fla"] = metadata.version("flash-linear-attention")
-    torch._dynamo.config.cache_size_limit = 64
-    peak, rows, steps = ceilings(device), [], []
-    result = {"versions": versions, "ceilings": peak, "rows": rows, "training": steps}
-    name = torch.cuda.get_device_name(device)
-    print(f"{name}: matrix product {peak['tflops']:.0f} TFLOP/s, copy {peak['tbytes']:.2f} TB/s\n")
-    for what, N, T in [(what, N, T) for what in ("scan", "self-modifying") for N in heads for T in lengths]:
-        torch.manual_seed(0)
-        chunk = None if what == "scan" else args.chunk
-        calls = measured(f"{what} of {N} heads, T {T}", lambda: kernel_calls(what, N, T, args.chunk, device)) or {}  # noqa: B023
-        ms = {name: measured(f"{what} of {N} heads, T {T}, {name}", lambda: milliseconds(there_and_back(*call)))  # noqa: B023
-              for name, call in calls.items()}  # fmt: skip
-        flops, moved = (scan_work if what == "scan" else modify_work)(N, T)
-        rivals = ("eager", "compiled", "fla")
-        fused = ms.get("fused")
-        ratio = {name: ms[name] / fused if ms.get(name) and fused else None for name in rivals}
-        tflops, tbytes = (work / fused / 1e9 if fused else None for work in (flops, moved))
-        rows.append({"what": what, "heads": N, "T": T, "chunk": chunk, "ms": fused, "tflops": tflops, "tbytes": tbytes,
-                     "of_tflops": tflops and tflops / peak["tflops"], "of_tbytes": tbytes and tbytes / peak["tbytes"], **ratio,
-                     "all_ms": ms})  # fmt: skip
-        del calls
-        write_result(args, result)
-        print(kernel_table(rows[-1:]).splitlines()[-1] if len(rows) > 1 else kernel_table(rows), flush=True)
-    for T in (4096, 32768) if args.preset != "none" else ():
-        for spec in ("transformer", *split_specs(args.models)):
-            def tokens_per_second():
-                step = build(spec_config(spec, args.preset), max(1, 16384 // T), T, device)  # noqa: B023
-                training_step(*step)
-                return step[1].numel() / statistics.median(training_step(*step) for _ in range(5))
+        found["fla"] = metadata.version("flash-linear-attention")
+    return found
 
-            steps.append({"model": spec, "T": T, "tokens_per_s": measured(f"{spec}, T {T}", tokens_per_second)})
-            base = next(s["tokens_per_s"] for s in steps if s["T"] == T)
-            steps[-1]["ratio"] = steps[-1]["tokens_per_s"] / base if base and steps[-1]["tokens_per_s"] else None
-            write_result(args, result)
-            speed = "not measured" if steps[-1]["tokens_per_s"] is None else f"{steps[-1]['tokens_per_s']:,.0f} tokens/s"
-            ratio = steps[-1]["ratio"] or math.nan
-            print(f"training step, {args.preset}, T {T}: {spec} {speed}, ratio {ratio:.2f}", flush=True)
+
+def kernel_speed(args) -> dict:
+    """`python -m bench kernels`: prints the tables and returns what they hold.
+
+    Raises ValueError where there is no GPU, and for heads or lengths that cannot be.
+    """
+    device = device_for(args.device)
+    if device.type != "cuda":
+        why = "tests/test_kernels.py checks the kernels without one"
+        raise ValueError(f"kernels are measured on a CUDA GPU, and there is none here ({why})")
+    torch.cuda.set_device(device.index or 0)  # events are recorded on the current one
+    heads = numbers(args.heads, int)
+    lengths = numbers(args.lengths, int)
+    for N in heads:
+        if N < 16 or N % 16:
+            raise ValueError(f"heads must be multiples of 16, got {N}")
+    if min(lengths) < 1:
+        raise ValueError(f"lengths must be at least 1 token, got {min(lengths)}")
+    torch._dynamo.config.cache_size_limit = 64
+    peak = ceilings(device)
+    rows = []
+    steps = []
+    result = {"versions": versions(), "ceilings": peak, "rows": rows, "training": steps}
+    reached = f"matrix product {peak['tflops']:.0f} TFLOP/s, copy {peak['tbytes']:.2f} TB/s"
+    print(f"{torch.cuda.get_device_name(device)}: {reached}\n")
+    for what, N, T in itertools.product(("scan", "self-modifying"), heads, lengths):
+        rows.append(kernel_row(what, N, T, args.chunk, peak, device))
+        write_result(args, result)
+        lines = kernel_table(rows[-1:]).splitlines()
+        print("\n".join(lines if len(rows) == 1 else lines[1:]), flush=True)
+    if args.preset == "none":
+        return result
+    specs = ("transformer", *split_specs(args.models))
+    for T, spec in itertools.product(STEP_LENGTHS, specs):
+        speed = measured(f"{spec}, T {T}", tokens_per_second, spec, args.preset, T, device)
+        steps.append({"model": spec, "T": T, "tokens_per_s": speed})
+        base = next(step["tokens_per_s"] for step in steps if step["T"] == T)
+        ratio = steps[-1]["ratio"] = speed / base if base and speed else None
+        write_result(args, result)
+        shown = "not measured" if speed is None else f"{speed:,.0f} tokens/s"
+        where = f"training step, {args.preset}, T {T}"
+        print(f"{where}: {spec} {shown}, ratio {ratio or math.nan:.2f}", flush=True)
     return result

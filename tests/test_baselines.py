@@ -402,6 +402,7 @@ def test_ttt_descends_the_gradient_of_its_paper(T, chunk, depth):
 
 
 @pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.slow
 def test_the_memory_of_ttt_stays_bounded_on_a_repeated_token(depth):
     mixer = TTT(64, 1, depth=depth).float()
     x = torch.randn(1, 1, 64, dtype=torch.float32).repeat(1, 2000, 1) * 10

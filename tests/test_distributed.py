@@ -183,6 +183,7 @@ def test_checkpoints_of_two_processes_are_read_by_one_and_the_reverse(here, serv
 @pytest.mark.parametrize(
     "damage", ["cut", pytest.param("rest", marks=slow), pytest.param("zeros", marks=slow)]
 )
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(here, capsys, damage):
     train(small(out="run"))
     expected = losses("run")
@@ -205,6 +206,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(here, capsys, damage
     assert not capsys.readouterr().err  # the one that was written since is complete
 
 
+@pytest.mark.slow
 def test_only_the_newest_checkpoints_are_kept(here):
     train(small(out="run", save_every=3, keep=3))
     assert checkpoint.saved_steps("run") == [15, 18, 20]

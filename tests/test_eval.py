@@ -451,6 +451,7 @@ def test_published_averages_are_those_of_their_columns():
     assert [c for c in published("table2")["columns"] if c != "Avg"] == list(TABLE2)
 
 
+@pytest.mark.slow
 def test_every_row_says_how_large_the_model_is_and_how_long_it_was_trained(tmp_path):
     facts = {
         "model": "hope (nano)",
@@ -497,6 +498,7 @@ def test_position_of_a_run(here, capsys):
     assert Path("run/position.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_table_of_a_run_stands_beside_the_published_rows(here, capsys):
     train(small(out="run", tokens=64))
     Path("words.txt").write_text("Where they found it, some wondered. " * 200)

@@ -158,6 +158,7 @@ def count(model, preset, **changes):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.slow
 def test_all_models_of_a_preset_have_equal_parameter_counts(preset):
     sizes = {model: count(model, preset) for model in MIXERS}
     sizes |= {
@@ -276,6 +277,7 @@ def test_greedy_generation_takes_the_argmax_of_full_forwards(name):
     assert torch.equal(streamed, torch.stack(list(model.generate(text[:, :6], 12, top_k=1)), 1))
 
 
+@pytest.mark.slow
 def test_sampling_follows_temperature_and_top_k():
     model, text = build("hope"), tokens(1, 6).repeat(4000, 1)
     with torch.no_grad():

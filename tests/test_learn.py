@@ -199,6 +199,7 @@ def test_what_is_learned_never_changes_the_loss_of_earlier_tokens(name):
             close(model.learn(x)[0][:, : t - 1], model.learn(changed)[0][:, : t - 1], 1e-11)
 
 
+@pytest.mark.slow
 def test_a_saved_stream_goes_on_in_another_process(tmp_path):
     whole, x = {}, stream(2, 31)
     for name in ("hope", "hope_attention", "nested"):
@@ -308,6 +309,7 @@ def check_by_finite_differences(f, model, grads, h=1e-5):
 
 
 @each_variant
+@pytest.mark.slow
 def test_full_gradients_are_finite_differences_of_the_loss_that_learn_returns(name):
     model, x = build(name, cms_step=0.01), stream(2, 14)
 
@@ -320,6 +322,7 @@ def test_full_gradients_are_finite_differences_of_the_loss_that_learn_returns(na
 
 
 @pytest.mark.parametrize("name", ["hope", "hope_attention", "nested", "independent"])
+@pytest.mark.slow
 def test_first_order_gradients_hold_the_inner_gradients_constant(name, monkeypatch):
     """The definition: the same loss as a function of the parameters, with the inner gradients fixed
     at the numbers they have at this point; its finite differences."""
@@ -405,6 +408,7 @@ def test_what_was_learned_can_be_read_and_generated_from_without_learning_more()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.slow
 def test_a_stream_that_repeats_is_learned(seed):
     """Only the CMS levels of a random model of 8 channels learn, yet a fifth of the loss goes."""
     torch.manual_seed(seed)

@@ -138,6 +138,7 @@ def test_rows_of_a_batch_never_share_a_memory(mixer):
 
 
 @each_mixer
+@pytest.mark.slow
 def test_gradients_through_the_writes_equal_finite_differences(mixer):
     x = torch.randn(2, 13, D)
     weights = torch.randn(2, 13, D)

@@ -61,6 +61,7 @@ def test_memory_of_tensors_without_data_is_that_of_tensors_with_data(model):
 
 
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.slow
 def test_memory_of_many_layers_and_rows_is_that_of_few(model):
     config = TrainConfig(model=model, seq_len=128)
     c = HopeConfig.preset("nano", model, **TINY | {"n_layers": 4})
@@ -84,6 +85,7 @@ def test_adamw_holds_sixteen_bytes_a_parameter_and_fsdp_shards_them_all():
 # The command
 
 
+@pytest.mark.slow
 def test_dry_run_counts_and_allocates_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = peak_memory("cpu")
@@ -103,6 +105,7 @@ def test_dry_run_counts_and_allocates_nothing(tmp_path, monkeypatch, capsys):
         assert peak_memory("cpu") - before < 500  # MiB; the weights alone would take 5,000
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_is_refused_with_one_that_does(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = "--preset 340m --model transformer --dry-run --gpus 8 --gpu A10".split()
@@ -125,6 +128,7 @@ def test_bad_flags_of_a_dry_run_are_named(capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_dry_run_knows_the_vocabulary_and_the_passes_of_shards(tmp_path, capsys):
     pytest.importorskip("tokenizers")
     import data

@@ -140,6 +140,7 @@ def test_facts_keep_their_order_in_a_text_of_the_length_asked_for():
         babilong(facts, "Which?", TEXT, 100)
 
 
+@pytest.mark.slow
 def test_ten_million_characters_come_one_sentence_at_a_time():
     longest = 0
     total = 0
@@ -211,6 +212,7 @@ def test_every_label_of_a_language_is_what_a_membership_test_says(language, shor
     assert set(np.unique(targets)) - {IGNORE} == used
 
 
+@pytest.mark.slow
 def test_languages_with_few_words_give_all_of_them_and_others_as_many_as_asked():
     counts = {}
     for language in LANGUAGES:

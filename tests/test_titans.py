@@ -446,6 +446,7 @@ def test_training_at_a_high_learning_rate_stays_finite_and_learns(model, memory,
 @pytest.mark.parametrize(
     "name", ["matrix", "mlp", "momentum", "titans, depth 1", "titans, depth 2"]
 )
+@pytest.mark.slow
 def test_a_token_repeated_4096_times_stays_finite_with_its_gradients(name):
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(1)
@@ -466,9 +467,9 @@ def test_bad_input_is_named_with_its_value_and_the_legal_range():
     refused = [
         (lambda: SelfModifyingTitans(8, 2, chunk=0), r"chunk must be at least 1.*got 0"),
         (lambda: NeuralMemory(8, 2, chunk=-3), r"chunk must be at least 1.*got -3"),
-        (lambda: SelfModifyingTitans(8, 2, memory="mpl"), r"unknown memory 'mpl'.*did you mean 'mlp'"),
-        (lambda: SelfModifyingTitans(8, 2, mode="tokens"), r"unknown mode 'tokens'.*did you mean 'token'"),
-        (lambda: SelfModifyingTitans(8, 2, adaptive=("k", "w")), r"unknown name in adaptive 'w': must be one of k, v, q"),
+        (lambda: SelfModifyingTitans(8, 2, memory="mpl"), r"memory 'mpl'.*mean 'mlp'"),
+        (lambda: SelfModifyingTitans(8, 2, mode="tokens"), r"mode 'tokens'.*mean 'token'"),
+        (lambda: SelfModifyingTitans(8, 2, adaptive=("k", "w")), r"'w': must be one of k, v, q"),
         (lambda: SelfModifyingTitans(8, 2, inner_step=1.5), r"inner_step.*\[0, 1\], got 1.5"),
         (lambda: SelfModifyingTitans(8, 3), r"d_model must be a multiple of n_heads, got 8 and 3"),
         (lambda: NeuralMemory(8, 0), r"d_model must be a multiple of n_heads, got 8 and 0"),

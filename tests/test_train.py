@@ -85,6 +85,7 @@ def test_a_run_is_a_folder_with_everything_in_it(here, capsys, monkeypatch):
     assert (run / "sample.txt").read_text().rstrip("\n") in printed
 
 
+@pytest.mark.slow
 def test_runs_never_overwrite_each_other(here):
     runs = [train(small(tokens=32))["run"] for _ in range(3)]
     assert runs == ["runs/hope-nano", "runs/hope-nano-2", "runs/hope-nano-3"]
@@ -101,11 +102,13 @@ def test_training_learns_the_text(here):
     assert log(run)[-1]["val_bits_per_byte"] < 5  # 8 is a guess
 
 
+@pytest.mark.slow
 def test_same_seed_same_losses_other_seed_other_losses(here):
     first, second, other = (losses(train(small(seed=s, tokens=96))["run"]) for s in (0, 0, 1))
     assert first == second != other
 
 
+@pytest.mark.slow
 def test_logging_validation_and_saving_do_not_change_the_losses(here):
     often = losses(train(small(eval_every=1, save_every=1))["run"])
     assert often == losses(train(small(eval_every=0, save_every=100))["run"])
@@ -232,6 +235,7 @@ def test_validation_leaves_the_model_as_it_was(here):
     assert not model.training
 
 
+@pytest.mark.slow
 def test_accumulated_steps_equal_steps_of_the_whole_batch(here):
     config = {"batch_size": 6, "tokens": 5 * 96}
     whole = losses(train(small(**config))["run"])
@@ -271,6 +275,7 @@ def test_line_of_the_log_torn_by_a_kill_is_left_out(here):
     assert list(losses("cut")) == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_run_stopped_before_its_first_interval_resumes_from_the_start(here):
     with pytest.raises(Stopped):
         train(small(out="cut", save_every=100), stop_after(2))
@@ -278,6 +283,7 @@ def test_run_stopped_before_its_first_interval_resumes_from_the_start(here):
     assert losses("cut") == losses(train(small(out="whole"))["run"])
 
 
+@pytest.mark.slow
 def test_finished_run_continues_with_more_tokens(here):
     first = losses(train(small(out="run"))["run"])
     assert main(["--resume", "run", "--tokens", str(12 * 32)]) == 0
@@ -317,6 +323,7 @@ def test_ctrl_c_finishes_the_step_and_saves(here):
     assert f"after step {last} of" in out
 
 
+@pytest.mark.slow
 def test_kill_in_the_first_moment_of_a_run_starts_it_again(here):
     with pytest.raises(Stopped):
         train(small(out="run"), stop_after(1))
@@ -440,6 +447,7 @@ def test_utilisation_is_counted_flops_over_the_peak_of_a_known_gpu(here, monkeyp
     assert line["mfu"] == pytest.approx(flops * line["tokens_per_s"] / 1e12)
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_every_line_and_the_same_run_after_a_resume(here, monkeypatch):
     calls = []
 
