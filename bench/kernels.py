@@ -27,7 +27,7 @@ import memory
 from bench.cells import numbers, spec_config, split_specs, write_result
 from bench.speed import build, training_step
 from support.checkpoint import first_line
-from support.config import whole_number
+from support.flags import whole_number
 from support.run import device_for
 
 WIDTH = 64  # of a head

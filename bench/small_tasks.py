@@ -245,5 +245,5 @@ def train_cell(cell: Cell, device: str, threads: int) -> dict:
     except NonFinite as error:
         result["error"] = f"step {step + 1}: {error}"
     seconds = time.perf_counter() - began
-    result |= {"steps": step + 1, "loss": loss.item(), "seconds": seconds}
-    return result | {"parameters": count(model)}
+    more = {"steps": step + 1, "loss": loss.item(), "seconds": seconds}
+    return result | more | {"parameters": count(model)}

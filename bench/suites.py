@@ -76,6 +76,7 @@ COLUMNS = {  # suite -> task -> column of the paper's table
     "mqar": {f"{n} pairs": f"{n} pairs" for n in (4, 16, 64)},
 }
 TABLES = {"formal": "table5", "mad": "table4"}
+BINS = {"formal": 2, "mad": 1, "mqar": 1}  # test sets of a task
 
 
 def add_flags(parser) -> None:
@@ -204,10 +205,10 @@ def summary(model: str, tasks: list[str], lines: list[dict]) -> dict:
     row["parameters"] = min(line["parameters"] for line in lines)
     for task in tasks:
         own = [line for line in lines if line["task"] == task]
-        bins = max(len(line["test"] or [0]) for line in own)
         seeds = {}
         for line in own:  # what diverged has learned nothing
-            seeds.setdefault(line["seed"], []).append(line["test"] or [0.0] * bins)
+            nothing = [0.0] * BINS[line["suite"]]
+            seeds.setdefault(line["seed"], []).append(line["test"] or nothing)
         scores = 100 * np.array([np.mean(values, 0) for values in seeds.values()])  # [seeds, bins]
         row["mean"][task] = scores.mean(0).tolist()
         row["worst"][task] = scores.min(0).tolist()
@@ -244,7 +245,7 @@ def draw(path: Path, suite: str, tasks: list[str], rows: list[dict]) -> None:
     """Heat-map of mean accuracy: our models, and below them the published ones."""
     from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
 
-    bins = len(rows[0]["mean"][tasks[0]]) if suite == "formal" else 1
+    bins = BINS[suite]
     names = [row["model"] for row in rows]
     values = [np.concatenate([row["mean"][task] for task in tasks]) for row in rows]
     if suite in TABLES:
