@@ -72,7 +72,7 @@ def test_bad_input_is_one_line_and_writes_nothing(here, capsys):
         "optimizers --optimizers m3,adam": "adamw, muon, m3",
         "digits --optimizers adam": "adamw, muon, m3",
         "digits --lrs 0": "lr must be above 0, got 0.0",
-        "kernels --device cpu": "measured on a CUDA GPU",
+        "kernels --device cpu": "must be a CUDA GPU",
         "kernels --chunk 0": "at least 1",
     }
     before = sorted(here.rglob("*"))
