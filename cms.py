@@ -17,7 +17,6 @@ A tick is a token (in context, learn.py) or a training step (`optimizers.LevelOp
 token clock the parameters are the initial weights w_0, learned in training; the weights of the
 moment ("fast weights", one copy per batch row) live in the state, so that the gradient of what is
 read later flows back into w_0. One level that never updates is a Transformer's SwiGLU block.
-
 `python cms.py` shows the calendar of each variant, and what an update costs.
 """
 

@@ -14,16 +14,16 @@ W_t = W_{t-1} (alpha_t I - eta_t k_t k_t^T) + eta_t u_t k_t^T.
 Glossary, in NL's names (the Titans paper swaps eta and theta):
 
     k, q   [..., T, dk]   key written to, key read from
-    u      [..., T, dv]   what is written: a target, or minus a gradient
+    u      [..., T, dv]   what is written: a target (delta 1), or minus a gradient (delta 0)
     W, S   [..., dv, dk]  fast weights and their momentum
     eta    [..., T]       step size of the inner learning
-    alpha  [..., T]       retention in (0, 1]: how much of W a token keeps; 1 forgets nothing
+    alpha  [..., T]       retention in (0, 1]: W is multiplied by it at every token; 1: no decay
     theta  [..., T]       decay of the momentum, in [0, 1)
     delta  number or [..., T]
     tile   tokens that `scan` computes at once; never changes the result
     chunk  tokens that share their gradients: part of a *model*, changes the result
 
-The recurrence is sequential, yet a tile of C tokens can be computed at once, exactly. Let
+A tile of C tokens, from weights W_0 on, can nevertheless be computed at once, exactly. Let
 P[t, s] = prod_{i=s+1..t} alpha_i (t, s = 0..C, lower triangular) and likewise with theta. Then
 c = P_alpha P_theta (without momentum c = P_alpha) is the weight of write s in W_t;
 a = P_alpha[:, 0] and b = c[:, 0] are the weights of W_0 and S_0. The errors
@@ -36,7 +36,8 @@ r_t = u_t - delta_t W_{t-1} k_t, with e = eta r, solve one unit lower triangular
 
 Solving for r and not for e = eta r keeps every gradient free of divisions, also at eta = 0.
 
-`python memory.py` shows a memory at work.
+`scan_stepwise` is the definition, `scan` the fast form, `write` applies it to a network's layers;
+self-modifying Titans repeat it in fused form (fused.py, kernels.py). Try `python memory.py`.
 """
 
 import contextlib

@@ -5,23 +5,22 @@ and queries; a deep memory takes momentum steps of the l2 gradient, with step si
 retention read off the token.
 
 `SelfModifyingTitans` (NL section 8) lets memories make all of that themselves. Per head there is
-one memory for each of k, v, eta, alpha and for the content. W_0 is the initial weights, learned in
-training; W_t is what the text has taught since. With M_t(z) = z + (W_0 + W_t) z (or the MLP
-z + W1 silu(W2 z), NL eq. 89, both layers of that form; eta and alpha are single rows without
-residual), everything generated from the weights at the boundary of the chunk:
+one memory for each of k, v, eta, alpha and for the content, M_t(z) = z + (W_0 + W_t) z: W_0, the
+`start` parameters, is learned in training; W_t, which begins at 0, is what the text has taught. (Or
+the MLP z + W1 silu(W2 z), NL eq. 89, both layers of that form; eta and alpha are single rows
+without residual.) Everything is generated from the weights at the boundary of the chunk:
 
-    k = l2norm(M_k(x))                         v = l2norm(M_v(x))
-    alpha = exp(-A softplus(M_alpha(x) + b))   eta = (1 + alpha) sigmoid(M_eta(x) + b)
-    targets  v^_m = M_m(v)                     for every memory m: its own choice     (NL eq. 83-85)
-    write    W_m <- alpha W_m - eta (M_m(k) - v^_m) k^T   at the running weights  (NL eq. 88, 93)
-    read     y = M_memory,t(q)                 the running weights of the token          (NL eq. 86)
+    k = l2norm(M_k(x))                              v = l2norm(M_v(x))
+    alpha = exp(-A softplus(M_alpha(x) + b_alpha))  eta = (1 + alpha) sigmoid(M_eta(x) + b_eta)
+    targets  v^_m = M_m(v)              for every memory m: its own choice            (NL eq. 83-85)
+    write    W_m <- alpha W_m - eta (M_m(k) - v^_m) k^T    alpha forgets towards W_0 (NL eq. 88, 93)
+    read     y = M_memory,t(q)          at the running weights of the token              (NL eq. 86)
 
 All first layers share the key k, eta and alpha, so they are ONE memory with stacked rows
 [memory | k | v | eta | alpha]: one read, one triangular system and one write per chunk, not five.
 
-Numbers of deviations from the paper refer to docs/paper.md, which gives the reasons.
-
-`python titans.py` trains one layer to look up pairs it has just been shown.
+docs/paper.md gives the reasons of the numbered deviations. `python titans.py` trains one layer to
+look up pairs it has just been shown.
 """
 
 import math
@@ -193,7 +192,8 @@ class SelfModifyingTitans(nn.Module):
         z_alpha = gates[..., 1] + self.b_alpha[:, None]  # [B, H, C], as all rates
         alpha = retention_of(z_alpha, self.inner_step * self.log_A.exp()[:, None])
         eta = self.inner_step * torch.sigmoid(gates[..., 0] + self.b_eta[:, None])
-        eta = eta * (1 + alpha) if self.dgd else eta / self.chunk  # deviation 5
+        # deviation 5: along k the state is multiplied by alpha - eta, which must stay above -1
+        eta = eta * (1 + alpha) if self.dgd else eta / self.chunk
         theta = None
         if self.momentum:
             theta = torch.sigmoid(gates[..., 2] + self.b_theta[:, None])
