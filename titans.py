@@ -19,8 +19,9 @@ without residual.) Everything is generated from the weights at the boundary of t
 All first layers share the key k, eta and alpha, so they are ONE memory with stacked rows
 [memory | k | v | eta | alpha]: one read, one triangular system and one write per chunk, not five.
 
-docs/paper.md gives the reasons of the numbered deviations. `python titans.py` trains one layer to
-look up pairs it has just been shown.
+`SelfModifyingTitans._chunk` is the definition. By default a layer runs the same step in fused form,
+which repeats it (fused.py; on a GPU kernels.py): whoever changes `_chunk` sets `self.fused = False`
+in `__init__`, else training ignores the change. docs/paper.md explains the numbered deviations.
 """
 
 import math
@@ -96,7 +97,7 @@ class SelfModifyingTitans(nn.Module):
         n = 1 + len(self.adaptive)  # memories with an output of width d
         gates = 3 if momentum else 2  # single rows: eta, alpha, theta
         self.usual = memory == "matrix" and self.adaptive == ["k", "v"] and not momentum
-        self.fused = self.usual and mode == "token" and dgd
+        self.fused = self.usual and mode == "token" and dgd  # False: `_chunk` computes everything
 
         streams = 1 + len(self.static)
         self.in_proj = linear(d_model, streams * d_model)  # deviation 10
@@ -175,8 +176,7 @@ class SelfModifyingTitans(nn.Module):
     def _chunk(self, streams, boundary, running, momentum):
         """Tokens of one chunk, generated from `boundary`, read and written from `running` on.
 
-        This is the definition; `_all_chunks` repeats it (to change it, set self.fused = False).
-        streams: x and the static projections, [B, H, C, d]. Returns (y, running, momentum).
+        The definition. streams: x and static projections, [B, H, C, d] -> (y, running, momentum).
         """
         x = streams["x"]
         d = self.d
@@ -203,7 +203,7 @@ class SelfModifyingTitans(nn.Module):
         # every memory chooses its target
         targets, gate_targets = self._outputs(boundary, v)  # [B, H, n, C, d], [B, H, C, gates]
         u = targets - k.unsqueeze(-3)
-        at = initial if self.dgd else boundary  # the part of M(k) that the scan does not know
+        outside = initial if self.dgd else boundary  # the part of M(k) that the scan does not hold
         mlp = len(running) > 1
         if mlp:  # the first layer is a memory from k to -gradient
             z = (k @ boundary[0][..., : n * d, :].mT).unflatten(-1, (n, d)).transpose(-3, -2)
@@ -211,10 +211,10 @@ class SelfModifyingTitans(nn.Module):
             g = ((h @ boundary[1].mT - u) @ boundary[1]) * silu_derivative(z)
             u1 = -g / (1 + boundary[1].square().sum((-2, -1), keepdim=True))  # deviation 7
         else:
-            known = (k @ at[0][..., : n * d, :].mT).unflatten(-1, (n, d))
-            u1 = u - known.transpose(-3, -2)
+            read_outside = (k @ outside[0][..., : n * d, :].mT).unflatten(-1, (n, d))
+            u1 = u - read_outside.transpose(-3, -2)
         u1 = u1.transpose(-3, -2).flatten(-2)  # [B, H, C, n d]
-        u1 = torch.cat([u1, gate_targets - k @ at[0][..., n * d :, :].mT], -1)
+        u1 = torch.cat([u1, gate_targets - k @ outside[0][..., n * d :, :].mT], -1)
         # Write, and read at the running weights. All rows are read at q though only memory's own
         # are needed: a second scan for the others would cost more.
         S = momentum[0] if momentum else None
@@ -230,7 +230,7 @@ class SelfModifyingTitans(nn.Module):
             S = momentum[1] if momentum else None
             hq = F.silu(y)
             read_at = hq.unsqueeze(-3).expand_as(h)
-            y, W, S = scan(running[1], h, u - h @ at[1].mT, q=read_at, S=S, **rates, **rule)
+            y, W, S = scan(running[1], h, u - h @ outside[1].mT, q=read_at, S=S, **rates, **rule)
             y = y[..., 0, :, :] + hq @ initial[1][:, 0].mT
             running = [running[0], W]
             momentum = momentum and [momentum[0], S]
