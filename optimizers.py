@@ -267,8 +267,8 @@ class Momentum(GradientDescent):
     last 44 hold 99%. output: how M is read, "linear" or, for matrices, "newton_schulz".
     """
 
-    def __init__(self, params, lr=1e-2, momentum=0.9, weight_decay=0.0, output="linear", **rates):
-        super().__init__(params, lr, weight_decay, momentum=momentum, output=output, **rates)
+    def __init__(self, params, lr=1e-2, momentum=0.9, weight_decay=0.0, output="linear"):
+        super().__init__(params, lr, weight_decay, momentum=momentum, output=output)
 
     def write(self, g, state, group):
         return tensor(state, "M", g).mul_(group["momentum"]).add_(g)
@@ -284,7 +284,8 @@ class PreconditionedMomentum(Momentum):
 
     def __init__(self, params, lr=1e-3, momentum=0.9, beta=0.999, eps=1e-8, weight_decay=0.0,
                  output="linear"):
-        super().__init__(params, lr, momentum, weight_decay, output, beta=beta, eps=eps)
+        rates = {"momentum": momentum, "beta": beta, "eps": eps}
+        GradientDescent.__init__(self, params, lr, weight_decay, **rates, output=output)
 
     def write(self, g, state, group):
         beta = group["beta"]
@@ -304,7 +305,8 @@ class DeltaMomentum(Momentum):
     matrices = True
 
     def __init__(self, params, lr=1e-2, momentum=0.9, delta=0.2, weight_decay=0.0, output="linear"):
-        super().__init__(params, lr, momentum, weight_decay, output, delta=delta)
+        rates = {"momentum": momentum, "delta": delta}
+        GradientDescent.__init__(self, params, lr, weight_decay, **rates, output=output)
 
     def write(self, g, state, group):
         M = tensor(state, "M", g)

@@ -804,6 +804,12 @@ def test_bad_hyper_parameters_are_refused(name):
         assert len(optimizer.param_groups) == 1
 
 
+def test_unknown_hyper_parameters_are_refused():
+    for make in ALL[1:]:  # GradientDescent's constructor takes those of all others
+        with pytest.raises(TypeError, match="unexpected keyword argument 'momentun'"):
+            make([nn.Parameter(torch.zeros(3, 4))], momentun=0.5)
+
+
 @pytest.mark.parametrize("make", [*MATRICES, lambda w: Momentum(w, output="newton_schulz")])
 def test_matrix_optimizers_refuse_vectors_and_stacks(make):
     for shape in ((4,), (2, 3, 4)):
