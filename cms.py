@@ -82,8 +82,8 @@ class CMS(nn.Module):
     falls on the end of a fast chunk, and only the last level may have chunk=None.
     variant: one of VARIANTS.
     out_scale: factor on the initial w_out; 1 / sqrt(2 n_layers) keeps a deep stream at unit scale.
-    step: None, or the initial inner step size of every updating level (a number, or one per level),
-    from then on learned, as its logarithm.
+    step: the initial inner step size of every updating level (a number, or one per level), from
+    then on learned, as its logarithm; None: none of its own.
 
     state is None when nothing updates in context, else {"position": ticks seen, "fast", "sums"},
     two lists with an entry per level: its fast weights (see MLP.forward), None for a level that
@@ -111,9 +111,9 @@ class CMS(nn.Module):
         if variant == "independent":
             self.mix = nn.Parameter(torch.full((len(levels),), 1 / len(levels)))
         self.log_step = None
-        if step is not None:
+        if step is not None and chunks[0] is not None:
             steps = self.steps(step)
-            if min(steps, default=1) <= 0:
+            if min(steps) <= 0:
                 raise ValueError(f"step must be above 0 where it is learned, got {step}")
             self.log_step = nn.Parameter(torch.tensor(steps, dtype=self.mlps[0].w_in.dtype).log())
 
@@ -169,9 +169,10 @@ class CMS(nn.Module):
     def update(self, state, grads, step=None):
         """NL 71 at tick state["position"]: every level adds `grads` to its sum; the due ones step.
 
-        grads: an entry per level, like state["fast"]: the gradient of the summed loss of the ticks
-        since the last call, of which every tick at which a level is due must be the end. step: see
-        `steps`. Returns the new state; nothing is written in place, all can be differentiated.
+        grads: an entry per level, like state["fast"]: the gradient of the mean loss of the last
+        chunk of the fastest level. A level steps along the mean gradient of its own chunk, so that
+        a step size means the same for every chunk. step: see `steps`. Returns the new state;
+        nothing is written in place, all can be differentiated.
         """
         due = self.due(state["position"])
         resets = self.resets(state["position"])
@@ -187,6 +188,7 @@ class CMS(nn.Module):
                     w = self.mlps[number].start(w["w_in"].shape[0])
                     total = None
                 elif number in due:
+                    eta = eta * self.levels[0].chunk / self.levels[number].chunk  # sum to mean
                     w = {name: w[name] - eta * total[name] for name in w}
                     total = None
             fast.append(w)

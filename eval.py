@@ -33,7 +33,7 @@ from bench.harness import harness
 from bench.long_context import babilong_accuracy, needle_words, needles, position
 from bench.scorer import Scorer
 from bench.tables import beside, cell, draw_position, markdown, published
-from support.flags import Parser, whole_number, whole_numbers
+from support.flags import Parser, updates_flag, whole_number, whole_numbers
 from support.run import Run
 from support.vocabulary import n_bytes
 from train import NonFinite, validate
@@ -68,15 +68,18 @@ LOCAL_NOTES = {
 }
 
 
-def evaluate(folder: str, data: str | None = None, device: str = "auto") -> dict:
+def evaluate(
+    folder: str, data: str | None = None, device: str = "auto", cms_updates: str | None = None
+) -> dict:
     """Scores of a run on its held-out text, or on all of `data`; also written to eval.json.
 
     Every token is scored once, in windows as long as the training rows, memories starting afresh in
     each. Bits per byte divide by the bytes of the text, so models of any tokenizers compare.
+    cms_updates: see Run.open.
     Raises FileNotFoundError or ValueError for a folder that is no run, a damaged checkpoint, bad
     data, a device that is not there; NonFinite.
     """
-    run = Run.open(folder, device)
+    run = Run.open(folder, device, cms_updates)
     text, tokens, size = run.text(data)
     config = run.config
     rows = config.micro_batch or config.batch_size
@@ -91,6 +94,7 @@ def evaluate(folder: str, data: str | None = None, device: str = "auto") -> dict
         "bytes": size,
         "tokens": count,
         "seq_len": config.seq_len,
+        "cms_steps_in_context": run.model.config.cms_updates,
     }
     run.record(result)
     return result
@@ -237,7 +241,7 @@ def run_tasks(args) -> None:
         near = difflib.get_close_matches(name, TABLES, 1, 0.82)
         if near:
             raise ValueError(f"unknown task {name!r}: did you mean {near[0]!r}?")
-    run = Run.open(args.run, args.device)
+    run = Run.open(args.run, args.device, args.cms_updates)
     facts = run.facts()
     print(
         f"{args.run}: {facts['model']}, {facts['parameters']:,} parameters, "
@@ -280,6 +284,7 @@ def parser() -> Parser:
     p.add_argument("--context", **number, help="tokens of a row of position (default: 8 rows)")
     p.add_argument("--seed", type=int, default=0, help="of table1 and babilong (default: 0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    updates_flag(p)
     return p
 
 
@@ -293,12 +298,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.tasks is not None:
             run_tasks(args)
             return 0
-        result = evaluate(args.run, args.data, args.device)
+        result = evaluate(args.run, args.data, args.device, args.cms_updates)
     except (ValueError, OSError, NonFinite, torch.OutOfMemoryError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         return 2
     size = f"{result['bytes']:,} bytes, {result['tokens']:,} tokens"
-    print(f"{args.run} on {result['text']} ({size})")
+    steps = f"CMS steps in context {result['cms_steps_in_context']}"
+    print(f"{args.run} on {result['text']} ({size}), {steps}")
     print(f"{result['bits_per_byte']:>10.4f} bits per byte")
     print(f"{result['byte_perplexity']:>10.4f} perplexity per byte")
     print(f"{result['token_perplexity']:>10.4f} perplexity per token")

@@ -112,7 +112,10 @@ class HopeConfig:
     hidden: int | None = None  # feed-forward width, all levels together; None: equal parameters
     levels: list | None = None  # chunks of the CMS in tokens, fast to slow; a None never updates
     variant: str = "sequential"  # of the CMS, see cms.VARIANTS
-    cms_step: float | list | None = None  # first inner step(s), then learned; None: see `learn`
+    cms_updates: str | None = None  # one of learn.UPDATES; None: first_order if a level updates
+    cms_blocks: int | None = None  # the last so many blocks have `levels`; None: all
+    cms_step: float | list | None = 0.1  # first inner step(s), then learned; None: see `learn`
+    cms_clip: float = 1.0  # longest inner gradient of a row; a longer one is scaled to it
     conv: int | None = None  # tokens of the short convolution, 0: none; None: the model's usual
     chunk: int = 64  # tokens between generations of a memory's keys, values and rates (TTT: <= 16)
     memory: str = "matrix"  # or "mlp"
@@ -133,22 +136,29 @@ class HopeConfig:
     def __post_init__(self):
         one_of("model", self.model, MIXERS)
         if self.levels is None:
-            self.levels = [512, None] if self.model.startswith("hope") else [None]
+            self.levels = [64, 256, None] if self.model.startswith("hope") else [None]
         for f in dataclasses.fields(self):
             setattr(self, f.name, _of_kind(f.name, getattr(self, f.name), f.type))
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "hidden", "conv", "expand"):
+        if self.cms_updates is None:
+            self.cms_updates = "first_order" if self.levels and self.levels[0] else "off"
+        one_of("cms_updates", self.cms_updates, learn.UPDATES)
+        sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "hidden", "conv", "expand")
+        for name in (*sizes, "cms_blocks"):
             value = getattr(self, name)
             least = 0 if name == "conv" else 1
             if value is not None and value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value}")
-        for name in ("norm_eps", "rope_base"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("norm_eps", "rope_base", "cms_clip"):
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)}")
+        if self.learners > self.n_layers:
+            wanted = f"at most n_layers, {self.n_layers}"
+            raise ValueError(f"cms_blocks must be {wanted}, got {self.cms_blocks}")
         with torch.device("meta"):  # nothing is allocated
             mixers = [make(self) for make in layer_kinds(self.model)]
             if self.hidden is None:
                 self.hidden = self._equal_hidden(mixers)
-            self.new_cms()
+            self.new_cms(self.n_layers - 1)
 
     def _equal_hidden(self, mixers):
         """Feed-forward width at which blocks have Transformer++'s parameters (SwiGLU of 8/3 d)."""
@@ -156,8 +166,9 @@ class HopeConfig:
         n = len(self.levels)
         target = 4 * d * d + 3 * d * (8 * round(d / 3)) + 2 * d
         layers = [count(mixers[layer % len(mixers)]) for layer in range(self.n_layers)]
-        mean = sum(layers) / self.n_layers
-        each = round((target - mean - d * (n + 1)) / (3 * d * n) / 4) * 4 if n else 0
+        norms = d * (2 + (n - 1) * self.learners / self.n_layers)
+        mean = sum(layers) / self.n_layers + norms
+        each = round((target - mean) / (3 * d * n) / 4) * 4 if n else 0
         if n and each < 4:
             left = f"leaves no parameters for {n} CMS levels; set hidden or fewer levels"
             raise ValueError(f"{self.model} at d_model {d} {left}")
@@ -199,8 +210,16 @@ class HopeConfig:
         """Of projections into the residual stream: its variance does not grow with depth."""
         return (2 * self.n_layers) ** -0.5
 
-    def new_cms(self):
-        """The CMS of a block."""
+    @property
+    def learners(self):
+        """How many blocks, the last ones, have a CMS of several `levels`."""
+        return self.n_layers if self.cms_blocks is None else self.cms_blocks
+
+    def new_cms(self, layer):
+        """The CMS of a block: `levels`, or before the last `cms_blocks` an ordinary MLP."""
+        if layer < self.n_layers - self.learners:
+            return CMS(self.d_model, [Level(None, self.hidden)], "sequential", self.out_scale,
+                       eps=self.norm_eps)
         n = len(self.levels)
         if n and self.hidden % n:
             raise ValueError(f"hidden must be a multiple of {n}, the CMS levels, got {self.hidden}")
@@ -232,7 +251,7 @@ class Block(nn.Module):
         kinds = layer_kinds(config.model)
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mixer = kinds[layer % len(kinds)](config)
-        self.cms = config.new_cms()
+        self.cms = config.new_cms(layer)
 
     def forward(self, x, state):
         if self.recompute and torch.is_grad_enabled():
@@ -259,12 +278,12 @@ class Hope(nn.Module):
         if not config.tied:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(self, tokens, state=None, updates="off", step=None):
+    def forward(self, tokens, state=None, updates=None, step=None):
         """Read tokens. Raises ValueError for ids out of range.
 
-        updates: one of learn.UPDATES, whether the CMS levels take steps in context; step: how long,
-        see `learn`. A state that was read on with updates "off" has lost its place in the chunk:
-        from there on it can only be read.
+        updates: one of learn.UPDATES, whether the CMS levels take steps in context; None: as the
+        config says. step: how long, see `learn`. A state that was read on with updates "off" has
+        lost its place in the chunk: from there on it can only be read so.
         """
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
             got = f"shape {tuple(tokens.shape)} of {tokens.dtype}"
@@ -272,9 +291,7 @@ class Hope(nn.Module):
         # On a GPU the check would stall the stream; the embedding asserts there.
         if not tokens.is_cuda and not torch.compiler.is_compiling():
             self._check_ids(tokens)
-        if one_of("updates", updates, learn.UPDATES) == "off":
-            return self.read(tokens, state)
-        return learn.read_and_update(self, tokens, state, updates == "full", step)
+        return self.unchecked(tokens, state, updates, step)
 
     def _check_ids(self, tokens):
         low = tokens.min().item()
@@ -283,23 +300,44 @@ class Hope(nn.Module):
             wrong = low if low < 0 else high
             raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), got {wrong}")
 
-    def read(self, tokens, state=None):
-        """`forward` without checks, and without steps of the CMS levels."""
-        x = self.embedding(tokens)  # [B, T, d_model]
-        states = []
-        for i, block in enumerate(self.blocks):
-            x, own = block(x, state and state["blocks"][i])
-            states.append(own)
-        table = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(x), table), {"blocks": states}
+    def unchecked(self, tokens, state=None, updates=None, step=None):
+        """`forward` without a look at the tokens."""
+        updates = self.config.cms_updates if updates is None else updates
+        if one_of("updates", updates, learn.UPDATES) == "off":
+            return self.read(tokens, state)
+        return learn.read_and_update(self, tokens, state, updates == "full", step)
 
-    def learn(self, tokens, state=None, updates="first_order", step=None):
+    def read(self, tokens, state=None):
+        """The same with updates "off": no CMS level takes a step."""
+        x = self.embedding(tokens)  # [B, T, d_model]
+        x, states = self.through(self.blocks, x, state and state["blocks"])
+        return self.logits(x), {"blocks": states}
+
+    @property
+    def learners(self):
+        """The blocks whose CMS levels learn in context: the last ones."""
+        return self.blocks[len(self.blocks) - self.config.learners :]
+
+    def through(self, blocks, x, states=None):
+        """x [B, T, d_model] through blocks in a row -> (x, their states)."""
+        after = []
+        for i, block in enumerate(blocks):
+            x, state = block(x, states and states[i])
+            after.append(state)
+        return x, after
+
+    def logits(self, x):
+        """[B, T, d_model] after the last block -> [B, T, vocab_size]."""
+        table = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(self.norm(x), table)
+
+    def learn(self, tokens, state=None, updates=None, step=None):
         """Read a stream and learn from it in context (NL 70-74). tokens [B, T] -> (loss, state).
 
         loss [B, T], in nats: of every token, given all before it; [B, T - 1] without a state, as
         nothing predicts the first token of a stream. step: inner step size of the CMS levels, a
-        number or one for each level that updates; None: the learned ones. It multiplies the *sum*
-        over tokens (NL 71).
+        number or one for each level that updates; None: the learned ones. It multiplies the mean
+        gradient of a level's chunk: NL 71 with eta_t = step / chunk.
 
         Under torch.no_grad() this is learning at test time. Otherwise the loss is differentiable:
         the initial weights are trained *through* the updates ("full": exact, second order, by the
@@ -307,6 +345,7 @@ class Hope(nn.Module):
         constants). Raises ValueError for a model without a level that updates, a fastest chunk of
         one token, a step that is missing or negative, a state that was read with updates off.
         """
+        updates = self.config.cms_updates if updates is None else updates
         if updates == "off":
             raise ValueError("updates must be 'first_order' or 'full' to learn, got 'off'")
         logits, after = self(tokens, state, updates, step)
@@ -361,8 +400,8 @@ class Hope(nn.Module):
         for block in self.blocks:
             found = block.mixer.components()
             for i, (mlp, level) in enumerate(zip(block.cms.mlps, block.cms.levels, strict=True)):
-                if level.chunk is not None:
-                    context = "next-token loss, with `updates` on"
+                if level.chunk is not None and self.config.cms_updates != "off":
+                    context = "next-token loss, in context"
                     own = (count(mlp), level.chunk)
                     every = f"every {level.chunk} tokens"
                     found.append(component(f"CMS level {i + 1}", every, context, *own))

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layers import by_chunk, map_state, tensors
+from layers import map_state, tensors
 from memory import full_precision
 
 UPDATES = ("off", "first_order", "full")  # of the CMS levels on the token clock
@@ -71,73 +71,87 @@ def start_stream(model, batch):
         why = "to learn in context: one token has no loss term of its own"
         have = model.config.levels
         raise ValueError(f"levels must begin with a chunk of at least 2 tokens {why}, got {have}")
-    blocks = [{"mixer": None, "cms": block.cms.start_state(batch)} for block in model.blocks]
+    blocks = [{"mixer": None, "cms": None} for _ in model.blocks]
+    for block, state in zip(model.learners, blocks[-len(model.learners) :], strict=True):
+        state["cms"] = block.cms.start_state(batch)
     if not torch.is_grad_enabled():  # a state is apart from the weights; training needs the views
         blocks = map_state(torch.clone, blocks)
-    device = model.embedding.weight.device
-    stream = {
-        "mixers": [None] * len(blocks),  # states of the mixers at the start of the chunk
-        "tokens": torch.empty(batch, 0, dtype=torch.int64, device=device),  # of the chunk so far
+    weight = model.embedding.weight
+    stream = {  # of the chunk so far, or of a whole one after which no token has come
+        "mixers": [None] * len(model.learners),  # their states at its start
+        "tokens": torch.empty(batch, 0, dtype=torch.int64, device=weight.device),
+        "x": weight.new_empty(batch, 0, weight.shape[1]),  # what the learners read
         "logits": None,  # of the last token, [batch, vocab]
     }
     return {"blocks": blocks, "stream": stream}
 
 
 def read_and_update(model, tokens, state, full, step):
-    """Read tokens [B, T] chunk by chunk; after each whole chunk the due levels take a step.
+    """Read tokens [B, T]; with the first token after a chunk the due levels take a step.
 
-    full: differentiate through the inner gradients too (second order). step: inner step sizes, see
+    The blocks below the learners depend on no step, so they read all tokens at once. full:
+    differentiate through the inner gradients too (second order). step: inner step sizes, see
     CMS.steps. Returns (logits [B, T, vocab], state). Raises ValueError for a state that was read
     with updates off, or is of other rows.
     """
-    batch, T = tokens.shape
     chunk = model.config.levels[0]
     outer = torch.is_grad_enabled()
     if state is None:
-        state = start_stream(model, batch)
+        state = start_stream(model, len(tokens))
     if state.get("stream") is None:
         raise ValueError("state must come from a call with updates on, got one without")
-    rows = state["stream"]["tokens"].shape[0]
-    if rows != batch:
-        raise ValueError(f"state must have as many rows as tokens, {batch}, got {rows}")
-    for block in model.blocks:
+    stream = state["stream"]
+    rows, stored = stream["tokens"].shape
+    if rows != len(tokens):
+        raise ValueError(f"state must have as many rows as tokens, {len(tokens)}, got {rows}")
+    for block in model.learners:
         block.cms.steps(step)  # raises for a bad one
-    blocks = state["blocks"]
-    mixers = state["stream"]["mixers"]
-    so_far = state["stream"]["tokens"]
+    n_below = len(model.blocks) - len(model.learners)
+    below = state["blocks"][:n_below]
+    blocks = state["blocks"][n_below:]
+    mixers = stream["mixers"]
     outputs = []
-    for piece, begins in by_chunk(so_far.shape[1], T, chunk):
-        new = tokens[:, piece]
-        so_far = torch.cat([so_far, new], 1)
-        complete = so_far.shape[1] == chunk
-        with twice_differentiable(model) if full else contextlib.nullcontext():
-            if not (begins and complete):
-                logits, after = model.read(new, {"blocks": blocks})
-            if complete:  # read the whole chunk (again, if it came in pieces) and differentiate
-                starts = []
-                for mixer, block in zip(mixers, blocks, strict=True):
-                    starts.append({"mixer": mixer, "cms": block["cms"]})
-                read = inner_gradients(model, so_far, starts, retain=outer, create=outer and full)
-                gradients = read[2]
-                if begins:
-                    logits, after = read[:2]
-        blocks = after["blocks"]
-        if complete:
-            for block, own, gradient in zip(model.blocks, blocks, gradients, strict=True):
+    with twice_differentiable(model) if full and outer else contextlib.nullcontext():
+        x, below = model.through(model.blocks[:n_below], model.embedding(tokens), below)
+        x = torch.cat([stream["x"], x], 1)  # from the start of the chunk on
+        tokens = torch.cat([stream["tokens"], tokens], 1)
+        T = tokens.shape[1]
+        for begin in range(0, T, chunk):
+            end = begin + chunk
+            new = max(begin, stored)  # tokens before it were read by earlier calls
+            if end >= T:  # no token follows (yet) that would see a step
+                y, blocks = model.through(model.learners, x[:, new:], blocks)
+                outputs.append(model.logits(y))
+                break
+            # read the chunk from its start, differentiate, step
+            starts = []
+            for mixer, own in zip(mixers, blocks, strict=True):
+                position = own["cms"]["position"] - (new - begin)
+                starts.append({"mixer": mixer, "cms": own["cms"] | {"position": position}})
+            piece = slice(begin, end)
+            logits, blocks, gradients = inner_gradients(
+                model, x[:, piece], tokens[:, piece], starts, retain=outer, create=outer and full
+            )
+            outputs.append(logits[:, new - begin :])
+            for block, own, gradient in zip(model.learners, blocks, gradients, strict=True):
                 own["cms"] = block.cms.update(own["cms"], gradient, step)
             mixers = [own["mixer"] for own in blocks]
-            so_far = so_far[:, :0]
-        outputs.append(logits)
-    stream = {"mixers": mixers, "tokens": so_far, "logits": logits[:, -1]}
-    return torch.cat(outputs, 1), {"blocks": blocks, "stream": stream}
+    stream = {
+        "mixers": mixers,
+        "tokens": tokens[:, begin:].clone(),  # copies: the state does not keep what is done alive
+        "x": x[:, begin:].clone(),
+        "logits": outputs[-1][:, -1],
+    }
+    return torch.cat(outputs, 1), {"blocks": below + blocks, "stream": stream}
 
 
 @torch.enable_grad()
-def inner_gradients(model, tokens, blocks, retain, create):
-    """One chunk [B, C] read from `blocks`, and the gradient of its summed loss at the fast weights.
+def inner_gradients(model, x, tokens, blocks, retain, create):
+    """A chunk x [B, C, d_model] read from the states `blocks`, and gradients at the fast weights.
 
-    retain: keep the graph for an outer gradient; create: the graph of the gradients too. Returns
-    (logits, state, gradients), the last a dict or None per block and level, as the fast weights.
+    Those of each row's mean loss, together clipped to the norm `cms_clip`. retain: keep the graph
+    for an outer gradient; create: the graph of the gradients too. Returns (logits, states,
+    gradients), the last a dict or None per block and level, as the fast weights.
     """
 
     def alias(w):
@@ -148,15 +162,20 @@ def inner_gradients(model, tokens, blocks, retain, create):
     read_from = []
     for block, own in zip(blocks, fast, strict=True):
         read_from.append(block | {"cms": block["cms"] | {"fast": own}})
-    logits, state = model.read(tokens, {"blocks": read_from})
+    y, after = model.through(model.learners, x, read_from)
+    logits = model.logits(y)
     predictions = full_precision(logits[:, :-1]).flatten(0, 1)  # [B * (C - 1), vocab]
     loss = F.cross_entropy(predictions, tokens[:, 1:].flatten(), reduction="sum")
+    loss = loss / (tokens.shape[1] - 1)
     found = torch.autograd.grad(loss, tensors(fast), retain_graph=retain, create_graph=create)
+    norms = torch.stack([torch.linalg.vector_norm(g, dim=(1, 2)) for g in found])  # [tensors, B]
+    limit = model.config.cms_clip
+    scale = limit / torch.linalg.vector_norm(norms, dim=0).clamp(min=limit)
     found = iter(found)
-    gradients = map_state(lambda _: next(found), fast)
-    for own, block in zip(state["blocks"], blocks, strict=True):
+    gradients = map_state(lambda _: next(found) * scale[:, None, None], fast)
+    for own, block in zip(after, blocks, strict=True):
         own["cms"] = own["cms"] | {"fast": block["cms"]["fast"]}
     if not retain:
         logits = logits.detach()
-        state = map_state(torch.Tensor.detach, state)
-    return logits, state, gradients
+        after = map_state(torch.Tensor.detach, after)
+    return logits, after, gradients

@@ -612,11 +612,12 @@ def optimizer_by_name(model, name="adamw", lr=3e-3, weight_decay=0.1, betas=(0.9
         not_decayed = set(map(id, plain))
         matrices = []
         decayed = [p for p in model.parameters() if id(p) not in not_decayed]
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = []
+    for params, decay in ((decayed, weight_decay), (plain, 0.0)):
+        for sharded in (True, False):  # fused steps take no mix of them
+            own = [p for p in params if hasattr(p, "full_tensor") == sharded]
+            if own:
+                groups.append({"params": own, "weight_decay": decay})
     parts = []
     if matrices:
         parts.append(MATRIX_OPTIMIZERS[name](matrices, lr=lr, weight_decay=weight_decay))

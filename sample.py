@@ -9,13 +9,13 @@ import sys
 import torch
 
 from support.checkpoint import first_line
-from support.flags import Parser
+from support.flags import Parser, updates_flag
 from support.run import Run
 
 
 def generate(args) -> None:
     """Print the prompt and what the model writes after it, token by token."""
-    run = Run.open(args.run, args.device)
+    run = Run.open(args.run, args.device, args.cms_updates)
     torch.manual_seed(args.seed)
     ids = run.encoding.encode(args.prompt, disallowed_special=()) or [run.encoding.eot_token]
     prompt = torch.tensor([ids], device=run.device)  # [1, T]
@@ -40,6 +40,7 @@ def parser() -> Parser:
     g.add_argument("--top-k", type=int, default=None, help="sample among the k most likely tokens")
     g.add_argument("--seed", type=int, default=0, help="of the sampling")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    updates_flag(g)
     return p
 
 

@@ -3,7 +3,7 @@
     python train.py                                         # Hope (nano) on Python's own source
     python train.py --model transformer --tokens 1e6        # another model, the same data
     python train.py --data notes.txt --set n_layers=2 --set chunk=32
-    python train.py --cms-updates first_order --set levels=[128,256]   # learn in context
+    python train.py --set cms_updates=off                   # CMS levels that never learn in context
     python train.py --pretrained LLAMA --data notes.txt     # from a Llama checkpoint (NL 7.3)
     python train.py --resume runs/hope-nano                 # go on after Ctrl-C or a kill
     python train.py --resume runs/hope-nano --tokens 4e6    # train longer
@@ -91,7 +91,8 @@ def update(model, optimizer, lr: float, losses, grad_clip: float = math.inf) -> 
     except NonFinite:
         optimizer.zero_grad(set_to_none=True)
         raise
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
+    for part in distributed.alike(p for p in model.parameters() if p.grad is not None):
+        torch.nn.utils.clip_grads_with_norm_(part, grad_clip, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm.item()
@@ -100,7 +101,10 @@ def update(model, optimizer, lr: float, losses, grad_clip: float = math.inf) -> 
 def gradient_norm(model: nn.Module, loss: float) -> torch.Tensor:
     """Norm of all gradients; NonFinite names the first tensor that is not finite."""
     grads = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    norm = distributed.full_tensor(torch.nn.utils.get_total_norm([grad for _, grad in grads]))
+    norms = []
+    for part in distributed.alike([grad for _, grad in grads]):
+        norms.append(distributed.full_tensor(torch.nn.utils.get_total_norm(part)))
+    norm = torch.nn.utils.get_total_norm(norms)
     if math.isfinite(loss) and math.isfinite(norm.item()):
         return norm
     wrong = "the norm of the gradient" if math.isfinite(loss) else "the loss"
@@ -114,13 +118,12 @@ def gradient_norm(model: nn.Module, loss: float) -> torch.Tensor:
 class LossModule(nn.Module):
     """(inputs, targets) -> the loss of a micro-batch: what DDP must see, and one compiled graph."""
 
-    def __init__(self, model: nn.Module, updates: str):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.updates = updates
 
     def forward(self, inputs, targets):
-        logits, _ = self.model(inputs, updates=self.updates)
+        logits, _ = self.model(inputs)
         return loss_fn(logits, targets)
 
 
@@ -133,17 +136,21 @@ def parallel(run: Run) -> nn.Module:
     config = run.config
     for block in model.blocks:
         block.recompute = config.recompute or config.fsdp
-        if block.cms.log_step is not None and config.cms_updates == "off":
+        if block.cms.log_step is not None and model.config.cms_updates == "off":
             block.cms.log_step.requires_grad_(False)  # unused; DDP would wait for its gradient
-    module = LossModule(model, config.cms_updates)
+    module = LossModule(model)
+    learns = model.config.cms_updates != "off"
+    by_block = config.fsdp or learns  # weights are gathered, levels step between blocks
+    if config.compile and by_block:
+        torch._functorch.config.donated_buffer = not learns  # a block's graph is used twice
+        for block in model.blocks:
+            block._forward = torch.compile(block._forward, fullgraph=True)
     if config.fsdp:
-        if config.compile:  # block by block, because around a block weights are gathered
-            for block in model.blocks:
-                block._forward = torch.compile(block._forward, fullgraph=True)
         units = (nn.Linear, MLP)
-        distributed.shard(model, run.device, units, whole_blocks=config.compile)
+        whole = model.learners if learns else ()
+        distributed.shard(model, run.device, units, whole, gather_blocks=config.compile)
         return module
-    if config.compile:
+    if config.compile and not by_block:
         module.compile(fullgraph=True)
     if world() == 1:
         return module
@@ -164,12 +171,11 @@ def micro_batches(forward: nn.Module, inputs, targets, rows: int, device) -> Ite
 
 
 @torch.no_grad()
-def validate(model, tokens: np.ndarray, batch_size: int, seq_len: int, device, updates="off",
+def validate(model, tokens: np.ndarray, batch_size: int, seq_len: int, device,
              start=256) -> tuple[float, int]:
     """(nats, count) of a token stream [N]: every token scored once. Raises NonFinite.
 
-    Memories start afresh every seq_len tokens. updates: whether the CMS levels take steps in
-    context. start: the tokenizer's <|endoftext|>.
+    Memories and CMS levels start afresh every seq_len tokens. start: the tokenizer's <|endoftext|>.
     """
     device = torch.device(device)
     training = model.training
@@ -182,7 +188,7 @@ def validate(model, tokens: np.ndarray, batch_size: int, seq_len: int, device, u
         mine = rank() < len(turn)
         inputs, targets = turn[rank() if mine else 0]
         with precision(device):
-            logits, _ = model(inputs.to(device), updates=updates)
+            logits, _ = model(inputs.to(device))
         nats += mine * loss_fn(logits, targets.to(device), reduction="sum").item()
         count += mine * targets.numel()
     model.train(training)
@@ -303,12 +309,11 @@ def validation(run: Run, report, step: int, tokens: np.ndarray) -> float:
     """Bits per byte of held-out tokens, reported."""
     config = run.config
     rows = config.micro_batch or config.batch_size // world()
-    updates = config.cms_updates
     start = run.encoding.eot_token
-    nats, count = validate(run.model, tokens, rows, config.seq_len, run.device, updates, start)
+    nats, count = validate(run.model, tokens, rows, config.seq_len, run.device, start)
     bits = nats / math.log(2) / n_bytes(tokens, run.encoding)
     record = {"step": step, "tokens": step * config.tokens_per_step, "val_bits_per_byte": bits}
-    report(record | {"val_tokens": count, "cms_updates": updates})
+    report(record | {"val_tokens": count, "cms_updates": run.model.config.cms_updates})
     return bits
 
 

@@ -20,7 +20,7 @@ ABLATION = {  # fields of hope: what it is, its row of NL table 6
     ),
     "momentum=true": ("with momentum (published: Hope without)", "w/o momentum"),
     "retention=false": ("without retention", "w/o weight decay"),
-    "levels=[null]": ("without CMS: one level", "w/o CMS"),
+    "cms_updates=off": ("without CMS: no step in context", "w/o CMS"),
     'adaptive=["v"]': ("static k", "w/o inner projection k"),
     'adaptive=["k"]': ("static v", "w/o inner projection v"),
     'adaptive=["k","v","q"]': (

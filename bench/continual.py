@@ -56,7 +56,7 @@ from train import NonFinite
 
 LRS = (1.7e-4, 5e-4, 1.5e-3, 4.5e-3)  # of the stages after the first, to choose from
 STRENGTHS = (1e1, 1e2, 1e3)  # of the penalty of EWC, to choose from, at each of those rates
-STEPS = (3e-4, 1e-3, 3e-3)  # inner step sizes of the first level, to choose from
+STEPS = (0.04, 0.12, 0.4)  # inner step sizes of the first level, to choose from
 COMMANDS = ("stream", "domains", "classes", "cost")
 SETS = {"clinc150": clinc150, "banking77": banking77}
 

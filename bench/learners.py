@@ -53,7 +53,8 @@ def build(model, levels, seed, classes=None, **changes):
     torch.manual_seed(seed)
     # The token clock is off: only how many chunks there are matters.
     chunks = [2**20 * 2**i for i in range(levels - 1)] + [None]
-    model = Hope(HopeConfig(model=model, levels=chunks, **(SIZE | changes)))
+    own = {"levels": chunks, "cms_updates": "off"}
+    model = Hope(HopeConfig(model=model, **(own | SIZE | changes)))
     if classes:
         model.head = nn.Linear(model.config.d_model, classes, bias=False)
     return model
@@ -214,7 +215,7 @@ def trained(folder, data, levels, seed, quick):
             config = TrainConfig(
                 out=str(folder),
                 data=str(data),
-                set={"levels": levels, **SIZE},
+                set={"levels": levels, "cms_updates": "off", **SIZE},
                 seed=seed,
                 eval_every=0,
                 tokens=8_192 if quick else 800_000,
@@ -226,9 +227,14 @@ def trained(folder, data, levels, seed, quick):
 
 
 def inner_steps(name, first):
-    """Step size of each level: falls with sqrt(chunk), as the noise of a sum over a chunk grows."""
+    """Step size of each level: grows with sqrt(chunk), as the noise of a mean over a chunk falls."""
     levels, _ = STREAM[name]
-    return [first * math.sqrt(levels[0] / chunk) for chunk in levels]
+    return [first * math.sqrt(chunk / levels[0]) for chunk in levels]
+
+
+def learned(model, tokens, state=None, step=None):
+    """(loss, state) of reading tokens with steps, whatever the config of the model says."""
+    return model.learn(tokens, state, "first_order", step)
 
 
 def bits(loss):
@@ -270,7 +276,7 @@ def gains(model, tokens, state):
 
 def second_half(model, novel, step):
     """Bits per byte of the second halves of novels [B, T], learning as they are read."""
-    loss, _ = model.learn(novel, step=step)
+    loss, _ = learned(model, novel, step=step)
     return bits(loss[:, novel.shape[1] // 2 :])
 
 
@@ -288,15 +294,15 @@ def read_novels(name, model, read, step):
     again = novel[:, half:]
     again = novel[:, length // 2 :]
     still = read_still(model, novel)
-    loss, state = model.learn(novel, step=step)
+    loss, state = learned(model, novel, step=step)
     curve = []
     for i in range(0, length, length // 16):
         curve.append([bits(x[:, i : i + length // 16]) for x in (still, loss)])
     gain = {"novel": gains(model, again, state)}
     alone = {}
     for what in ("another novel", "code"):
-        gain[what] = gains(model, again, model.learn(read[what], state, step=step)[1])
-        alone[what] = gains(model, again, model.learn(read[what], step=step)[1])
+        gain[what] = gains(model, again, learned(model, read[what], state, step)[1])
+        alone[what] = gains(model, again, learned(model, read[what], step=step)[1])
     levels, variant = STREAM[name]
     return {
         "levels": levels,
@@ -324,7 +330,7 @@ def cost(quick):
     for kind in ("hope", "hope_attention"):
         torch.manual_seed(0)
         own = {"d_model": d, "n_layers": 4, "n_heads": d // 64, "levels": [256, 1024]}
-        model = Hope(HopeConfig(model=kind, cms_step=1e-3, **own))
+        model = Hope(HopeConfig(model=kind, **own))
         times = {"off": [], "first_order": []}
         for _ in range(repeats + 1):  # interleaved; the first is for warming up
             for updates, seconds in times.items():

@@ -74,7 +74,7 @@ def babilong_accuracy(
     return values
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def position(scorer: Scorer, tokens: np.ndarray, seq_len: int, context: int, rows=16) -> dict:
     """Loss at every position of rows of `context` tokens: is a memory longer than seq_len used?
 

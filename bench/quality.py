@@ -44,7 +44,7 @@ from support.checkpoint import first_line
 from support.config import TrainConfig
 from support.corpus import batch, load_corpus
 from support.flags import whole_number
-from support.run import Run, device_for, precision
+from support.run import Run, as_of_today, device_for, precision
 from support.vocabulary import n_bytes
 from train import NonFinite, learning_rate, update, validate
 
@@ -111,7 +111,12 @@ def cell_key(config: TrainConfig, corpus: dict, model: HopeConfig | None = None)
 def current_key(key: str) -> str:
     """The key of a finished cell, with the defaults of later fields: they change no model."""
     old = json.loads(key)
-    return cell_key(TrainConfig(**old["train"]), old["corpus"], HopeConfig(**old["model"]))
+    train, model = as_of_today(old["train"], old["model"])
+    if "cms_updates" not in old["model"] and model["model"].startswith("hope"):
+        # before the CMS learned by default Hope's levels differed
+        own = {"levels": model["levels"], "cms_updates": "off"}
+        train["set"] = own | train["set"] | {"cms_updates": "off"}
+    return cell_key(TrainConfig(**train), old["corpus"], HopeConfig(**model))
 
 
 def train_cell(cell: tuple[str, TrainConfig]) -> dict:

@@ -68,7 +68,7 @@ class Scorer:
         with precision(self.device):
             return self.model(tokens.to(self.device), state)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read(self, tokens, state=None):
         """(logits of the last token [B, vocab], state) of tokens [B, T], of any length."""
         for piece in tokens.split(max(1, self.limit // len(tokens)), 1):
@@ -119,7 +119,7 @@ class Scorer:
             order = order[len(batch) :]
         return batches
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _score_answers(self, batch, answers, pairs) -> list[tuple[int, tuple[float, bool]]]:
         """(number of a pair, its result) of all answers to the contexts of a batch."""
         # read what is shared: every row keeps a token to predict its answer from
@@ -188,7 +188,7 @@ class Scorer:
 
     # Greedy text
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, contexts, n: int, until: tuple = (), state=None) -> list[str]:
         """What the model writes greedily after each context, a list of tokens.
 

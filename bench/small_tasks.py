@@ -19,6 +19,9 @@ from tasks import IGNORE, LANGUAGES, MAD, formal, mqar
 from train import NonFinite, learning_rate, update
 
 
+LONGEST = 50  # symbols of a word of a formal language in training
+
+
 @dataclass(frozen=True)
 class Cell:
     """One training run."""
@@ -43,7 +46,10 @@ class Cell:
         """The model; None for the LSTM. ValueError for what cannot be built."""
         if self.model == "lstm":
             return None
-        return spec_config(self.model, vocab_size=self.vocab(), **self.sizes)
+        config = spec_config(self.model, vocab_size=self.vocab(), **self.sizes)
+        if self.suite == "formal" and (config.levels[0] or 0) >= LONGEST:
+            config.cms_updates = "off"  # no step would be taken in training, but in longer words
+        return config
 
     def vocab(self) -> int:
         if self.suite == "formal":
@@ -119,7 +125,8 @@ def protocol(suite: str, task: str, quick: bool) -> list[dict]:
 def data_sets(cell: Cell) -> tuple:
     """(training, validation sets, test sets): inputs and targets [n, T]; formal has two bins."""
     if cell.suite == "formal":
-        near = split(formal(cell.task, cell.examples + 2 * cell.tests, 2, 50, cell.seed), cell)
+        count = cell.examples + 2 * cell.tests
+        near = split(formal(cell.task, count, 2, LONGEST, cell.seed), cell)
         far = split(formal(cell.task, 2 * cell.tests + 1, 51, 100, cell.seed), cell)
         return near[2], [near[1], far[1]], [near[0], far[0]]
     generate, settings = cell.generator()

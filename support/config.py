@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-from learn import UPDATES
 from optimizers import OPTIMIZERS
 from support.flags import Parser
 
@@ -32,11 +31,8 @@ FRACTION = ("from 0 to 1", lambda value: 0 <= value <= 1)
 BELOW_1 = ("from 0 to below 1", lambda value: 0 <= value < 1)
 SEED = ("from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 AN_OPTIMIZER = ("one of " + ", ".join(OPTIMIZERS), OPTIMIZERS.__contains__)
-AN_UPDATE = ("one of " + ", ".join(UPDATES), UPDATES.__contains__)
 # model is a flag of its own, vocab_size is the tokenizer's
 FREE = ("without model and vocab_size", {"model", "vocab_size"}.isdisjoint)
-
-CMS_STEP = 1e-3  # initial inner step size of the CMS levels where they learn in context
 
 
 @dataclass
@@ -102,11 +98,6 @@ class TrainConfig:
     )
     device: str = flag("auto", "auto, cpu, cuda or cuda:N", on_resume=True)
     threads: int = flag(0, "CPU threads; 0: torch's own choice", *AT_LEAST_0, on_resume=True)
-    cms_updates: str = flag(
-        "off",
-        "steps of the CMS levels in context: off, first_order or full; also in validation",
-        *AN_UPDATE,
-    )
     compile: bool = flag(False, "torch.compile the model", on_resume=True)
     fsdp: bool = flag(
         False, "shard weights and optimizer (FSDP2, with recompute); needs torchrun", on_resume=True
@@ -124,13 +115,6 @@ class TrainConfig:
             if not f.metadata["check"](value):
                 raise ValueError(f"{f.name} must be {f.metadata['wanted']}, got {value}")
             setattr(self, f.name, value)
-        if self.cms_updates != "off":
-            for name in ("compile", "fsdp"):  # levels step outside the block that FSDP gathers
-                if getattr(self, name):
-                    raise ValueError(
-                        f"{name} cannot be combined with cms_updates {self.cms_updates!r}; use "
-                        f"--no-{name} or --cms-updates off"
-                    )
         if self.fsdp and self.optimizer == "dmgd":  # its memories are networks on whole gradients
             raise ValueError("fsdp cannot be combined with optimizer dmgd; use another optimizer")
         if self.pretrained:
@@ -151,11 +135,6 @@ class TrainConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.seq_len
-
-    def model_fields(self) -> dict:
-        """The fields of HopeConfig that this config sets."""
-        step = {} if self.cms_updates == "off" else {"cms_step": CMS_STEP}
-        return step | self.set
 
     def fresh_folder(self) -> Path:
         """The folder a new run will make. ValueError if `out` is taken."""

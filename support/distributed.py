@@ -144,16 +144,25 @@ def full_tensor(t: torch.Tensor) -> torch.Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
+def alike(tensors) -> list[list]:
+    """The tensors, those that are sharded apart from the others: torch takes no mixed lists."""
+    parts = {}
+    for t in tensors:
+        parts.setdefault(hasattr(t, "full_tensor"), []).append(t)
+    return list(parts.values())
+
+
 def shard(
-    model: nn.Module, device: torch.device, units: tuple[type, ...], whole_blocks: bool = False
+    model: nn.Module, device: torch.device, units: tuple[type, ...], whole=(), gather_blocks=False
 ) -> None:
     """FSDP2, in place: each process keeps a shard of weights, gradients and optimizer state.
 
     A block is gathered while it works. On a GPU the matrices of `units` (classes of modules) are
     gathered as bfloat16, in which they multiply. Initial weights of memories, rates, norms and the
     embedding stay float32, and so do sums of gradients: fast weights add up many small steps.
-    whole_blocks: a block is gathered at once, as float32, because hooks within it would break its
-    compiled graph.
+    whole: blocks that every process keeps, because their CMS levels step between calls; their
+    gradients are averaged. gather_blocks: a block is gathered at once, as float32, because hooks
+    within it would break its compiled graph.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -162,9 +171,22 @@ def shard(
     policy = MixedPrecisionPolicy(half, sums, cast_forward_inputs=False)
     # blocks return their states, some as views; nothing ever writes into a state
     warnings.filterwarnings("ignore", ".*returned a view tensor.*")
+    kept = set()
+    for block in whole:
+        for p in block.parameters():
+            kept.add(p)
+            p.register_post_accumulate_grad_hook(_average)
     for block in model.blocks:
-        if not whole_blocks:
+        if block in whole:
+            continue
+        if not gather_blocks:
             fully_shard([mlp.norm for mlp in block.cms.mlps])
             fully_shard([m for m in block.modules() if isinstance(m, units)], mp_policy=policy)
         fully_shard(block)
-    fully_shard(model)
+    fully_shard(model, ignored_params=kept)
+
+
+def _average(p: torch.Tensor) -> None:
+    """Make p.grad the mean over all processes; what was a mean before this backward stays."""
+    dist.all_reduce(p.grad)
+    p.grad.div_(world())

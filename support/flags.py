@@ -23,3 +23,9 @@ def whole_number(text: str, least: int = 1) -> int:
 def whole_numbers(text: str) -> list[int]:
     """A flag: several whole numbers, with commas."""
     return [whole_number(part) for part in text.split(",")]
+
+
+def updates_flag(parser) -> None:
+    """--cms-updates, of commands that read a run; its value is checked by HopeConfig."""
+    what = "steps of the CMS levels in context: off, first_order or full (default: as trained)"
+    parser.add_argument("--cms-updates", metavar="NAME", help=what)

@@ -58,10 +58,11 @@ USABLE = 0.92  # of a GPU's memory: the driver, libraries and fragmentation take
 
 
 def flops_per_token(config: HopeConfig, seq_len: int) -> float:
-    """FLOPs of training on one token of rows of seq_len: forward and backward, CMS updates off.
+    """FLOPs of training on one token of rows of seq_len: forward and backward.
 
     Counted are products, 2 FLOPs per multiply-add: 6 per parameter of a matrix, once forward and
-    twice backward, plus what the mixers multiply besides (their `products`). Not counted are
+    twice backward, plus what the mixers multiply besides (their `products`); where CMS levels learn
+    in context, a second backward pass from the logits to the first of them. Not counted are
     elementwise work and what a backward pass recomputes to save memory. Attention counts the keys
     that its queries see, half of a causal square, as fused attention computes; scans count whole
     tiles.
@@ -74,7 +75,30 @@ def flops_per_token(config: HopeConfig, seq_len: int) -> float:
             matrices += mlp.w_in.numel() + mlp.w_out.numel()
     if config.tied:
         matrices += config.vocab_size * config.d_model
-    return 6.0 * matrices + 2.0 * sum(block.mixer.products(seq_len) for block in model.blocks)
+    once = 6.0 * matrices + 2.0 * sum(block.mixer.products(seq_len) for block in model.blocks)
+    return once + (inner_flops(model, seq_len) if config.cms_updates != "off" else 0.0)
+
+
+def inner_flops(model: Hope, seq_len: int) -> float:
+    """FLOPs per token of the backward passes by which the CMS levels learn in context."""
+    config = model.config
+    inputs = config.vocab_size * config.d_model  # parameters through which gradients pass
+    products = 0.0
+    fast = 0  # parameters that have gradients
+    for number, block in enumerate(model.learners):
+        for mlp, level in zip(block.cms.mlps, block.cms.levels, strict=True):
+            size = mlp.w_in.numel() + mlp.w_out.numel()
+            inputs += size
+            fast += size if level.chunk else 0
+            if number == 0 and mlp is block.cms.mlps[0]:
+                inputs -= mlp.w_in.numel()  # below it nothing is fast
+        if number:  # nor in the first learner's mixer
+            linear = [m for m in block.mixer.modules() if isinstance(m, nn.Linear)]
+            inputs += sum(m.weight.numel() for m in linear)
+            products += 2 / 3 * block.mixer.products(seq_len)
+    chunk = config.levels[0]
+    differentiated = (-(-seq_len // chunk) - 1) * chunk / seq_len  # the last chunk is not
+    return differentiated * 2 * (inputs + fast + products)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -150,7 +174,7 @@ def measure(
         # forward, backward
         before = alive.mark()
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model.read(tokens)[0]
+            logits = model.unchecked(tokens)[0]
         kept = alive.now - before
         loss = loss_fn(logits, tokens)
         del logits
@@ -173,22 +197,35 @@ def measure(
 def memory(c: HopeConfig, train: TrainConfig) -> tuple:
     """(activations of n rows as a function of n, optimizer, step), bytes of all layers."""
     kinds = len(layer_kinds(c.model))
+    learning = c.learners if c.cms_updates != "off" else 0
     # Shorter rows, the more of them: chunks are independent here. A segment of MAC keeps more
     # towards its end.
     length = min(train.seq_len, c.window if c.model == "titans_mac" else 512)
     times = -(-train.seq_len // length)
-    many = c.n_layers / kinds
-    found = {}
-    for n in (1, 2):  # layers of each kind
-        config = replace(c, n_layers=n * kinds)
-        found[n] = [measure(config, train, rows * times, length) for rows in (1, 2)]
+    still = replace(c, levels=[None], cms_updates="off", variant="sequential", cms_blocks=None)
+    # (config, shape of a row, how many layers): blocks that do not learn in context, and those that
+    # do, whose chunks depend on each other
+    parts = [(still, (times, length), c.n_layers - learning)]
+    parts.append((replace(c, cms_blocks=None), (1, train.seq_len), learning))
+    parts = [part for part in parts if part[2]]
+    found = []
+    for config, (times, length), _ in parts:
+        sizes = {}
+        for n in (1, 2):  # layers of each kind
+            made = replace(config, n_layers=n * kinds)
+            sizes[n] = [measure(made, train, rows * times, length) for rows in (1, 2)]
+        found.append(sizes)
+    last = found[-1]  # with the logits
 
     def layers(key, rows):
-        one = found[1][rows - 1][key]
-        return one + (many - 1) * (found[2][rows - 1][key] - one)
+        total = last[1][rows - 1][key]
+        for sizes, (_, _, count) in zip(found, parts, strict=True):
+            one = sizes[1][rows - 1][key]
+            total += (count / kinds - (sizes is last)) * (sizes[2][rows - 1][key] - one)
+        return total
 
     def activations(rows):
-        first, second = (layers("kept", n) + found[1][n - 1]["extra"] for n in (1, 2))
+        first, second = (layers("kept", n) + last[1][n - 1]["extra"] for n in (1, 2))
         return first + (rows - 1) * (second - first)
 
     return activations, layers("optimizer", 1), layers("step", 1)
@@ -224,7 +261,7 @@ def report(
         wanted = f"a multiple of {gpus}, the number of GPUs"
         raise ValueError(f"batch_size must be {wanted}, got {train.batch_size}")
     vocab_size, data = vocabulary(train)
-    own = {"vocab_size": vocab_size} | train.model_fields()
+    own = {"vocab_size": vocab_size} | train.set
     c = HopeConfig.preset(train.preset, model=train.model, **own)
     with torch.device("meta"):
         model = Hope(c)
@@ -236,13 +273,11 @@ def report(
     rows = f"{train.batch_size} rows of {train.seq_len:,}"
     print(f"{c.model}-{train.preset}: {size:,} parameters, {embedding:,} of them the embedding")
     print(f"{tokens:,} tokens: {train.steps:,} steps of {rows}; {data}")
+    where = f" in {c.learners} of {c.n_layers} blocks" if c.cms_updates != "off" else ""
+    print(f"CMS steps in context: {c.cms_updates}{where}")
     print(f"{flops / 1e9:.3g} GFLOP a token (forward and backward), {flops * tokens:.3g} in all")
     speed = f"{peak / 1e12:.0f} TFLOP/s in bfloat16, {utilisation:.0%} of it used"
     print(f"on {gpu}, {memory_bytes / 1e9:.0f} GB, {speed}:\n")
-    if train.cms_updates != "off":
-        extra = "their work and the rows' own weights"
-        print(f"not counted: cms_updates {train.cms_updates}, {extra}\n")
-
     costs = memory(c, train)
     usable = USABLE * memory_bytes
 

@@ -1,6 +1,6 @@
 """Ad-hoc level stacking (NL 7.3): a Llama checkpoint as Hope-Attention whose MLPs are CMS levels.
 
-    model = from_pretrained("Llama-3.2-1B", levels=[512, 4096, None], cms_step=1e-3)
+    model = from_pretrained("Llama-3.2-1B", levels=[512, 4096, None], cms_blocks=4)
     python train.py --pretrained Llama-3.2-1B --data notes.txt
 
 The folder is one that transformers writes: config.json and *.safetensors. Each pre-trained MLP is a
@@ -100,7 +100,6 @@ def taken_from(weights: dict, model: Hope, groups: int) -> dict:
     groups: heads of keys and values; each is repeated for the query heads that share it.
     """
     config = model.config
-    levels = len(config.levels)
 
     def heads(name, count):  # [n_heads, head width, d_model]
         w = weights.pop(name).float().view(count, -1, config.d_model)
@@ -127,6 +126,7 @@ def taken_from(weights: dict, model: Hope, groups: int) -> dict:
         new[at + "mixer.qkv.weight"] = torch.cat([q, k, v]).flatten(0, 1)
         new[at + "mixer.out.weight"] = weights.pop(old + "self_attn.o_proj.weight")
         # deviation 13: the MLP is shared out among the levels
+        levels = len(block.cms.mlps)
         norm = weights.pop(old + "post_attention_layernorm.weight")
         gate = weights.pop(old + "mlp.gate_proj.weight").chunk(levels)
         up = weights.pop(old + "mlp.up_proj.weight").chunk(levels)
@@ -136,7 +136,8 @@ def taken_from(weights: dict, model: Hope, groups: int) -> dict:
             new[mlp + "norm.weight"] = norm
             new[mlp + "w_in"] = torch.cat([gate[level], up[level]])
             new[mlp + "w_out"] = down[level]
-        new[at + "cms.mix"] = torch.ones(levels)
+        if block.cms.variant == "independent":
+            new[at + "cms.mix"] = torch.ones(levels)
         if block.cms.log_step is not None:
             new[at + "cms.log_step"] = block.cms.log_step.detach()
     return new

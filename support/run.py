@@ -20,7 +20,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -83,15 +83,19 @@ class Run:
         return cls(config, model, device=device, begun=begun, **parts)
 
     @classmethod
-    def open(cls, folder: str | Path, device: str = "auto") -> "Run":
+    def open(cls, folder: str | Path, device: str = "auto", cms_updates=None) -> "Run":
         """A trained run, to read it: the model has the newest whole checkpoint, in eval mode.
 
+        cms_updates: one of learn.UPDATES, to read otherwise than the run was trained.
         FileNotFoundError or ValueError says what is wrong with folder, checkpoint or device.
         """
         saved = read_config(folder)
         config = saved_train_config(folder, saved)
         encoding = tokenizer(tokenizer_of(folder, saved["tokenizer"]))
-        model = Hope(saved_model_config(folder, saved))
+        model_config = saved_model_config(folder, saved)
+        if cms_updates is not None:
+            model_config = replace(model_config, cms_updates=cms_updates)
+        model = Hope(model_config)
         check_vocabulary(f"{folder} has", model.config, encoding)
         checkpoint.load(folder, model)
         device = device_for(device)
@@ -204,7 +208,7 @@ class Run:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "training_tokens": max((r["tokens"] for r in self.metrics()), default=0),
             "trained_on": self.saved["corpus"]["name"],
-            "cms_steps_in_context": "off",  # `validate` and `Scorer` read with updates off
+            "cms_steps_in_context": self.model.config.cms_updates,
         }
 
     def record(self, result: dict) -> None:
@@ -242,10 +246,15 @@ def _prepare(config: TrainConfig, folder: Path | None) -> dict:
     corpus = load_corpus(config.data, name and tokenizer(name))
     encoding = corpus.encoding
     model, model_config = _model_of(config, folder, saved, encoding)
-    if config.cms_updates != "off" and not 2 <= (model_config.levels[0] or 0) < config.seq_len:
+    learns = model_config.cms_updates != "off"
+    if learns and not 2 <= (model_config.levels[0] or 0) < config.seq_len:
         wanted = f"begin with a chunk from 2 to {config.seq_len - 1} tokens"
         why = f"else no token of a row of seq_len {config.seq_len} sees an update"
-        raise ValueError(f"levels must {wanted}, {why}, got {model_config.levels}")
+        hint = "or --set cms_updates=off"
+        raise ValueError(f"levels must {wanted}, {why}, {hint}, got {model_config.levels}")
+    if model_config.cms_updates == "full" and config.compile:
+        use = "use --no-compile or --set cms_updates=first_order"
+        raise ValueError(f"compile cannot be combined with cms_updates 'full'; {use}")
     if saved and corpus.fingerprint() != saved["corpus"]:
         theirs = f"{folder} was trained on {saved['corpus']}"
         raise ValueError(f"data {config.data!r} is {corpus.fingerprint()}, but {theirs}")
@@ -267,10 +276,10 @@ def _model_of(config: TrainConfig, folder, saved, encoding) -> tuple:
         model_config = saved_model_config(folder, saved)
         check_vocabulary(f"{folder} has", model_config, encoding)
         return None, model_config
-    own = {"vocab_size": encoding.n_vocab} | config.model_fields()
+    own = {"vocab_size": encoding.n_vocab} | config.set
     try:
         if config.pretrained:
-            model = from_pretrained(config.pretrained, **config.model_fields())
+            model = from_pretrained(config.pretrained, **config.set)
             check_vocabulary(f"pretrained {config.pretrained!r} has", model.config, encoding)
             return model, model.config
         return None, HopeConfig.preset(config.preset, model=config.model, **own)
@@ -292,9 +301,23 @@ def read_config(folder: str | Path) -> dict:
         raise FileNotFoundError(f"{folder} is not the folder of a run: it has no config.json")
     try:
         config = json.loads(path.read_text())
+        config["train"], config["model"] = as_of_today(config["train"], config["model"])
         return {key: config[key] for key in ("model", "train", "tokenizer", "corpus")}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None
+
+
+def as_of_today(train: dict, model: dict) -> tuple[dict, dict]:
+    """What was saved when cms_updates stood in TrainConfig, as TrainConfig and HopeConfig are now.
+
+    ValueError for a model that learned in context then: steps were along sums of gradients.
+    """
+    if "cms_updates" not in train:
+        return train, model
+    if train["cms_updates"] != "off":
+        raise ValueError(f"cms_updates {train['cms_updates']!r} had another rule: train it again")
+    train = {name: value for name, value in train.items() if name != "cms_updates"}
+    return train, {"cms_step": None} | model | {"cms_updates": "off"}
 
 
 def saved_train_config(folder, saved: dict) -> TrainConfig:

@@ -8,7 +8,7 @@ from support.config import TrainConfig
 
 def flags(config: TrainConfig) -> list[str]:
     """The command line of a config."""
-    words = [f"--set={key}={value}" for key, value in config.set.items()]
+    words = [f"--set={key}={json.dumps(value)}" for key, value in config.set.items()]
     names = "data tokens batch_size seq_len eval_every eval_tokens save_every device out"
     for name in names.split():
         value = getattr(config, name)

@@ -33,7 +33,7 @@ from support.run import Run, read_config, resumed
 from train import main, train
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = {"d_model": 16, "n_layers": 2, "n_heads": 2, "chunk": 8, "hidden": 32}
+SMALL = {"d_model": 16, "n_layers": 2, "n_heads": 2, "chunk": 8, "hidden": 32, "levels": [4, None]}
 slow = pytest.mark.slow
 
 
@@ -128,9 +128,9 @@ def run_double(config):
 SHORT = {"tokens": 6 * 64}
 SETTINGS = {
     "ddp, micro-batches of 1": {"micro_batch": 1, "recompute": True},
-    "ddp, CMS learns in context": {
-        **SHORT, "cms_updates": "first_order", "set": SMALL | {"levels": [4, 8]}
-    },
+    "ddp, no CMS step in context": {**SHORT, "set": SMALL | {"cms_updates": "off"}},
+    "ddp, second order": {**SHORT, "set": SMALL | {"cms_updates": "full"}},
+    "fsdp, the last block learns": {**SHORT, "fsdp": True, "set": SMALL | {"cms_blocks": 1}},
     "fsdp, micro-batches of 1, m3": {"fsdp": True, "micro_batch": 1, "optimizer": "m3"},
     "fsdp, titans_mac": {**SHORT, "fsdp": True, "model": "titans_mac"},
 }

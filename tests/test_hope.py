@@ -1,5 +1,6 @@
 """The language model: causality, state, sizes, generation, and what it says to bad input."""
 
+import dataclasses
 import json
 import math
 import os
@@ -128,7 +129,8 @@ def test_rows_of_a_batch_never_see_each_other(name):
 
 @each_variant
 def test_every_parameter_gets_a_gradient_and_owns_its_memory(name):
-    model, x = Hope(config(name)), tokens(2, 13)
+    levels = {"levels": [4, 8, None]} if name.startswith("hope") else {}
+    model, x = Hope(config(name, **levels)), tokens(2, 13)
     model(x)[0].square().mean().backward()
     for label, p in model.named_parameters():
         assert all(
@@ -315,7 +317,7 @@ def test_a_seed_reproduces_a_sample():
 
 @pytest.mark.parametrize("name", [*RECURRENT, "hope, mlp", "hope, momentum", "hope, k v q"])
 def test_generation_needs_constant_memory(name):
-    model = build(name)
+    model = build(name, **({"levels": [4, 8, None]} if name.startswith("hope") else {}))
     with torch.no_grad():
         _, short = model(tokens(1, 9))
         _, long = model(tokens(1, 401))
@@ -509,6 +511,8 @@ def test_hope_without_arguments_prints_the_nested_system_as_a_table():
 def test_bfloat16_autocast_stays_near_float32_and_keeps_fast_weights_in_float32(spec):
     torch.manual_seed(0)
     name, options = spec
+    if name == "hope":
+        options = options | {"levels": [8, 16, None]}
     model = Hope(
         HopeConfig.preset("nano", name, d_model=32, n_layers=2, n_heads=2, chunk=8, **options)
     ).float()
@@ -524,9 +528,16 @@ def test_bfloat16_autocast_stays_near_float32_and_keeps_fast_weights_in_float32(
         for block in state["blocks"]:
             weights = block["mixer"].get("running") or [block["mixer"]["W"]]
             assert all(W.dtype == torch.float32 for W in weights)
+            fast = tensors(block["cms"] and block["cms"]["fast"])
+            assert len(fast) == (4 if name == "hope" else 0)
+            assert all(w.dtype == torch.float32 for w in fast)
 
 
 # FLOPs
+
+IN_PLACE = {  # which torch's counter does not know
+    torch.ops.aten.baddbmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2]
+}
 
 
 @pytest.mark.parametrize(
@@ -562,20 +573,30 @@ def test_counted_flops_are_those_of_torch_s_own_counter(model, changes, monkeypa
         pairs += seen * q.shape[0] * q.shape[1] * (q.shape[3] + v.shape[3])
         return q.mean(-1, keepdim=True) + k.mean((2, 3), keepdim=True) + v.mean(2, keepdim=True)
 
-    def in_place(total, a, b, **_):
-        return 2 * a[0] * a[1] * a[2] * b[2]  # which torch's counter does not know
-
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
     # what a backward pass computes again is not counted
     monkeypatch.setattr(layers, "checkpoint", lambda f, *args, **_: f(*args))
-    c = HopeConfig.preset("nano", model, n_layers=2, **({"window": 64} | changes))
+    own = {"n_layers": 2, "window": 64, "cms_updates": "off"} | changes
+    c = HopeConfig.preset("nano", model, **own)
     x = tokens(1, 256)
-    with FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place}
-    ) as counter:
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         Hope(c)(x)[0].square().mean().backward()
     counted = (counter.get_total_flops() + 6 * pairs) / x.numel()
     assert flops_per_token(c, x.numel()) == pytest.approx(counted, rel=0.03)
+
+
+@pytest.mark.parametrize("cms_blocks", [1, 2, 3])
+def test_a_second_backward_pass_is_counted_where_cms_levels_learn(cms_blocks, monkeypatch):
+    monkeypatch.setattr(layers, "checkpoint", lambda f, *args, **_: f(*args))
+    c = HopeConfig.preset("nano", n_layers=3, levels=[64, 128, None], cms_blocks=cms_blocks)
+    x = tokens(1, 256)
+    added = []
+    for updates in ("off", "first_order"):
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+            Hope(c)(x, updates=updates)[0].square().mean().backward()
+        added.append(counter.get_total_flops() / x.numel())
+    once = flops_per_token(dataclasses.replace(c, cms_updates="off"), x.numel())
+    assert flops_per_token(c, x.numel()) - once == pytest.approx(added[1] - added[0], rel=0.1)
 
 
 def test_flops_of_a_transformer_are_the_well_known_ones():

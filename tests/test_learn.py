@@ -25,7 +25,7 @@ TINY = dict(
     hidden=12,
     chunk=4,
     levels=[4, 8, None],
-    cms_step=0.03,
+    cms_step=0.3,
 )
 VARIANTS = {
     "hope": dict(),
@@ -38,6 +38,10 @@ VARIANTS = {
     ),  # the mixer's chunks are not those of the levels
     "mlp": dict(memory="mlp", n_layers=1),
     "gated_deltanet": dict(model="gated_deltanet", n_layers=1),
+    "last block": dict(cms_blocks=1),
+    "last two of three": dict(cms_blocks=2, n_layers=3, levels=[4, 12, None]),
+    "clipped": dict(cms_clip=0.05, cms_step=1.0),
+    "clipped, last block": dict(cms_clip=0.05, cms_step=1.0, cms_blocks=1),
 }
 each_variant = pytest.mark.parametrize("name", VARIANTS)
 
@@ -85,35 +89,38 @@ def oracle(model, x):
         sums = {
             p: torch.zeros_like(p)
             for b in m.blocks
-            for mlp in b.cms.mlps
+            for mlp, level in zip(b.cms.mlps, b.cms.levels, strict=True)
             for p in (mlp.w_in, mlp.w_out)
+            if level.chunk
         }
         for tick in range(chunk, len(row) + chunk, chunk):
             tokens = row[None, tick - chunk : tick]
             state = {"blocks": [{"mixer": s, "cms": None} for s in mixers]}
-            logits, state = m(
+            logits, state = m.read(
                 tokens, map_state(torch.Tensor.detach, state) if last is not None else None
             )
             loss = F.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="none")
             crossing = [] if last is None else [F.cross_entropy(last, tokens[0, 0])[None]]
             out += [*crossing, loss]
             mixers, last = [s["mixer"] for s in state["blocks"]], logits[0, -1]
-            if tokens.shape[1] < chunk:
+            if tick >= len(row):  # no token follows that would see a step
                 break
             m.zero_grad()
-            loss.sum().backward()
+            loss.mean().backward()
+            norm = sum(p.grad.square().sum() for p in sums).sqrt()
+            clip = min(1.0, model.config.cms_clip / norm)
             for block, first in zip(m.blocks, model.blocks, strict=True):
-                etas = iter(block.cms.log_step.exp())
+                etas = iter(() if block.cms.log_step is None else block.cms.log_step.exp())
                 for number, level in enumerate(block.cms.levels):
                     if level.chunk is None:
                         continue
                     eta = next(etas)
                     for name in ("w_in", "w_out"):
                         p = getattr(block.cms.mlps[number], name)
-                        sums[p] += p.grad
+                        sums[p] += clip * p.grad
                         if tick % level.chunk == 0:
                             with torch.no_grad():
-                                p -= eta * sums[p]
+                                p -= eta * sums[p] / (level.chunk // chunk)
                                 if number in block.cms.resets(tick):
                                     p.copy_(getattr(first.cms.mlps[number], name))
                             sums[p].zero_()
@@ -121,7 +128,7 @@ def oracle(model, x):
         learned.append(
             [
                 {n: getattr(mlp, n).detach() for n in ("w_in", "w_out")}
-                for b in m.blocks
+                for b in m.learners
                 for mlp in b.cms.mlps
             ]
         )
@@ -139,14 +146,14 @@ def test_every_row_learns_as_if_it_were_an_ordinary_model_trained_alone(name, T=
     for updates in ("first_order", "full"):
         loss, state = model.learn(x, updates=updates)
         close(loss, expected)
-        fast = [w for block in state["blocks"] for w in block["cms"]["fast"]]
+        fast = [w for block in state["blocks"][-len(model.learners) :] for w in block["cms"]["fast"]]
         for row in range(2):
             for w, alone in zip(fast, weights[row], strict=True):
                 for key in w or ():
                     close(w[key][row], alone[key])
     with torch.no_grad():
         close(model.learn(x)[0], expected)
-    plain = F.cross_entropy(model(x)[0][:, :-1].mT, x[:, 1:], reduction="none")
+    plain = F.cross_entropy(model.read(x)[0][:, :-1].mT, x[:, 1:], reduction="none")
     assert (expected - plain).abs().max() > 1e-4  # something was learned
 
 
@@ -237,7 +244,7 @@ for name in ("hope", "hope_attention", "nested"):
 
 
 @each_variant
-def test_a_level_changes_at_multiples_of_its_chunk_and_at_no_other_tick(name):
+def test_a_level_changes_with_the_first_token_after_its_chunk_and_at_no_other(name):
     model, x = build(name), stream(2, 25)
     state, before = None, None
     with torch.no_grad():
@@ -245,17 +252,18 @@ def test_a_level_changes_at_multiples_of_its_chunk_and_at_no_other_tick(name):
             if tick in (7, 18):  # resumed from a copy
                 state = map_state(torch.clone, state)
             _, state = model.learn(x[:, tick - 1 : tick], state)
-            fast = [block["cms"]["fast"] for block in state["blocks"]]
+            fast = [block["cms"]["fast"] for block in state["blocks"][-len(model.learners) :]]
             for block, was in zip(fast, before or fast, strict=True):
-                for level, now, then in zip(model.blocks[0].cms.levels, block, was, strict=True):
+                for level, now, then in zip(model.learners[0].cms.levels, block, was, strict=True):
                     assert (now is None) == (level.chunk is None)
                     moved = now is not None and not torch.equal(now["w_in"], then["w_in"])
-                    assert moved == bool(level.chunk and tick % level.chunk == 0), (tick, level)
+                    due = level.chunk and tick > 1 and (tick - 1) % level.chunk == 0
+                    assert moved == bool(due), (tick, level)
             before = fast
 
 
 @pytest.mark.parametrize(
-    "T, away", [(3, [True, False, False]), (9, [True, True, False]), (12, [False, False, True])]
+    "T, away", [(4, [True, False, False]), (10, [True, True, False]), (13, [False, False, True])]
 )
 def test_nested_levels_return_to_their_start_when_the_next_slower_one_updates(T, away):
     model = build("nested")  # chunks 3, 6, 12
@@ -378,7 +386,7 @@ def test_with_step_0_learning_is_reading(name):
     model, x = build(name), stream(2, 26)
     with torch.no_grad():
         loss, _ = model.learn(x, step=0.0)
-        close(loss, F.cross_entropy(model(x)[0][:, :-1].mT, x[:, 1:], reduction="none"))
+        close(loss, F.cross_entropy(model.read(x)[0][:, :-1].mT, x[:, 1:], reduction="none"))
 
 
 def test_a_step_that_is_given_takes_the_place_of_the_learned_one():
@@ -393,18 +401,62 @@ def test_a_step_that_is_given_takes_the_place_of_the_learned_one():
         close(model.learn(x)[0], bare.learn(x, step=[0.02, 0.3])[0])
 
 
-def test_what_was_learned_can_be_read_and_generated_from_without_learning_more():
+def test_what_was_learned_can_be_read_without_learning_more():
     model, x, on = build("hope"), stream(2, 18), stream(2, 9)
     with torch.no_grad():
         _, state = model.learn(x)
-        logits, after = model(on, state)
+        logits, after = model(on, state, updates="off")
         close(logits[:, 0], model.learn(on[:, :1], state)[1]["stream"]["logits"])
         same(
             [b["cms"]["fast"] for b in after["blocks"]], [b["cms"]["fast"] for b in state["blocks"]]
         )
-        assert len(list(model.generate(on, 3, state))) == 3
         with pytest.raises(ValueError, match="a call with updates on"):
             model.learn(on, after)
+
+
+@each_variant
+def test_a_model_learns_from_what_it_writes_exactly_as_from_what_it_is_given(name):
+    model, x = build(name), stream(2, 10)
+    with torch.no_grad():
+        _, state = model.learn(x)
+        last = state["stream"]["logits"].argmax(-1)[:, None]
+        written = torch.stack([last[:, 0], *model.generate(last, 20, state, temperature=0)], 1)
+        logits, whole = model(torch.cat([x, written], 1))
+        assert torch.equal(logits[:, 9:-1].argmax(-1), written)
+        pieces, state = model(written[:, :13], state)
+        rest, state = model(written[:, 13:], state)
+        close(torch.cat([pieces, rest], 1), logits[:, 10:])
+        same(state, whole)
+        still = model(torch.cat([x, written], 1), updates="off")[0]
+        assert (still - logits).abs().max() > 1e-4  # something was learned
+
+
+def test_the_config_says_whether_a_model_learns():
+    assert HopeConfig().cms_updates == "first_order"
+    assert HopeConfig(model="transformer").cms_updates == "off"  # has no level that updates
+    assert HopeConfig(model="transformer", levels=[64, None]).cms_updates == "first_order"
+    model, x = build("hope", cms_updates="off"), stream(2, 18)
+    with torch.no_grad():
+        assert torch.equal(model(x)[0], model.read(x)[0])
+        close(model(x, updates="first_order")[0], build_like(model)(x)[0])
+
+
+def build_like(model):
+    """The same weights, told to learn."""
+    other = Hope(HopeConfig(**(model.config.to_dict() | {"cms_updates": "first_order"}))).double()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_blocks_below_the_learners_are_ordinary_and_read_all_tokens_in_one_call():
+    model, x = build("last two of three"), stream(2, 27)
+    assert [len(block.cms.levels) for block in model.blocks] == [1, 3, 3]
+    calls = [0] * 3
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    with torch.no_grad():
+        model(x)
+    assert calls == [1, 7, 7]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -415,7 +467,7 @@ def test_a_stream_that_repeats_is_learned(seed):
     model, phrase = build("hope"), stream(1, 16)
     with torch.no_grad():
         (learned, _), (still, _) = (
-            model.learn(phrase.repeat(1, 40), step=step) for step in (0.05, 0.0)
+            model.learn(phrase.repeat(1, 40), step=step) for step in (0.3, 0.0)
         )
     assert learned[:, -16:].mean() < 0.8 * still[:, -16:].mean()
 
@@ -424,7 +476,7 @@ def test_a_stream_that_repeats_is_learned(seed):
     "make_it, message",
     [
         (
-            lambda x: build("hope", levels=[None]).learn(x),
+            lambda x: build("hope", levels=[None]).learn(x, updates="first_order"),
             r"chunk of at least 2 tokens.*got \[None\]",
         ),
         (
@@ -441,6 +493,10 @@ def test_a_stream_that_repeats_is_learned(seed):
             r"each of the 2 levels that update, got \[0.1\]",
         ),
         (lambda x: build("hope", cms_step=0.0), r"step must be above 0.*got 0.0"),
+        (lambda x: build("hope", cms_clip=0.0), r"cms_clip must be a number above 0, got 0.0"),
+        (lambda x: build("hope", cms_blocks=3), r"cms_blocks must be at most n_layers, 2, got 3"),
+        (lambda x: build("hope", cms_blocks=0), r"cms_blocks must be an integer of at least 1"),
+        (lambda x: build("hope", cms_updates="on"), r"cms_updates 'on'.*off, first_order, full"),
         (lambda x: build("hope", cms_step=[0.1] * 3), r"step must be .*each of the 2.*got"),
         (lambda x: build("hope").learn(x, updates="off"), r"'first_order' or 'full'.*got 'off'"),
         (lambda x: build("hope")(x, updates="second"), r"'second'.*off, first_order, full"),

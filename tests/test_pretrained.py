@@ -69,7 +69,7 @@ def test_at_the_start_and_with_step_0_it_is_the_pre_trained_model(kind, levels, 
 
 def test_the_levels_of_a_pre_trained_model_are_trained_on_both_clocks(tmp_path):
     checkpoint(tmp_path, num_key_value_heads=2)
-    model = from_pretrained(tmp_path, [4, 8, None], cms_step=0.01)
+    model = from_pretrained(tmp_path, [4, 8, None], cms_step=0.1)
     x = torch.randint(61, (2, 21))
     before = model.learn(x, updates="full")[0].mean()
     before.backward()
@@ -160,7 +160,7 @@ def test_continual_pre_training_begins_at_the_pre_trained_model_and_resumes(tmp_
     (tmp_path / "tokenizer.json").rename(folder / "tokenizer.json")
     text.write_text(TEXT)
     files = {"pretrained": str(folder), "data": str(text), "out": str(out)}
-    learning = {"cms_updates": "first_order", "set": {"levels": [4, 8, None]}}
+    learning = {"set": {"levels": [4, 8, None]}}
     train(TrainConfig(**files, **learning, seq_len=16, threads=1, tokens=64, lr=1e-12))
     run = Run.open(out, "cpu")
     x = torch.randint(300, (2, 21))

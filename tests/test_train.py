@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import types
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ import train as training
 from hope import Hope, HopeConfig, loss_fn
 from layers import tensors
 from support import checkpoint
-from support.config import CMS_STEP, TrainConfig, parse
+from support.config import TrainConfig, parse
 from support.corpus import load_corpus
 from support.monitor import rates
 from support.plan import flops_per_token
@@ -34,7 +34,7 @@ from support.vocabulary import n_bytes, tokenizer
 from train import learning_rate, main, train, validate
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = {"d_model": 32, "n_layers": 1, "n_heads": 2, "chunk": 8}
+SMALL = {"d_model": 32, "n_layers": 1, "n_heads": 2, "chunk": 8, "levels": [4, 8, None]}
 
 
 def small(**changes) -> TrainConfig:
@@ -149,7 +149,7 @@ def test_a_new_mixer_is_a_class_and_a_line_trains_is_counted_and_listed(here, mo
     nats, _ = validate(model, tokens, 2, 16, "cpu")
     assert nats / math.log(2) / size == pytest.approx(result["val_bits_per_byte"], rel=1e-6)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)  # the tied table is one
-    assert flops_per_token(model.config, 16) == 6 * matrices
+    assert flops_per_token(replace(model.config, cms_updates="off"), 16) == 6 * matrices
     assert [row["component"] for row in model.levels()][0] == "average"
     tokens = torch.randint(257, (2, 9))
     first, state = model(tokens[:, :4])
@@ -216,7 +216,7 @@ def test_loss_of_equal_logits_is_the_log_of_the_vocabulary():
 
 
 class Uniform(torch.nn.Module):
-    def forward(self, tokens, state=None, updates="off"):
+    def forward(self, tokens, state=None):
         return torch.zeros(*tokens.shape, 257), state
 
 
@@ -511,8 +511,7 @@ BAD = {
     "--keep=0": "keep must be at least 1, got 0",
     "--max_skipped=-1": "max_skipped must be at least 0, got -1",
     "--fsdp": "fsdp needs several processes: start it with torchrun",
-    "--fsdp --cms_updates=full": "fsdp cannot be combined with cms_updates 'full'; use",
-    "--compile --cms_updates=full": "compile cannot be combined with cms_updates 'full'; use",
+    "--compile --set=cms_updates=full": "compile cannot be combined with cms_updates 'full'; use",
     "--fsdp --optimizer=dmgd": "fsdp cannot be combined with optimizer dmgd; use another",
     "--lr=0": "lr must be above 0, got 0.0",
     "--lr=nan": "lr must be above 0, got nan",
@@ -539,8 +538,8 @@ BAD = {
     "--set=hidden=2.5": "hidden must be an integer",
     "--set=momentum=1": "momentum must be true or false",
     "--set=cms_step=0": "step must be above 0 where it is learned, got 0",
-    "--cms-updates=second": "cms_updates must be one of off, first_order, full, got second",
-    "--cms-updates=full": "levels must begin with a chunk from 2 to 15 tokens, else no token",
+    "--set=cms_updates=second": "unknown cms_updates 'second': must be one of off, first_order, full",
+    "--set=levels=[16,null]": "levels must begin with a chunk from 2 to 15 tokens, else no token",
     "--out=text.py": "exists: name a new folder",
     "--resume=runs/none": "not the folder of a run",
     "--resume=half": "no checkpoint|is damaged",
@@ -600,17 +599,18 @@ def test_damaged_checkpoints_give_one_line(here, capsys, damage):
 @pytest.mark.slow
 @pytest.mark.parametrize("updates", ["first_order", "full"])
 def test_levels_that_learn_in_context_are_trained_and_resumed_to_the_same_losses(here, updates):
-    levels = {**SMALL, "levels": [4, 8]}
-    train(small(cms_updates=updates, set=levels, out="whole"))
-    train(small(cms_updates="off", set=levels, out="off"))
+    learning = {**SMALL, "cms_updates": updates}
+    train(small(set=learning, out="whole"))
+    train(small(set={**SMALL, "cms_updates": "off"}, out="off"))
     assert losses("whole") != losses("off")
     assert {r["cms_updates"] for r in log("whole") if "val_tokens" in r} == {updates}
     with pytest.raises(Stopped):
-        train(small(cms_updates=updates, set=levels, out="killed"), on_step=stop_after(5))
+        train(small(set=learning, out="killed"), on_step=stop_after(5))
     train(resumed("killed"))
     assert losses("killed") == losses("whole")
-    log_step = model_of("whole").blocks[0].cms.log_step
-    assert (log_step != math.log(CMS_STEP)).all()  # the step sizes are trained
+    model = model_of("whole")
+    assert model.config.cms_updates == updates
+    assert (model.blocks[0].cms.steps() != model.config.cms_step).all()  # they are trained
 
 
 # The command line
