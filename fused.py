@@ -208,17 +208,19 @@ causal_convolution = _CausalConv.apply
 class _SelfModify(torch.autograd.Function):
     """All chunks of one layer, defined by `SelfModifyingTitans._chunk` in titans.py.
 
-    N = batch x heads; rows are [memory | k | v | eta | alpha], R = 3d + 2 in number.
+    N = batch x heads; rows are [memory | k | v | q | eta | alpha], R in number, q only if adaptive.
 
-        x, q             [N, T, d]  inputs from a chunk boundary on, queries of unit length
+        x                [N, T, d]  inputs from a chunk boundary on
+        q                [N, T, d]  queries of unit length, or None: they are adaptive
         W, W0            [N, R, d]  running weights (what was learned), initial weights
         b_eta, b_alpha   [N, 1]     biases of the gates
         A                [N, 1]     rate of forgetting, of each head
         chunk, step      tokens generated at once, inner step size
 
     Returns y [N, T, d] with y_t = W_t q_t (memory's rows only), W at the end, W at the last chunk
-    boundary. Symbols as at the top of memory.py. The backward walks the chunks in reverse with dW,
-    the gradient of the weights at the chunk's end. First derivatives only.
+    boundary, and adaptive queries (else None). Symbols as at the top of memory.py. The backward
+    walks the chunks in reverse with dW, the gradient of the weights at the chunk's end. First
+    derivatives only.
     """
 
     # What limits it on one CPU thread (`python -m bench speed --profile hope`: one training step,
@@ -230,6 +232,11 @@ class _SelfModify(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, q, W, W0, b_eta, b_alpha, A, chunk, step):
         T, d = x.shape[1:]
+        adaptive = q is None
+        m = 2 + adaptive  # of k, v and q come from rows
+        n = d * (1 + m)
+        if adaptive:
+            q = torch.empty_like(x)
         y = torch.empty_like(x)
         saved = []
         for i in range(0, T, chunk):
@@ -238,14 +245,16 @@ class _SelfModify(torch.autograd.Function):
             C = xc.shape[1]
             boundary = W
             # generate from the boundary weights
-            g = xc @ (W + W0)[:, d:].mT  # [N, C, 2d + 2]
-            kv = g[..., : 2 * d].unflatten(-1, (2, d)) + xc.unsqueeze(2)  # [N, C, 2, d]
+            g = xc @ (W + W0)[:, d:].mT  # [N, C, R - d]
+            kv = g[..., : m * d].unflatten(-1, (m, d)) + xc.unsqueeze(2)  # [N, C, m, d]
             norm = torch.rsqrt(torch.linalg.vecdot(kv, kv).add_(EPS)).unsqueeze(-1)
             kv.mul_(norm)
-            k, v = kv.unbind(2)
-            z_alpha = g[..., 2 * d + 1] + b_alpha
+            k, v, *made = kv.unbind(2)
+            if adaptive:
+                qc.copy_(made[0])
+            z_alpha = g[..., m * d + 1] + b_alpha
             alpha = torch.exp(-step * A * F.softplus(z_alpha))
-            sig = torch.sigmoid(g[..., 2 * d] + b_eta)
+            sig = torch.sigmoid(g[..., m * d] + b_eta)
             eta = step * (1 + alpha) * sig
             # solve for the errors r [N, C, R] of all rows, whose right-hand side is
             # targets - residual - a W k = v - k + W0 (v - k) + W (v - a k)
@@ -257,7 +266,7 @@ class _SelfModify(torch.autograd.Function):
             Z = torch.addcmul(v, a[:, :C], k, value=-1)
             vk = v - k
             r = torch.baddbmm(vk @ W0.mT, Z, W.mT)
-            r[..., : 3 * d].unflatten(-1, (3, d)).add_(vk.unsqueeze(2))
+            r[..., :n].unflatten(-1, (1 + m, d)).add_(vk.unsqueeze(2))
             X = unit_lower_inverse(ce[:, :C] * S[:, :C])
             r = X @ r
             # read at the running weights, then write
@@ -269,23 +278,28 @@ class _SelfModify(torch.autograd.Function):
         ctx.save_for_backward(x, q, W0, A, *saved)
         ctx.chunk = chunk
         ctx.step = step
-        return y, W, boundary.clone()  # a copy: the first one is an input
+        ctx.adaptive = adaptive
+        # a copy: the first boundary is an input
+        return y, W, boundary.clone(), q if adaptive else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dW, d_boundary):
+    def backward(ctx, dy, *grads):
         with torch.autocast(dy.device.type, enabled=False):
-            return _SelfModify.gradients(ctx, dy, dW, d_boundary)
+            return _SelfModify.gradients(ctx, dy, *grads)
 
     @staticmethod
-    def gradients(ctx, dy, dW, d_boundary):
+    def gradients(ctx, dy, dW, d_boundary, dq):
         x, q, W0, A, *saved = ctx.saved_tensors
         N, T, d = x.shape
         chunk = ctx.chunk
         step = ctx.step
         per_chunk = 9  # tensors that the forward saved
+        m = 2 + ctx.adaptive
+        n = d * (1 + m)
         dx = torch.empty_like(x)
-        dq = torch.empty_like(x)
+        if not ctx.adaptive:
+            dq = torch.empty_like(x)
         dW0 = torch.zeros_like(W0)
         dz_eta = x.new_empty(N, T)
         dz_alpha = x.new_empty(N, T)
@@ -297,7 +311,7 @@ class _SelfModify(torch.autograd.Function):
             qc = q[:, i : i + chunk]
             dyc = dy[:, i : i + chunk]
             C = xc.shape[1]
-            k, v = kv.unbind(2)
+            k, v = kv.unbind(2)[:2]
             kq = torch.cat([k, qc], 1)
             one_alpha = 1 + alpha
             S = kq @ k.mT  # again: keeping it for all chunks would be a seventh of all that is kept
@@ -323,7 +337,7 @@ class _SelfModify(torch.autograd.Function):
             dW.baddbmm_(dr.mT, torch.addcmul(v, a[:, :C], k, value=-1))
             dW0.baddbmm_(dr.mT, v - k)
             dZ = dr @ W
-            d_res = dr[..., : 3 * d].unflatten(-1, (3, d)).sum(2).baddbmm_(dr, W0)
+            d_res = dr[..., :n].unflatten(-1, (1 + m, d)).sum(2).baddbmm_(dr, W0)
             dk.addcmul_(a[:, :C], dZ, value=-1).sub_(d_res)
             dv = dZ + d_res
             # through the products of keys and queries, S = [k; q] k^T
@@ -331,7 +345,7 @@ class _SelfModify(torch.autograd.Function):
             dk.baddbmm_(dS.mT, kq)
             dkq = dS @ k
             dk.add_(dkq[:, :C])
-            dq[:, i : i + chunk] = dkq[:, C:].addcmul_(a[:, 1:], dyW)
+            dqc = dkq[:, C:].addcmul_(a[:, 1:], dyW)
             # through step sizes and retention
             dce = F.pad(d_solve.mul_(S[:, :C]), (0, 0, 0, 1))  # [N, C+1, C]
             dce[:, 1:].addcmul_(d_read, S[:, C:])
@@ -349,7 +363,11 @@ class _SelfModify(torch.autograd.Function):
             dz_alpha[:, i : i + chunk] = dza
             dA.sub_((step * d_alpha * F.softplus(z_alpha)).sum(1, keepdim=True))
             # through the generation from the boundary weights
-            dkv = torch.stack([dk, dv], 2)
+            if ctx.adaptive:
+                dkv = torch.stack([dk, dv, dqc.add_(dq[:, i : i + chunk])], 2)
+            else:
+                dq[:, i : i + chunk] = dqc
+                dkv = torch.stack([dk, dv], 2)
             along = torch.linalg.vecdot(kv, dkv).unsqueeze(-1)
             dkv.addcmul_(kv, along, value=-1).mul_(norm)
             dg = torch.cat([dkv.flatten(2), dze.unsqueeze(-1), dza.unsqueeze(-1)], -1)
@@ -361,6 +379,8 @@ class _SelfModify(torch.autograd.Function):
                 dW.add_(d_boundary)
         db_eta = dz_eta.sum(1, keepdim=True)
         db_alpha = dz_alpha.sum(1, keepdim=True)
+        if ctx.adaptive:
+            dq = None
         return dx, dq, dW, dW0, db_eta, db_alpha, dA, None, None
 
 

@@ -96,7 +96,7 @@ class SelfModifyingTitans(nn.Module):
         self.static = [name for name in ("k", "v", "q") if name not in adaptive]
         n = 1 + len(self.adaptive)  # memories with an output of width d
         gates = 3 if momentum else 2  # single rows: eta, alpha, theta
-        self.usual = memory == "matrix" and self.adaptive == ["k", "v"] and not momentum
+        self.usual = memory == "matrix" and {"k", "v"} <= set(adaptive) and not momentum
         self.fused = self.usual and mode == "token" and dgd  # False: `_chunk` computes everything
 
         streams = 1 + len(self.static)
@@ -148,8 +148,8 @@ class SelfModifyingTitans(nn.Module):
             return recomputed(self._chunk, now, boundary, running, momentum)
 
         def all_chunks(piece, running):
-            args = (streams["x"][:, :, piece], streams["q"][:, :, piece])
-            return self._all_chunks(*args, running, operands)
+            now = {name: stream[:, :, piece] for name, stream in streams.items()}
+            return self._all_chunks(now, running, operands)
 
         # learn and read, chunk by chunk
         with torch.autocast(x.device.type, enabled=False):
@@ -248,22 +248,29 @@ class SelfModifyingTitans(nn.Module):
             blocks = F.silu(blocks) @ weights[1][..., first:, :, :].mT
         return z.unsqueeze(-3) + blocks, out[..., m * d :]
 
-    def _all_chunks(self, x, q, running, operands):
+    def _all_chunks(self, streams, running, operands):
         """`_chunk` for all chunks from a boundary on, by kernels.py where it fits or fused.py."""
+        x = streams["x"]
+        q = streams.get("q")  # None: adaptive
         B, H = x.shape[:2]
         (W0,) = self.initial_weights()
         gates = []
         for gate in (self.b_eta, self.b_alpha, self.log_A.exp()):
             gates.append(full_precision(gate).expand(B, H).reshape(B * H, 1))
-        kernels = kernels_for("self-modifying Titans", x, self.d, self.chunk, self.backend)
-        x, q_flat, W = (t.flatten(0, 1) for t in (x, q, running[0]))  # [B H, ...]
+        kernels = None
+        if q is not None:
+            kernels = kernels_for("self-modifying Titans", x, self.d, self.chunk, self.backend)
+        x, W = (t.flatten(0, 1) for t in (x, running[0]))  # [B H, ...]
+        q_flat = None if q is None else q.flatten(0, 1)
         if kernels is not None:
             gates = [gate.squeeze(1) for gate in gates]
             args = (x.to(operands), q_flat.to(operands), W, W0, *gates)
             y, W, boundary = kernels.self_modify(*args, self.chunk, self.inner_step)
         else:
             args = (x, q_flat, W, W0.expand(B, *W0.shape).flatten(0, 1), *gates)
-            y, W, boundary = fused.self_modify(*args, self.chunk, self.inner_step)
+            y, W, boundary, made = fused.self_modify(*args, self.chunk, self.inner_step)
+            if q is None:
+                q = made.unflatten(0, (B, H))
         y = q + q @ W0[:, : self.d].mT + y.unflatten(0, (B, H))
         return y, [boundary.unflatten(0, (B, H))], [W.unflatten(0, (B, H))]
 

@@ -109,7 +109,7 @@ def modify_problem(seed, N, heads, T, d, dtype=torch.float32):
 def modify_in_torch(x, q, W, W0, b_eta, b_alpha, A, chunk, step):
     W0 = W0.repeat(len(x) // len(W0), 1, 1)
     gates = b_eta[:, None], b_alpha[:, None], A[:, None]
-    return fused.self_modify(x, q, W, W0, *gates, chunk, step)
+    return fused.self_modify(x, q, W, W0, *gates, chunk, step)[:3]
 
 
 def both_modify(chunk, step):

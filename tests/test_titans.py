@@ -47,6 +47,7 @@ VARIANTS = {
     "titans, no convolution": dict(conv=0),
     "titans, chunk 1": dict(chunk=1),
 }
+FUSED = ["matrix", "adaptive k, v, q"]
 SELF_MODIFYING = [name for name in VARIANTS if not name.startswith("titans")]
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -329,16 +330,17 @@ def read_and_differentiate(m, x, fused, of_state, state=None):
     y, state = m(x, state)
     torch.manual_seed(7)
     loss = (y * torch.randn_like(y)).sum()
-    for name in ("running", "boundary") if of_state else ():
-        loss = loss + (state[name][0] * torch.randn_like(state[name][0])).sum()
+    for weights in tensors({**state, "conv": None}) if of_state else ():
+        loss = loss + (weights * torch.randn_like(weights)).sum()
     loss.backward()
     return y, state, {name: p.grad.clone() for name, p in m.named_parameters()} | {"x": x.grad}
 
 
+@pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("chunk, T", [(1, 5), (4, 3), (4, 12), (4, 14), (16, 33), (64, 100)])
 @pytest.mark.parametrize("of_state", [False, True], ids=["output", "output and state"])
-def test_fused_chunk_step_equals_its_definition_with_every_gradient(chunk, T, of_state):
-    m = build("matrix", chunk=chunk)
+def test_fused_chunk_step_equals_its_definition_with_every_gradient(name, chunk, T, of_state):
+    m = build(name, chunk=chunk)
     assert m.fused
     x = torch.randn(2, T, D)
     y, state, gradients = read_and_differentiate(m, x, True, of_state)
@@ -352,17 +354,19 @@ def test_fused_chunk_step_equals_its_definition_with_every_gradient(chunk, T, of
         close(gradients[name], g)
 
 
+@pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("inner_step", [0.0, 0.3])
-def test_fused_chunk_step_equals_its_definition_at_any_inner_step(inner_step):
-    m = build("matrix", inner_step=inner_step)
+def test_fused_chunk_step_equals_its_definition_at_any_inner_step(name, inner_step):
+    m = build(name, inner_step=inner_step)
     x = torch.randn(2, 12, D)
     _, _, gradients = read_and_differentiate(m, x, True, True)
     for name, g in read_and_differentiate(m, x, False, True)[2].items():
         close(gradients[name], g)
 
 
-def test_fused_chunk_step_continues_a_state_with_the_gradients_of_its_definition():
-    m = build("matrix")
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_chunk_step_continues_a_state_with_the_gradients_of_its_definition(name):
+    m = build(name)
     x = torch.randn(2, 19, D)
     gradients = []
     for fused in (True, False):
@@ -373,9 +377,10 @@ def test_fused_chunk_step_continues_a_state_with_the_gradients_of_its_definition
         close(gradients[0][name], g)
 
 
-def test_fused_chunk_step_equals_its_definition_in_float32_over_long_sequences():
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_chunk_step_equals_its_definition_in_float32_over_long_sequences(name):
     torch.set_default_dtype(torch.float32)
-    m = SelfModifyingTitans(32, 2, chunk=64)
+    m = SelfModifyingTitans(32, 2, chunk=64, **VARIANTS[name])
     x = torch.randn(2, 1024, 32)
     y, state, gradients = read_and_differentiate(m, x, True, True)
     expected, expected_state, expected_gradients = read_and_differentiate(m, x, False, True)
