@@ -208,7 +208,8 @@ causal_convolution = _CausalConv.apply
 class _SelfModify(torch.autograd.Function):
     """All chunks of one layer, defined by `SelfModifyingTitans._chunk` in titans.py.
 
-    N = batch x heads; rows are [memory | k | v | q | eta | alpha], R in number, q only if adaptive.
+    N = batch x heads; rows are [memory | k | v | q | eta | alpha | theta], R in number: with q only
+    if that is adaptive, with theta only if there is momentum.
 
         x                [N, T, d]  inputs from a chunk boundary on
         q                [N, T, d]  queries of unit length, or None: they are adaptive
@@ -216,11 +217,12 @@ class _SelfModify(torch.autograd.Function):
         b_eta, b_alpha   [N, 1]     biases of the gates
         A                [N, 1]     rate of forgetting, of each head
         chunk, step      tokens generated at once, inner step size
+        b_theta, S       [N, 1] and [N, R, d], bias and running momentum, or None: without
 
     Returns y [N, T, d] with y_t = W_t q_t (memory's rows only), W at the end, W at the last chunk
-    boundary, and adaptive queries (else None). Symbols as at the top of memory.py. The backward
-    walks the chunks in reverse with dW, the gradient of the weights at the chunk's end. First
-    derivatives only.
+    boundary, adaptive queries or None, S at the end or None. Symbols as at the top of memory.py; G
+    are the products of keys and queries. The backward walks the chunks in reverse with dW and dS,
+    the gradients of weights and momentum at the chunk's end. First derivatives only.
     """
 
     # What limits it on one CPU thread (`python -m bench speed --profile hope`: one training step,
@@ -230,9 +232,10 @@ class _SelfModify(torch.autograd.Function):
     # not measured on a GPU, where the launches of these small kernels should bound it.
 
     @staticmethod
-    def forward(ctx, x, q, W, W0, b_eta, b_alpha, A, chunk, step):
+    def forward(ctx, x, q, W, W0, b_eta, b_alpha, A, chunk, step, b_theta=None, S=None):
         T, d = x.shape[1:]
         adaptive = q is None
+        momentum = S is not None
         m = 2 + adaptive  # of k, v and q come from rows
         n = d * (1 + m)
         if adaptive:
@@ -258,29 +261,47 @@ class _SelfModify(torch.autograd.Function):
             eta = step * (1 + alpha) * sig
             # solve for the errors r [N, C, R] of all rows, whose right-hand side is
             # targets - residual - a W k = v - k + W0 (v - k) + W (v - a k)
-            P = decay_forward(alpha)  # [N, C+1, C+1]
-            a = P[..., :1]
-            ce = P[..., 1:] * eta.unsqueeze(1)  # [N, C+1, C]
+            c = P = decay_forward(alpha)  # [N, C+1, C+1]
+            if momentum:
+                S_boundary = S
+                theta = torch.sigmoid(g[..., m * d + 2] + b_theta)
+                eta.mul_(1 - theta)
+                P_theta = decay_forward(theta)
+                # [N, C+1, C+2]: of W_0, of S_0, of every write, in W_t
+                c = torch.cat([P[..., :1], P[..., 1:] @ P_theta[..., 1:, :]], -1)
+                b = c[..., 1:2]
+            a = c[..., :1]
+            ce = c[..., -C:] * eta.unsqueeze(1)  # [N, C+1, C]
             kq = torch.cat([k, qc], 1)  # [N, 2C, d]
-            S = kq @ k.mT  # [N, 2C, C], of keys, then of queries
+            G = kq @ k.mT  # [N, 2C, C], of keys, then of queries
             Z = torch.addcmul(v, a[:, :C], k, value=-1)
             vk = v - k
             r = torch.baddbmm(vk @ W0.mT, Z, W.mT)
             r[..., :n].unflatten(-1, (1 + m, d)).add_(vk.unsqueeze(2))
-            X = unit_lower_inverse(ce[:, :C] * S[:, :C])
+            if momentum:
+                r.baddbmm_(b[:, :C] * k, S.mT, alpha=-1)
+            X = unit_lower_inverse(ce[:, :C] * G[:, :C])
             r = X @ r
             # read at the running weights, then write
             past = a[:, 1:] * (qc @ W[:, :d].mT)
-            y[:, i : i + chunk] = torch.baddbmm(past, ce[:, 1:] * S[:, C:], r[..., :d])
+            if momentum:
+                past.baddbmm_(b[:, 1:] * qc, S[:, :d].mT)
+            y[:, i : i + chunk] = torch.baddbmm(past, ce[:, 1:] * G[:, C:], r[..., :d])
             W = torch.baddbmm(a[:, C:] * W, (ce[:, C].unsqueeze(-1) * r).mT, k)
+            if momentum:
+                W.addcmul_(b[:, C:], S)
+                last = (P_theta[:, C, 1:] * eta).unsqueeze(-1)
+                S = torch.baddbmm(P_theta[:, C:, :1] * S, r.mT, last * k)
             if any(ctx.needs_input_grad):
                 saved += [boundary, kv, norm, X, r, P, alpha, sig, z_alpha]
+                if momentum:
+                    saved += [S_boundary, theta, P_theta, c]
         ctx.save_for_backward(x, q, W0, A, *saved)
         ctx.chunk = chunk
         ctx.step = step
         ctx.adaptive = adaptive
         # a copy: the first boundary is an input
-        return y, W, boundary.clone(), q if adaptive else None
+        return y, W, boundary.clone(), q if adaptive else None, S
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -289,24 +310,24 @@ class _SelfModify(torch.autograd.Function):
             return _SelfModify.gradients(ctx, dy, *grads)
 
     @staticmethod
-    def gradients(ctx, dy, dW, d_boundary, dq):
+    def gradients(ctx, dy, dW, d_boundary, dq, dS):
         x, q, W0, A, *saved = ctx.saved_tensors
         N, T, d = x.shape
         chunk = ctx.chunk
         step = ctx.step
-        per_chunk = 9  # tensors that the forward saved
+        per_chunk = len(saved) // -(-T // chunk)
+        momentum = dS is not None
         m = 2 + ctx.adaptive
         n = d * (1 + m)
         dx = torch.empty_like(x)
         if not ctx.adaptive:
             dq = torch.empty_like(x)
         dW0 = torch.zeros_like(W0)
-        dz_eta = x.new_empty(N, T)
-        dz_alpha = x.new_empty(N, T)
+        dz = x.new_empty(W0.shape[1] - n, N, T)  # of eta, alpha, theta before their biases
         dA = torch.zeros_like(A)
         for i in range((T - 1) // chunk * chunk, -1, -chunk):
             j = i // chunk * per_chunk
-            W, kv, norm, X, r, P, alpha, sig, z_alpha = saved[j : j + per_chunk]
+            W, kv, norm, X, r, P, alpha, sig, z_alpha, *more = saved[j : j + per_chunk]
             xc = x[:, i : i + chunk]
             qc = q[:, i : i + chunk]
             dyc = dy[:, i : i + chunk]
@@ -314,10 +335,15 @@ class _SelfModify(torch.autograd.Function):
             k, v = kv.unbind(2)[:2]
             kq = torch.cat([k, qc], 1)
             one_alpha = 1 + alpha
-            S = kq @ k.mT  # again: keeping it for all chunks would be a seventh of all that is kept
+            G = kq @ k.mT  # again: keeping it for all chunks would be a seventh of all that is kept
             eta = step * one_alpha * sig
-            a = P[..., :1]
-            ce = P[..., 1:] * eta.unsqueeze(1)
+            c = P
+            if momentum:
+                S, theta, P_theta, c = more
+                eta.mul_(1 - theta)
+                b = c[..., 1:2]
+            a = c[..., :1]
+            ce = c[..., -C:] * eta.unsqueeze(1)
             last = ce[:, C].unsqueeze(-1)
             # through the write W_C = a_C W + (last * r)^T k
             dr = k @ dW.mT  # [N, C, R]
@@ -325,13 +351,25 @@ class _SelfModify(torch.autograd.Function):
             d_last = torch.linalg.vecdot(dr, r)
             dr.mul_(last)
             da_C = torch.linalg.vecdot(dW.flatten(1), W.flatten(1))
+            if momentum:  # through S_C = P_theta[C, 0] S + r^T (last_S * k), and b_C S
+                last_S = (P_theta[:, C, 1:] * eta).unsqueeze(-1)
+                dr.baddbmm_(last_S * k, dS.mT)
+                d_key = r @ dS
+                dk.addcmul_(last_S, d_key)
+                d_last_S = torch.linalg.vecdot(d_key, k)
+                db_C = torch.linalg.vecdot(dW.flatten(1), S.flatten(1))
+                dp_C = torch.linalg.vecdot(dS.flatten(1), S.flatten(1))
+                dS = (P_theta[:, C:, :1] * dS).addcmul_(b[:, C:], dW)
             dW = a[:, C:] * dW
-            # through the read y = a qW + (ce S_q) r
-            dr[..., :d].baddbmm_((ce[:, 1:] * S[:, C:]).mT, dyc)
+            # through the read y = a q W^T + b q S^T + (ce G_q) r
+            dr[..., :d].baddbmm_((ce[:, 1:] * G[:, C:]).mT, dyc)
             d_read = dyc @ r[..., :d].mT
             dyW = dyc @ W[:, :d]
             dW[:, :d].baddbmm_((a[:, 1:] * dyc).mT, qc)
-            # through the solve (I + ce S_k) r = v - k + (v - k) W0^T + (v - a k) W^T
+            if momentum:
+                dyS = dyc @ S[:, :d]
+                dS[:, :d].baddbmm_((b[:, 1:] * dyc).mT, qc)
+            # through the solve (I + ce G_k) r = v - k + (v - k) W0^T + (v - a k) W^T - b k S^T
             dr = X.mT @ dr
             d_solve = (dr @ r.mT).neg_()
             dW.baddbmm_(dr.mT, torch.addcmul(v, a[:, :C], k, value=-1))
@@ -340,27 +378,51 @@ class _SelfModify(torch.autograd.Function):
             d_res = dr[..., :n].unflatten(-1, (1 + m, d)).sum(2).baddbmm_(dr, W0)
             dk.addcmul_(a[:, :C], dZ, value=-1).sub_(d_res)
             dv = dZ + d_res
-            # through the products of keys and queries, S = [k; q] k^T
-            dS = torch.cat([d_solve * ce[:, :C], d_read * ce[:, 1:]], 1)
-            dk.baddbmm_(dS.mT, kq)
-            dkq = dS @ k
+            if momentum:
+                dS.baddbmm_(dr.mT, b[:, :C] * k, alpha=-1)
+                dZS = dr @ S
+                dk.addcmul_(b[:, :C], dZS, value=-1)
+            # through the products of keys and queries, G = [k; q] k^T
+            dG = torch.cat([d_solve * ce[:, :C], d_read * ce[:, 1:]], 1)
+            dk.baddbmm_(dG.mT, kq)
+            dkq = dG @ k
             dk.add_(dkq[:, :C])
             dqc = dkq[:, C:].addcmul_(a[:, 1:], dyW)
+            if momentum:
+                dqc.addcmul_(b[:, 1:], dyS)
             # through step sizes and retention
-            dce = F.pad(d_solve.mul_(S[:, :C]), (0, 0, 0, 1))  # [N, C+1, C]
-            dce[:, 1:].addcmul_(d_read, S[:, C:])
+            dce = F.pad(d_solve.mul_(G[:, :C]), (0, 0, 0, 1))  # [N, C+1, C]
+            dce[:, 1:].addcmul_(d_read, G[:, C:])
             dce[:, C].add_(d_last)
-            deta = (dce * P[..., 1:]).sum(1)
+            deta = (dce * c[..., -C:]).sum(1)
             da = F.pad(torch.linalg.vecdot(dyW, qc), (1, 0))
             da[:, :C].sub_(torch.linalg.vecdot(k, dZ))
             da[:, C].add_(da_C)
-            dP = torch.cat([da.unsqueeze(-1), dce * eta.unsqueeze(1)], -1)
-            d_alpha = decay_backward(P, dP)
+            dc = [da.unsqueeze(-1), dce * eta.unsqueeze(1)]
+            if momentum:
+                db = F.pad(torch.linalg.vecdot(dyS, qc), (1, 0))
+                db[:, :C].sub_(torch.linalg.vecdot(k, dZS))
+                db[:, C].add_(db_C)
+                dc.insert(1, db.unsqueeze(-1))
+            # Gradients of each weight in W_t, summed over all that W_t becomes; alpha_t multiplies
+            # the weights in W_{t-1}. The same for S_t and theta, as S_t is a part of W_t.
+            later = P[..., 1:].mT @ torch.cat(dc, -1)  # [N, C, as c]
+            d_alpha = (later * c[:, :-1]).sum(-1)
+            dzc = []
+            if momentum:
+                later = later[..., 1:]
+                later[:, -1, 0].add_(dp_C)
+                later[:, -1, 1:].addcmul_(d_last_S, eta)
+                later = P_theta[:, 1:, 1:].mT @ later
+                d_theta = (later * P_theta[:, :-1]).sum(-1)
+                deta.addcmul_(d_last_S, P_theta[:, C, 1:])
+                dzc = [theta * ((1 - theta) * d_theta - deta * eta)]
+                deta.mul_(1 - theta)
             d_alpha.addcmul_(deta, sig, value=step).mul_(alpha)  # of log alpha
             dze = step * deta * one_alpha * sig * (1 - sig)
             dza = -step * A * d_alpha * torch.sigmoid(z_alpha)
-            dz_eta[:, i : i + chunk] = dze
-            dz_alpha[:, i : i + chunk] = dza
+            dzc = torch.stack([dze, dza, *dzc])
+            dz[..., i : i + chunk] = dzc
             dA.sub_((step * d_alpha * F.softplus(z_alpha)).sum(1, keepdim=True))
             # through the generation from the boundary weights
             if ctx.adaptive:
@@ -370,18 +432,41 @@ class _SelfModify(torch.autograd.Function):
                 dkv = torch.stack([dk, dv], 2)
             along = torch.linalg.vecdot(kv, dkv).unsqueeze(-1)
             dkv.addcmul_(kv, along, value=-1).mul_(norm)
-            dg = torch.cat([dkv.flatten(2), dze.unsqueeze(-1), dza.unsqueeze(-1)], -1)
+            dg = torch.cat([dkv.flatten(2), dzc.movedim(0, -1)], -1)
             dx[:, i : i + chunk] = torch.baddbmm(dkv.sum(2), dg, (W + W0)[:, d:])
             dWg = dg.mT @ xc
             dW[:, d:].add_(dWg)
             dW0[:, d:].add_(dWg)
             if i + chunk >= T:
                 dW.add_(d_boundary)
-        db_eta = dz_eta.sum(1, keepdim=True)
-        db_alpha = dz_alpha.sum(1, keepdim=True)
         if ctx.adaptive:
             dq = None
-        return dx, dq, dW, dW0, db_eta, db_alpha, dA, None, None
+        db_eta, db_alpha, *db_theta = dz.sum(2, keepdim=True)
+        return dx, dq, dW, dW0, db_eta, db_alpha, dA, None, None, *(db_theta or [None]), dS
 
 
 self_modify = _SelfModify.apply
+
+
+def all_chunks(x, q, W, S, W0, gates, chunk, step, kernels=None, operands=None):
+    """`self_modify` for batch and heads, by `kernels` (kernels.py) if given, in type `operands`.
+
+    x, q [B, H, T, d], W, S [B, H, R, d], W0 [H, R, d], gates: b_eta, b_alpha, A, b_theta, [H] each.
+    q, S and b_theta may be None. Returns y with y_t = q_t + (W0 + W_t) q_t, W at the last chunk
+    boundary, W and S at the end.
+    """
+    B, H, _, d = x.shape
+    flat = [t if t is None else t.flatten(0, 1) for t in (x, q, W, S)]
+    gates = [t if t is None else t.expand(B, H).reshape(B * H, 1) for t in gates]
+    made = None
+    if kernels is not None:
+        args = (flat[0].to(operands), flat[1].to(operands), flat[2], W0)
+        y, W, boundary = kernels.self_modify(*args, *(t.squeeze(1) for t in gates[:3]), chunk, step)
+    else:
+        args = (*flat[:3], W0.expand(B, *W0.shape).flatten(0, 1), *gates[:3], chunk, step)
+        y, W, boundary, made, S = self_modify(*args, gates[3], flat[3])
+    out = (y, boundary, W, S, made)
+    y, boundary, W, S, made = (t if t is None else t.unflatten(0, (B, H)) for t in out)
+    if q is None:
+        q = made
+    return q + q @ W0[:, :d].mT + y, boundary, W, S

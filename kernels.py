@@ -966,7 +966,7 @@ def _modify_backward(
 
 
 def self_modify(x, q, W, W0, b_eta, b_alpha, A, chunk, step):
-    """`fused.self_modify` with these kernels: all chunks of one layer, from a chunk boundary on.
+    """`fused.self_modify` with static q and no momentum: all chunks of one layer, from a boundary.
 
     x, q [N, T, d] (N = batch x heads), W [N, 3d + 2, d], W0 [H, 3d + 2, d] with H heads, b_eta,
     b_alpha, A [N] -> y [N, T, d] with y_t = W_t q_t, W at the end, W at the last boundary.

@@ -119,8 +119,8 @@ def over_chunks(step, state, T, chunk, all_chunks=None):
 
     step(piece, boundary, running, momentum) -> (y, running, momentum) takes the tokens of a slice
     within one chunk. `boundary` is the weights at the end of the chunk before, `running` those so
-    far. all_chunks(piece, running) -> (y, boundary, running), if given, takes all tokens from the
-    first boundary on at once, where there is a whole chunk of them.
+    far. all_chunks(piece, running, momentum) -> (y, boundary, running, momentum), if given, takes
+    all tokens from the first boundary on at once, where there is a whole chunk of them.
 
     state: {"position", "boundary", "running"}, maybe "momentum". Chunks sit at absolute positions,
     so any way of cutting a sequence into calls gives the same result. Returns (list of y, state).
@@ -134,7 +134,7 @@ def over_chunks(step, state, T, chunk, all_chunks=None):
         if begins:
             boundary = running
         if begins and all_chunks is not None and T - piece.start >= chunk:
-            y, boundary, running = all_chunks(slice(piece.start, T), running)
+            y, boundary, running, momentum = all_chunks(slice(piece.start, T), running, momentum)
             outputs.append(y)
             break
         y, running, momentum = step(piece, boundary, running, momentum)

@@ -96,8 +96,9 @@ class SelfModifyingTitans(nn.Module):
         self.static = [name for name in ("k", "v", "q") if name not in adaptive]
         n = 1 + len(self.adaptive)  # memories with an output of width d
         gates = 3 if momentum else 2  # single rows: eta, alpha, theta
-        self.usual = memory == "matrix" and {"k", "v"} <= set(adaptive) and not momentum
-        self.fused = self.usual and mode == "token" and dgd  # False: `_chunk` computes everything
+        # False: `_chunk` computes everything
+        self.fused = memory == "matrix" and mode == "token" and dgd and {"k", "v"} <= set(adaptive)
+        self.usual = "q" in self.static and not momentum  # of the fused cases those of kernels.py
 
         streams = 1 + len(self.static)
         self.in_proj = linear(d_model, streams * d_model)  # deviation 10
@@ -147,13 +148,14 @@ class SelfModifyingTitans(nn.Module):
             now = {name: stream[:, :, piece] for name, stream in streams.items()}
             return recomputed(self._chunk, now, boundary, running, momentum)
 
-        def all_chunks(piece, running):
+        def all_chunks(piece, running, momentum):
             now = {name: stream[:, :, piece] for name, stream in streams.items()}
-            return self._all_chunks(now, running, operands)
+            return self._all_chunks(now, running, momentum, operands)
 
         # learn and read, chunk by chunk
         with torch.autocast(x.device.type, enabled=False):
-            at_once = all_chunks if self.fused else None
+            insisted = self.backend == "triton" and not self.usual  # on the kernels of `scan`
+            at_once = all_chunks if self.fused and not insisted else None
             y, state = over_chunks(one_chunk, state, T, self.chunk, at_once)
         y = torch.cat(y, 2) if len(y) > 1 else y[0]
         # normalise per head, gate, project
@@ -248,31 +250,19 @@ class SelfModifyingTitans(nn.Module):
             blocks = F.silu(blocks) @ weights[1][..., first:, :, :].mT
         return z.unsqueeze(-3) + blocks, out[..., m * d :]
 
-    def _all_chunks(self, streams, running, operands):
+    def _all_chunks(self, streams, running, momentum, operands):
         """`_chunk` for all chunks from a boundary on, by kernels.py where it fits or fused.py."""
         x = streams["x"]
-        q = streams.get("q")  # None: adaptive
-        B, H = x.shape[:2]
         (W0,) = self.initial_weights()
-        gates = []
-        for gate in (self.b_eta, self.b_alpha, self.log_A.exp()):
-            gates.append(full_precision(gate).expand(B, H).reshape(B * H, 1))
+        S = momentum and momentum[0]
+        gates = (self.b_eta, self.b_alpha, self.log_A.exp(), self.b_theta)
+        gates = [full_precision(gate) for gate in gates]
         kernels = None
-        if q is not None:
+        if self.usual:
             kernels = kernels_for("self-modifying Titans", x, self.d, self.chunk, self.backend)
-        x, W = (t.flatten(0, 1) for t in (x, running[0]))  # [B H, ...]
-        q_flat = None if q is None else q.flatten(0, 1)
-        if kernels is not None:
-            gates = [gate.squeeze(1) for gate in gates]
-            args = (x.to(operands), q_flat.to(operands), W, W0, *gates)
-            y, W, boundary = kernels.self_modify(*args, self.chunk, self.inner_step)
-        else:
-            args = (x, q_flat, W, W0.expand(B, *W0.shape).flatten(0, 1), *gates)
-            y, W, boundary, made = fused.self_modify(*args, self.chunk, self.inner_step)
-            if q is None:
-                q = made.unflatten(0, (B, H))
-        y = q + q @ W0[:, : self.d].mT + y.unflatten(0, (B, H))
-        return y, [boundary.unflatten(0, (B, H))], [W.unflatten(0, (B, H))]
+        args = (x, streams.get("q"), running[0], S, W0, gates, self.chunk, self.inner_step)
+        y, boundary, W, S = fused.all_chunks(*args, kernels, operands)
+        return y, [boundary], [W], momentum and [S]
 
     def products(self, T):
         d = self.d
@@ -280,9 +270,11 @@ class SelfModifyingTitans(nn.Module):
         rows = self.start.shape[1]
         C = min(self.chunk, T)
         generate = (rows - d) * d + d * d  # and the read at the initial weights
-        if self.usual:  # fused.self_modify, by its lines
-            per_chunk = 3 * rows * d + d * d + C * (3 * d + rows)
-            return self.n_heads * (3 * (generate + per_chunk) + C * C * (1 / 3 + 1))
+        if self.fused:  # fused.self_modify, by its lines
+            states = 1 + self.momentum
+            per_chunk = rows * d + states * (2 * rows * d + d * d) + C * (3 * d + rows)
+            triangular = C * C * (1 / 3 + 1 + 2 * self.momentum)
+            return self.n_heads * (3 * (generate + per_chunk) + triangular)
         rule = {"tile": self.chunk, "momentum": self.momentum, "decays": 1 + self.momentum}
         count = 3 * (generate + 2 * rows * d) + scan_products(d, rows, T, **rule)
         if self.start2 is not None:
