@@ -83,7 +83,8 @@ class CMS(nn.Module):
     variant: one of VARIANTS.
     out_scale: factor on the initial w_out; 1 / sqrt(2 n_layers) keeps a deep stream at unit scale.
     step: the initial inner step size of every updating level (a number, or one per level), from
-    then on learned, as its logarithm; None: none of its own.
+    then on learned, as its logarithm; None: none of its own. They are multiplied by the buffer
+    `rise`, which training lets rise to 1 at first.
 
     state is None when nothing updates in context, else {"position": ticks seen, "fast", "sums"},
     two lists with an entry per level: its fast weights (see MLP.forward), None for a level that
@@ -116,6 +117,7 @@ class CMS(nn.Module):
             if min(steps) <= 0:
                 raise ValueError(f"step must be above 0 where it is learned, got {step}")
             self.log_step = nn.Parameter(torch.tensor(steps, dtype=self.mlps[0].w_in.dtype).log())
+            self.register_buffer("rise", torch.ones_like(self.log_step))
 
     def steps(self, step=None):
         """Step size of each updating level from `step`, a number or one each; None: as learned."""
@@ -123,7 +125,7 @@ class CMS(nn.Module):
         if step is None:
             if self.log_step is None:
                 raise ValueError("step must be given: this CMS was built without cms_step")
-            return self.log_step.exp()
+            return self.log_step.exp() * self.rise
         steps = [step] * count if isinstance(step, (int, float)) else list(step)
         if len(steps) != count or not all(0 <= s < math.inf for s in steps):
             wanted = f"a number of at least 0, or one for each of the {count} levels that update"

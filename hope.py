@@ -114,7 +114,7 @@ class HopeConfig:
     variant: str = "sequential"  # of the CMS, see cms.VARIANTS
     cms_updates: str | None = None  # one of learn.UPDATES; None: first_order if a level updates
     cms_blocks: int | None = None  # the last so many blocks have `levels`; None: all
-    cms_step: float | list | None = 0.1  # first inner step(s), then learned; None: see `learn`
+    cms_step: float | list | None = 1.0  # first inner step(s), then learned; None: see `learn`
     cms_clip: float = 1.0  # longest inner gradient of a row; a longer one is scaled to it
     conv: int | None = None  # tokens of the short convolution, 0: none; None: the model's usual
     chunk: int = 64  # tokens between generations of a memory's keys, values and rates (TTT: <= 16)
@@ -259,9 +259,14 @@ class Block(nn.Module):
         return self._forward(x, state)
 
     def _forward(self, x, state):
-        y, mixer = self.mixer(self.norm(x), state and state["mixer"])
-        x, cms = self.cms(x + y, state and state["cms"])
+        x, mixer = self.mix(x, state and state["mixer"])
+        x, cms = self.cms(x, state and state["cms"])
         return x, {"mixer": mixer, "cms": cms}
+
+    def mix(self, x, state):
+        """The mixer with its norm and residual."""
+        y, state = self.mixer(self.norm(x), state)
+        return x + y, state
 
 
 class Hope(nn.Module):

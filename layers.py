@@ -98,6 +98,49 @@ def recomputed(function, *args):
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
+class _ComputedAgain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, parameters, *inputs):
+        ctx.function = function
+        ctx.parameters = parameters
+        ctx.save_for_backward(*inputs[len(parameters) :])
+        return tuple(function(*inputs[len(parameters) :]))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        needed = ctx.needs_input_grad[2 + len(ctx.parameters) :]
+        inputs = []
+        for tensor, need in zip(ctx.saved_tensors, needed, strict=True):
+            inputs.append(tensor.detach().requires_grad_(need))
+        with torch.enable_grad():
+            outputs = ctx.function(*inputs)
+        pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
+        outputs, grads = zip(*pairs, strict=True)
+        leaves = [*ctx.parameters, *inputs]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
+        return None, None, *(next(found) if leaf.requires_grad else None for leaf in leaves)
+
+
+def computed_again(function, parameters, *states):
+    """function(*states), computed without a graph now and once more, with one, backward.
+
+    As `recomputed`, for a function that differentiates within itself, of trees of tensors.
+    parameters: what else it depends on.
+    """
+    shape = None  # of the result, a tree with its tensors
+
+    def flat(*inputs):
+        nonlocal shape
+        rest = iter(inputs)
+        shape = function(*map_state(lambda _: next(rest), states))
+        return tensors(shape)
+
+    made = iter(_ComputedAgain.apply(flat, parameters, *parameters, *tensors(states)))
+    return map_state(lambda _: next(made), shape)
+
+
 # --------------------------------------------------------------------------------------------------
 # Chunks and states
 

@@ -15,12 +15,13 @@ The functions take the language model as an argument (`model.blocks`, `model.rea
 """
 
 import contextlib
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layers import map_state, tensors
+from layers import computed_again, map_state, tensors
 from memory import full_precision
 
 UPDATES = ("off", "first_order", "full")  # of the CMS levels on the token clock
@@ -53,7 +54,8 @@ def plain(model):
 @contextlib.contextmanager
 def twice_differentiable(model):
     """Within, no path is taken whose hand-written backward has no second derivative."""
-    with changed(model, fused=False, backend="torch"), sdpa_kernel(SDPBackend.MATH):
+    how = {"fused": False, "backend": "torch", "recompute": False}
+    with changed(model, **how), sdpa_kernel(SDPBackend.MATH):
         yield
 
 
@@ -78,9 +80,9 @@ def start_stream(model, batch):
         blocks = map_state(torch.clone, blocks)
     weight = model.embedding.weight
     stream = {  # of the chunk so far, or of a whole one after which no token has come
-        "mixers": [None] * len(model.learners),  # their states at its start
+        "mixers": [None] * (len(model.learners) - 1),  # the states of `above` at its start
         "tokens": torch.empty(batch, 0, dtype=torch.int64, device=weight.device),
-        "x": weight.new_empty(batch, 0, weight.shape[1]),  # what the learners read
+        "x": weight.new_empty(batch, 0, weight.shape[1]),  # what the first CMS reads
         "logits": None,  # of the last token, [batch, vocab]
     }
     return {"blocks": blocks, "stream": stream}
@@ -89,8 +91,8 @@ def start_stream(model, batch):
 def read_and_update(model, tokens, state, full, step):
     """Read tokens [B, T]; with the first token after a chunk the due levels take a step.
 
-    The blocks below the learners depend on no step, so they read all tokens at once. full:
-    differentiate through the inner gradients too (second order). step: inner step sizes, see
+    What lies below the first CMS that learns depends on no step, so it reads all tokens at once.
+    full: differentiate through the inner gradients too (second order). step: inner step sizes, see
     CMS.steps. Returns (logits [B, T, vocab], state). Raises ValueError for a state that was read
     with updates off, or is of other rows.
     """
@@ -108,11 +110,12 @@ def read_and_update(model, tokens, state, full, step):
         block.cms.steps(step)  # raises for a bad one
     n_below = len(model.blocks) - len(model.learners)
     below = state["blocks"][:n_below]
-    blocks = state["blocks"][n_below:]
+    learners = state["blocks"][n_below:]
     mixers = stream["mixers"]
     outputs = []
     with twice_differentiable(model) if full and outer else contextlib.nullcontext():
         x, below = model.through(model.blocks[:n_below], model.embedding(tokens), below)
+        x, first_mixer = model.learners[0].mix(x, learners[0]["mixer"])
         x = torch.cat([stream["x"], x], 1)  # from the start of the chunk on
         tokens = torch.cat([stream["tokens"], tokens], 1)
         T = tokens.shape[1]
@@ -120,29 +123,50 @@ def read_and_update(model, tokens, state, full, step):
             end = begin + chunk
             new = max(begin, stored)  # tokens before it were read by earlier calls
             if end >= T:  # no token follows (yet) that would see a step
-                y, blocks = model.through(model.learners, x[:, new:], blocks)
-                outputs.append(model.logits(y))
+                logits, learners = read_learners(model, x[:, new:], learners)
+                outputs.append(logits)
                 break
-            # read the chunk from its start, differentiate, step
+            # read the chunk, maybe again, from its start on
             starts = []
-            for mixer, own in zip(mixers, blocks, strict=True):
+            for mixer, own in zip([None, *mixers], learners, strict=True):
                 position = own["cms"]["position"] - (new - begin)
                 starts.append({"mixer": mixer, "cms": own["cms"] | {"position": position}})
-            piece = slice(begin, end)
-            logits, blocks, gradients = inner_gradients(
-                model, x[:, piece], tokens[:, piece], starts, retain=outer, create=outer and full
-            )
+            of_chunk = tokens[:, begin:end]
+
+            def learn_chunk(x, starts, of_chunk=of_chunk):
+                return learn_from(model, x, of_chunk, starts, full, step)
+
+            if outer and (full or model.learners[0].recompute):
+                learn_chunk = partial(computed_again, learn_chunk, list(model.parameters()))
+            logits, learners = learn_chunk(x[:, begin:end], starts)
             outputs.append(logits[:, new - begin :])
-            for block, own, gradient in zip(model.learners, blocks, gradients, strict=True):
-                own["cms"] = block.cms.update(own["cms"], gradient, step)
-            mixers = [own["mixer"] for own in blocks]
+            mixers = [own["mixer"] for own in learners[1:]]
+    learners[0]["mixer"] = first_mixer
     stream = {
         "mixers": mixers,
         "tokens": tokens[:, begin:].clone(),  # copies: the state does not keep what is done alive
         "x": x[:, begin:].clone(),
         "logits": outputs[-1][:, -1],
     }
-    return torch.cat(outputs, 1), {"blocks": below + blocks, "stream": stream}
+    return torch.cat(outputs, 1), {"blocks": below + learners, "stream": stream}
+
+
+def read_learners(model, x, states):
+    """x [B, T, d_model] behind the first learner's mixer -> (logits, states of the learners)."""
+    first, *others = model.learners
+    x, cms = first.cms(x, states[0]["cms"])
+    x, after = model.through(others, x, states[1:])
+    return model.logits(x), [{"mixer": None, "cms": cms}, *after]
+
+
+def learn_from(model, x, tokens, states, full, step):
+    """Read a chunk x [B, C, d_model], differentiate, take the steps due -> (logits, states)."""
+    outer = torch.is_grad_enabled()
+    with twice_differentiable(model) if full and outer else contextlib.nullcontext():
+        logits, after, gradients = inner_gradients(model, x, tokens, states, outer, outer and full)
+        for block, own, gradient in zip(model.learners, after, gradients, strict=True):
+            own["cms"] = block.cms.update(own["cms"], gradient, step)
+    return logits, after
 
 
 @torch.enable_grad()
@@ -162,8 +186,7 @@ def inner_gradients(model, x, tokens, blocks, retain, create):
     read_from = []
     for block, own in zip(blocks, fast, strict=True):
         read_from.append(block | {"cms": block["cms"] | {"fast": own}})
-    y, after = model.through(model.learners, x, read_from)
-    logits = model.logits(y)
+    logits, after = read_learners(model, x, read_from)
     predictions = full_precision(logits[:, :-1]).flatten(0, 1)  # [B * (C - 1), vocab]
     loss = F.cross_entropy(predictions, tokens[:, 1:].flatten(), reduction="sum")
     loss = loss / (tokens.shape[1] - 1)

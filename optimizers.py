@@ -612,18 +612,27 @@ def optimizer_by_name(model, name="adamw", lr=3e-3, weight_decay=0.1, betas=(0.9
         not_decayed = set(map(id, plain))
         matrices = []
         decayed = [p for p in model.parameters() if id(p) not in not_decayed]
-    groups = []
-    for params, decay in ((decayed, weight_decay), (plain, 0.0)):
-        for sharded in (True, False):  # fused steps take no mix of them
-            own = [p for p in params if hasattr(p, "full_tensor") == sharded]
-            if own:
-                groups.append({"params": own, "weight_decay": decay})
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    # a fused step takes no mix of sharded and whole parameters
+    alike = len({hasattr(p, "full_tensor") for p in model.parameters()}) == 1
     parts = []
     if matrices:
         parts.append(MATRIX_OPTIMIZERS[name](matrices, lr=lr, weight_decay=weight_decay))
     if groups:
-        parts.append(torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True))
+        how = {"fused": True} if alike else {"foreach": False}
+        adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, **how)
+        adamw.register_load_state_dict_post_hook(partial(_keep, how))  # not that of the saved one
+        parts.append(adamw)
     return CombinedOptimizer(*parts) if matrices else parts[0]
+
+
+def _keep(how, optimizer):
+    for group in optimizer.param_groups:
+        group.update({"fused": None, "foreach": None} | how)
 
 
 class CombinedOptimizer:

@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cms import MLP
+from cms import CMS, MLP
 from hope import loss_fn
 from support import distributed, plan
 from support.checkpoint import first_line
@@ -71,6 +71,17 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     done = min(1.0, (step - rising) / max(1, steps - 1 - rising))
     cosine = 0.5 * (1 + math.cos(math.pi * done))
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def schedule(model, step: int, steps: int, config: TrainConfig) -> float:
+    """The learning rate of a step; also sets the rise of the CMS levels' inner steps.
+
+    They rise at first, because the gradients of a model that knows nothing teach nothing.
+    """
+    for module in model.modules():
+        if isinstance(module, CMS) and module.log_step is not None:
+            module.rise.fill_(min(1.0, (step + 1) / max(1, config.cms_rise * steps)))
+    return learning_rate(step, steps, config)
 
 
 def update(model, optimizer, lr: float, losses, grad_clip: float = math.inf) -> tuple[float, float]:
@@ -144,7 +155,8 @@ def parallel(run: Run) -> nn.Module:
     if config.compile and by_block:
         torch._functorch.config.donated_buffer = not learns  # a block's graph is used twice
         for block in model.blocks:
-            block._forward = torch.compile(block._forward, fullgraph=True)
+            block.mixer.compile(fullgraph=True)
+            block.cms.compile(fullgraph=True)
     if config.fsdp:
         units = (nn.Linear, MLP)
         whole = model.learners if learns else ()
@@ -265,9 +277,9 @@ def train_steps(run: Run, forward, optimizer, start: int, report) -> int:
             inputs, targets = (part[own].to(run.device) for part in rows)
             waited = time.perf_counter() - began
             # forward, backward, clip, step
+            lr = schedule(run.model, step, steps, config)
             micro_batch = config.micro_batch or rows_per_rank
             losses = micro_batches(forward, inputs, targets, micro_batch, run.device)
-            lr = learning_rate(step, steps, config)
             record = {"step": done, "tokens": done * config.tokens_per_step}
             try:
                 loss, norm = update(run.model, optimizer, lr, losses, config.grad_clip)

@@ -227,7 +227,7 @@ def trained(folder, data, levels, seed, quick):
 
 
 def inner_steps(name, first):
-    """Step size of each level: grows with sqrt(chunk), as the noise of a mean over a chunk falls."""
+    """Step size of each level: grows with sqrt(chunk), as noise of a mean falls."""
     levels, _ = STREAM[name]
     return [first * math.sqrt(chunk / levels[0]) for chunk in levels]
 

@@ -46,7 +46,7 @@ from support.corpus import batch, load_corpus
 from support.flags import whole_number
 from support.run import Run, as_of_today, device_for, precision
 from support.vocabulary import n_bytes
-from train import NonFinite, learning_rate, update, validate
+from train import NonFinite, schedule, update, validate
 
 MODELS = "hope,hope:inner_step=0,transformer,transformer:conv=4,gated_deltanet,titans"
 
@@ -134,10 +134,10 @@ def train_cell(cell: tuple[str, TrainConfig]) -> dict:
             began = time.perf_counter()
             rows = batch(run.corpus.train, config.batch_size, config.seq_len, config.seed, step)
             inputs, targets = (part.to(run.device) for part in rows)
+            lr = schedule(run.model, step, config.steps, config)
             with precision(run.device):
                 logits, _ = run.model(inputs)
             loss = loss_fn(logits, targets)
-            lr = learning_rate(step, config.steps, config)
             update(run.model, optimizer, lr, [loss], config.grad_clip)
             seconds.append(time.perf_counter() - began)
         held_out = run.corpus.val[: config.eval_tokens]

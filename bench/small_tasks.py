@@ -16,8 +16,7 @@ from layers import count
 from support.config import TrainConfig
 from support.run import optimizer_for
 from tasks import IGNORE, LANGUAGES, MAD, formal, mqar
-from train import NonFinite, learning_rate, update
-
+from train import NonFinite, schedule, update
 
 LONGEST = 50  # symbols of a word of a formal language in training
 
@@ -235,8 +234,8 @@ def train_cell(cell: Cell, device: str, threads: int) -> dict:
             length = 1 + int((y[rows] != IGNORE).any(0).nonzero().max())
             inputs = x[rows][:, :length]
             targets = y[rows][:, :length]
+            lr = schedule(model, step, cell.steps, config)
             loss = loss_fn(model(inputs)[0], targets)
-            lr = learning_rate(step, cell.steps, config)
             update(model, optimizer, lr, [loss], config.grad_clip)
             # validate; the best weights so far count
             if step + 1 == cell.steps or (cell.check and (step + 1) % cell.check == 0):

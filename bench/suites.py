@@ -150,7 +150,7 @@ def suites(args) -> dict:
 
 
 def current_key(key: str) -> str:
-    """The key of a finished cell today; before the CMS learned by default Hope's levels differed."""
+    """The key of a finished cell today; before the CMS learned by default Hope had other levels."""
     old = json.loads(key)
     cell = Cell(**old["cell"])
     model = old["model"]

@@ -75,6 +75,9 @@ class TrainConfig:
     warmup: float = flag(
         0.05, "fraction of the steps in which the learning rate rises", *FRACTION, on_resume=True
     )
+    cms_rise: float = flag(
+        0.2, "fraction of the steps in which the inner steps of the CMS levels rise", *FRACTION
+    )
     weight_decay: float = flag(0.1, "on matrices", *AT_LEAST_0)
     beta1: float = flag(0.9, "AdamW's", *BELOW_1)
     beta2: float = flag(0.95, "AdamW's", *BELOW_1)

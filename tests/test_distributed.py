@@ -33,7 +33,8 @@ from support.run import Run, read_config, resumed
 from train import main, train
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = {"d_model": 16, "n_layers": 2, "n_heads": 2, "chunk": 8, "hidden": 32, "levels": [4, None]}
+SMALL = {"d_model": 16, "n_layers": 2, "n_heads": 2, "chunk": 8, "hidden": 32}
+SMALL |= {"levels": [4, None]}
 slow = pytest.mark.slow
 
 

@@ -146,7 +146,8 @@ def test_every_row_learns_as_if_it_were_an_ordinary_model_trained_alone(name, T=
     for updates in ("first_order", "full"):
         loss, state = model.learn(x, updates=updates)
         close(loss, expected)
-        fast = [w for block in state["blocks"][-len(model.learners) :] for w in block["cms"]["fast"]]
+        learned = state["blocks"][-len(model.learners) :]
+        fast = [w for block in learned for w in block["cms"]["fast"]]
         for row in range(2):
             for w, alone in zip(fast, weights[row], strict=True):
                 for key in w or ():
@@ -389,11 +390,15 @@ def test_with_step_0_learning_is_reading(name):
         close(loss, F.cross_entropy(model.read(x)[0][:, :-1].mT, x[:, 1:], reduction="none"))
 
 
+def bare_names(weights):
+    return [(name, p) for name, p in weights.items() if not name.endswith(("log_step", "rise"))]
+
+
 def test_a_step_that_is_given_takes_the_place_of_the_learned_one():
     model, x = build("hope"), stream(2, 26)
     bare = Hope(HopeConfig(**(TINY | dict(cms_step=None)))).double()
     bare.load_state_dict(
-        {name: p for name, p in model.state_dict().items() if "log_step" not in name}
+        dict(bare_names(model.state_dict()))
     )
     with torch.no_grad():
         for block in model.blocks:
@@ -451,12 +456,17 @@ def build_like(model):
 def test_blocks_below_the_learners_are_ordinary_and_read_all_tokens_in_one_call():
     model, x = build("last two of three"), stream(2, 27)
     assert [len(block.cms.levels) for block in model.blocks] == [1, 3, 3]
-    calls = [0] * 3
+    parts = {"mixer": [0] * 3, "cms": [0] * 3}
     for i, block in enumerate(model.blocks):
-        block.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+        for name, calls in parts.items():
+
+            def count(*_, calls=calls, i=i):
+                calls[i] += 1
+
+            getattr(block, name).register_forward_hook(count)
     with torch.no_grad():
         model(x)
-    assert calls == [1, 7, 7]
+    assert parts == {"mixer": [1, 1, 7], "cms": [1, 7, 7]}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -510,3 +520,15 @@ def test_a_stream_that_repeats_is_learned(seed):
 def test_bad_input_is_named_with_its_value_and_the_legal_range(make_it, message):
     with pytest.raises(ValueError, match=message):
         make_it(stream(2, 5))
+
+
+def test_steps_rise_with_the_buffer_that_training_sets():
+    model, x = build("hope"), stream(2, 26)
+    for block in model.learners:
+        block.cms.rise.fill_(0.25)
+    steps = (0.25 * model.learners[0].cms.log_step.exp()).tolist()
+    assert model.learners[0].cms.steps().tolist() == pytest.approx(steps)
+    again = Hope(model.config).double()
+    again.load_state_dict(model.state_dict())  # a checkpoint of a half trained model is that model
+    with torch.no_grad():
+        assert torch.equal(again(x)[0], model(x)[0])

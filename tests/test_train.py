@@ -538,7 +538,7 @@ BAD = {
     "--set=hidden=2.5": "hidden must be an integer",
     "--set=momentum=1": "momentum must be true or false",
     "--set=cms_step=0": "step must be above 0 where it is learned, got 0",
-    "--set=cms_updates=second": "unknown cms_updates 'second': must be one of off, first_order, full",
+    "--set=cms_updates=second": "unknown cms_updates 'second': must be one of off, first_order",
     "--set=levels=[16,null]": "levels must begin with a chunk from 2 to 15 tokens, else no token",
     "--out=text.py": "exists: name a new folder",
     "--resume=runs/none": "not the folder of a run",
