@@ -666,6 +666,23 @@ class CombinedOptimizer:
             optimizer.load_state_dict(own)
 
 
+def scale_rates(optimizer, model, scales):
+    """Give parameters learning rates of their own: groups with "scale", which `train.update` reads.
+
+    scales: {part of a parameter's name: fraction of lr}; parameters without one have 1.
+    """
+    own = {}
+    for name, p in model.named_parameters():
+        own[id(p)] = next((scale for part, scale in scales.items() if part in name), 1.0)
+    for each in getattr(optimizer, "optimizers", [optimizer]):
+        groups = []
+        for group in each.param_groups:
+            for scale in sorted({own[id(p)] for p in group["params"]}, reverse=True):
+                params = [p for p in group["params"] if own[id(p)] == scale]
+                groups.append(group | {"params": params, "scale": scale})
+        each.param_groups[:] = groups
+
+
 class LevelOptimizer:
     """The step clock: NL eq. 71 with training steps as ticks, so every level has its own period.
 

@@ -7,6 +7,7 @@
     python train.py --pretrained LLAMA --data notes.txt     # from a Llama checkpoint (NL 7.3)
     python train.py --resume runs/hope-nano                 # go on after Ctrl-C or a kill
     python train.py --resume runs/hope-nano --tokens 4e6    # train longer
+    python train.py --cms-periods 1,8,64                    # CMS levels on the clock of steps, too
     python train.py --preset 340m --dry-run                 # what it would cost (support/plan.py)
     torchrun --nproc_per_node=8 train.py --preset 340m      # on 8 GPUs; --fsdp shards the weights
     python train.py --help                                  # every flag, with its default
@@ -91,7 +92,7 @@ def update(model, optimizer, lr: float, losses, grad_clip: float = math.inf) -> 
     pass of the one before. Raises NonFinite, which names the tensor, and then changes nothing.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1.0)
     loss = 0.0
     for part in losses:
         part.backward()

@@ -127,6 +127,9 @@ def unflatten(rest, tensors: dict, path: tuple = ()):
 
 def _parameters(optimizer, path: str = "optimizer") -> dict:
     """{path of a parameter's state in a checkpoint: the parameter}."""
+    if hasattr(optimizer, "sums"):  # of a LevelOptimizer
+        found = {f"{path}/sums/{name}": p for name, p in optimizer.parameters.items()}
+        return found | _parameters(optimizer.optimizer, f"{path}/optimizer")
     parts = getattr(optimizer, "optimizers", None)
     if parts is None:
         parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
@@ -311,7 +314,7 @@ def _room_for(optimizer, saved: dict) -> dict:
     for name, tensor in saved.items():
         if name.startswith("optimizer/"):
             dtype = tensor.properties.dtype
-            p = parameters.get(name.rpartition("/")[0])
+            p = parameters.get(name, parameters.get(name.rpartition("/")[0]))
             if p is not None and p.shape == tensor.size:
                 tensors[name] = torch.empty_like(p, dtype=dtype)
             else:

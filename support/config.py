@@ -35,6 +35,20 @@ AN_OPTIMIZER = ("one of " + ", ".join(OPTIMIZERS), OPTIMIZERS.__contains__)
 FREE = ("without model and vocab_size", {"model", "vocab_size"}.isdisjoint)
 
 
+def listed(text: str) -> list[float]:
+    """The numbers of "1,0.5"; [0] where they are no numbers, which no field allows."""
+    try:
+        return [float(part) for part in str(text).split(",")]
+    except ValueError:
+        return [0.0]
+
+
+def rising(text: str) -> bool:
+    """Whether a text lists whole numbers from 1 on that do not fall."""
+    numbers = listed(text)
+    return numbers == sorted(numbers) and all(n >= 1 and n == int(n) for n in numbers)
+
+
 @dataclass
 class TrainConfig:
     """One run. Values are checked on creation; ValueError names field, value and legal range."""
@@ -74,6 +88,19 @@ class TrainConfig:
     )
     warmup: float = flag(
         0.05, "fraction of the steps in which the learning rate rises", *FRACTION, on_resume=True
+    )
+    cms_periods: str | None = flag(
+        None,
+        "training steps between updates of each CMS level, fast to slow, as 1,8,64 (NL 71 over "
+        "steps); all else steps every time",
+        "whole numbers of at least 1 with commas, that do not fall",
+        lambda value: value is None or rising(value),
+    )
+    cms_lrs: str | None = flag(
+        None,
+        "learning rate of each CMS level in training, as a fraction of lr: 1,0.5,0.25",
+        "numbers above 0 with commas",
+        lambda value: value is None or all(number > 0 for number in listed(value)),
     )
     cms_rise: float = flag(
         0.2, "fraction of the steps in which the inner steps of the CMS levels rise", *FRACTION

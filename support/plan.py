@@ -182,12 +182,14 @@ def measure(
         del loss
         found = {"kept": kept, "extra": alive.most - before - kept}
         # step
-        parts = getattr(optimizer, "optimizers", (optimizer,))
+        inner = getattr(optimizer, "optimizer", optimizer)  # of a LevelOptimizer
+        parts = getattr(inner, "optimizers", (inner,))
         for part in parts:
             part.check_gradients = lambda: None  # there are no numbers to look at
         before = alive.mark()
         optimizer.step()
         state = tensors([list(part.state.values()) for part in parts])
+        state += list(getattr(optimizer, "sums", {}).values())
         found["optimizer"] = sum(t.untyped_storage().nbytes() for t in state)
         found["step"] = alive.most - before - found["optimizer"]
     baselines.rotations.cache_clear()

@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 
 from hope import Hope, HopeConfig
-from optimizers import optimizer_by_name
+from optimizers import LevelOptimizer, optimizer_by_name, scale_rates
 from support import checkpoint, distributed
 from support.checkpoint import atomic_write, first_line
-from support.config import TrainConfig
+from support.config import TrainConfig, listed
 from support.corpus import Corpus, batch, documents, is_shards, join, load_corpus
 from support.distributed import agreed, gather, rank, world
 from support.pretrained import from_pretrained
@@ -353,9 +353,34 @@ def resumed(folder: str, **changes) -> TrainConfig:
 
 
 def optimizer_for(model, config: TrainConfig):
-    """The optimizer that a config names, of all parameters of a model."""
+    """The optimizer that a config names, of all parameters of a model.
+
+    ValueError where cms_periods or cms_lrs are not as many as the CMS has levels.
+    """
     betas = (config.beta1, config.beta2)
-    return optimizer_by_name(model, config.optimizer, config.lr, config.weight_decay, betas)
+    made = optimizer_by_name(model, config.optimizer, config.lr, config.weight_decay, betas)
+    n = len(model.config.levels)
+    scales = listed(config.cms_lrs) if config.cms_lrs else []
+    periods = [int(period) for period in listed(config.cms_periods)] if config.cms_periods else []
+    for name, given in (("cms_lrs", scales), ("cms_periods", periods)):
+        if given and len(given) != n:
+            have = getattr(config, name)
+            raise ValueError(f"{name} must be {n} numbers, one for each CMS level, got {have!r}")
+    parts = []  # of the names of each level's parameters
+    for level in range(n):
+        at = range(len(model.blocks) - len(model.learners), len(model.blocks))
+        parts.append([f"blocks.{block}.cms.mlps.{level}." for block in at])
+    if scales:
+        of = {}
+        for scale, names in zip(scales, parts, strict=True):
+            of |= dict.fromkeys(names, scale)
+        scale_rates(made, model, of)
+    if periods:
+        levels = {}
+        for period, names in zip(periods, parts, strict=True):
+            levels |= dict.fromkeys(names, period)
+        made = LevelOptimizer(made, model, levels | {"": 1})
+    return made
 
 
 def device_for(name: str) -> torch.device:

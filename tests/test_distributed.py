@@ -130,6 +130,7 @@ SHORT = {"tokens": 6 * 64}
 SETTINGS = {
     "ddp, micro-batches of 1": {"micro_batch": 1, "recompute": True},
     "ddp, no CMS step in context": {**SHORT, "set": SMALL | {"cms_updates": "off"}},
+    "ddp, both clocks": {**SHORT, "cms_periods": "1,4", "cms_lrs": "1,0.5"},
     "ddp, second order": {**SHORT, "set": SMALL | {"cms_updates": "full"}},
     "fsdp, the last block learns": {**SHORT, "fsdp": True, "set": SMALL | {"cms_blocks": 1}},
     "fsdp, micro-batches of 1, m3": {"fsdp": True, "micro_batch": 1, "optimizer": "m3"},

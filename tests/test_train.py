@@ -514,6 +514,11 @@ BAD = {
     "--compile --set=cms_updates=full": "compile cannot be combined with cms_updates 'full'; use",
     "--fsdp --optimizer=dmgd": "fsdp cannot be combined with optimizer dmgd; use another",
     "--lr=0": "lr must be above 0, got 0.0",
+    "--cms_periods=4,1": "cms_periods must be whole numbers of at least 1 with commas, that do not",
+    "--cms_periods=1.5": "cms_periods must be whole numbers of at least 1",
+    "--cms_periods=1,8": "cms_periods must be 3 numbers, one for each CMS level, got '1,8'",
+    "--cms_lrs=1,0": "cms_lrs must be numbers above 0 with commas, got 1,0",
+    "--cms_lrs=fast": "cms_lrs must be numbers above 0 with commas, got fast",
     "--lr=nan": "lr must be above 0, got nan",
     "--min_lr_ratio=2": "min_lr_ratio must be from 0 to 1, got 2.0",
     "--warmup=-1": "warmup must be from 0 to 1, got -1.0",
@@ -611,6 +616,55 @@ def test_levels_that_learn_in_context_are_trained_and_resumed_to_the_same_losses
     model = model_of("whole")
     assert model.config.cms_updates == updates
     assert (model.blocks[0].cms.steps() != model.config.cms_step).all()  # they are trained
+
+
+# CMS levels on the clock of training steps
+
+
+def weights_by_step(monkeypatch, config) -> list[dict]:
+    """The model's weights after every step of a run."""
+    seen = []
+
+    def look(record):
+        if "bits_per_byte" in record:
+            seen.append({name: p.detach().clone() for name, p in kept[0].named_parameters()})
+
+    kept = []
+    parallel = training.parallel
+    monkeypatch.setattr(training, "parallel", lambda run: kept.append(run.model) or parallel(run))
+    train(config, look)
+    return seen
+
+
+def test_levels_step_every_so_many_training_steps_and_all_else_every_time(here, monkeypatch):
+    seen = weights_by_step(monkeypatch, small(cms_periods="1,2,4"))
+    for number, (before, after) in enumerate(zip(seen, seen[1:], strict=False), 2):
+        for name, p in after.items():
+            period = next((2**i for i in range(3) if f"mlps.{i}." in name), 1)
+            assert torch.equal(p, before[name]) == (number % period != 0), (number, name)
+
+
+def test_a_run_stopped_within_a_period_goes_on_to_the_same_losses(here):
+    clocks = {"cms_periods": "1,2,4", "cms_lrs": "1,0.5,0.25"}
+    train(small(**clocks, out="whole"))
+    with pytest.raises(Stopped):
+        train(small(**clocks, out="killed"), on_step=stop_after(5))  # saved after step 3
+    train(resumed("killed"))
+    assert losses("killed") == losses("whole")
+    train(small(cms_periods="1,2,4", out="equal rates"))
+    assert losses("equal rates") != losses("whole")
+
+
+def test_a_level_has_its_own_learning_rate(here, monkeypatch):
+    options = {"lr": 1e-3, "weight_decay": 0.0, "warmup": 0.0, "tokens": 32}
+    start, moved = small(**options), small(**options, cms_lrs="1,0.5,0.25")
+    (plain,) = weights_by_step(monkeypatch, start)
+    (scaled,) = weights_by_step(monkeypatch, moved)
+    torch.manual_seed(0)
+    first = dict(Hope(HopeConfig(**SMALL)).named_parameters())
+    for name, p in plain.items():
+        scale = next((0.5**i for i in range(3) if f"mlps.{i}." in name), 1.0)
+        torch.testing.assert_close(scaled[name] - first[name], scale * (p - first[name]))
 
 
 # The command line
