@@ -56,6 +56,9 @@ PRESETS = {
     "1.3b": (2048, 24, 32, 32768),
 }
 
+# The Hope that the paper trained: MLP memories, adaptive queries, momentum (deviations 22 and 23).
+PUBLISHED = {"memory": "mlp", "adaptive": ["k", "v", "q"], "momentum": True}
+
 # Name -> config -> mixer; a tuple's mixers take turns, layer by layer.
 MIXERS = {
     "hope": lambda c: SelfModifyingTitans(
@@ -175,14 +178,23 @@ class HopeConfig:
         return n * each
 
     @classmethod
-    def preset(cls, name, model="hope", **overrides):
-        """The config of a preset (a name of PRESETS). Overrides are fields of HopeConfig."""
+    def preset(cls, name, model="hope", published=False, **overrides):
+        """The config of a preset (a name of PRESETS). Overrides are fields of HopeConfig.
+
+        published: with what PUBLISHED holds.
+        """
         sizes = PRESETS[one_of("preset", name, PRESETS)]
         for override in overrides:
             one_of("field of HopeConfig", override, [f.name for f in dataclasses.fields(cls)])
         own = dict(zip(("d_model", "n_layers", "n_heads", "vocab_size"), sizes, strict=True))
         if name != "nano":
             own["window"] = 2048  # as published; nano is trained on shorter rows
+        if name != "nano" and model.startswith("hope"):
+            # As TTT-E2E: the last quarter of the blocks learns, from 1,024 tokens on. A row of 4,096
+            # has three steps of the fast level and one of the slow, whose size is trained by it.
+            own |= {"levels": [1024, 2048, None], "cms_blocks": max(1, own["n_layers"] // 4)}
+        if published:
+            own |= PUBLISHED
         return cls(model=model, **(own | overrides))
 
     def to_dict(self):

@@ -272,7 +272,11 @@ def parse(argv: list[str] | None, description: str, resumed: Callable) -> TrainC
         else:
             metavar = {int: "N", float: "X"}.get(f.type, "NAME")
             parser.add_argument(*names, help=text, metavar=metavar)
+    what = "Hope as published: MLP memories, adaptive q, momentum; short for --set published=true"
+    parser.add_argument("--published", help=what, action="store_true")
     given = vars(parser.parse_args(argv))
+    if given.pop("published", False):
+        given["set"] = ["published=true", *given.get("set", [])]
     if given.get("resume"):
         return resumed(given.pop("resume"), **given)
     return TrainConfig(**SETUPS.get(given.get("preset"), {}) | given)
