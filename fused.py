@@ -202,14 +202,138 @@ class _CausalConv(torch.autograd.Function):
 causal_convolution = _CausalConv.apply
 
 # --------------------------------------------------------------------------------------------------
-# Self-modifying Titans with matrix memories: all chunks of one layer
+# One tile of the learning rule, for a layer of one or more memories
+
+
+def tile_forward(W, S, k, v, u, q, c, eta, p, every=1):
+    """Solve, read and write C tokens, by the equations and symbols at the top of memory.py.
+
+        W, S   [M, R, d]    weights and momentum (or None: without)
+        k, v   [M, C, d]    keys; vectors whose reads at W are a part of what is written, or 0
+        u      [M, C, R]    the rest of what is written
+        q      [N, C, d]    queries of the first d rows of every M / N-th layer, `every` = M / N
+        c      [M, C+1, .]  weights of W_0, with momentum of S_0, and of every write, in W_t
+        eta    [M, C]       step sizes
+        p      [M, C+1]     products of theta at the end, of S_0 and of every write; or None
+
+    Returns y [N, C, d], W and S at the end, and for the backward pass X (the solve's inverse), r.
+    """
+    C = k.shape[1]
+    d = q.shape[-1]
+    own = slice(None, None, every)
+    a = c[..., :1]
+    b = c[..., 1:2]
+    ce = c[..., -C:] * eta.unsqueeze(1)  # [M, C+1, C]
+    r = torch.baddbmm(u, torch.addcmul(v, a[:, :C], k, value=-1), W.mT)
+    if S is not None:
+        r.baddbmm_(b[:, :C] * k, S.mT, alpha=-1)
+    X = unit_lower_inverse(ce[:, :C] * (k @ k.mT))
+    r = X @ r
+    # read at the running weights, then write
+    past = a[own, 1:] * (q @ W[own, :d].mT)
+    if S is not None:
+        past.baddbmm_(b[own, 1:] * q, S[own, :d].mT)
+    y = past.baddbmm_(ce[own, 1:] * (q @ k[own].mT), r[own, :, :d])
+    W = torch.baddbmm(a[:, C:] * W, (ce[:, C].unsqueeze(-1) * r).mT, k)
+    if S is not None:
+        W.addcmul_(b[:, C:], S)
+        last = (p[:, 1:] * eta).unsqueeze(-1)
+        S = torch.baddbmm(p[:, :1, None] * S, r.mT, last * k)
+    return y, W, S, X, r
+
+
+def tile_backward(dy, dW, dS, W, S, X, r, k, v, q, c, eta, p, every=1):
+    """Gradients dW, dS, dk, dv, du, dq, dc, deta, dp from dy and dW, dS at the end."""
+    C = k.shape[1]
+    d = q.shape[-1]
+    own = slice(None, None, every)
+    a = c[..., :1]
+    b = c[..., 1:2]
+    ce = c[..., -C:] * eta.unsqueeze(1)
+    last = ce[:, C].unsqueeze(-1)
+    G = k @ k.mT  # again: keeping it for all chunks would be a seventh of all that is kept
+    Gq = q @ k[own].mT
+    dp = None
+    # through the write W_C = a_C W + (last * r)^T k
+    dr = k @ dW.mT  # [M, C, R]
+    dk = (last * r) @ dW
+    d_last = torch.linalg.vecdot(dr, r)
+    dr.mul_(last)
+    da_C = torch.linalg.vecdot(dW.flatten(1), W.flatten(1))
+    if S is not None:  # through S_C = p_0 S + r^T (last_S * k), and b_C S
+        last_S = (p[:, 1:] * eta).unsqueeze(-1)
+        dr.baddbmm_(last_S * k, dS.mT)
+        d_key = r @ dS
+        dk.addcmul_(last_S, d_key)
+        d_last_S = torch.linalg.vecdot(d_key, k)
+        db_C = torch.linalg.vecdot(dW.flatten(1), S.flatten(1))
+        dp_0 = torch.linalg.vecdot(dS.flatten(1), S.flatten(1))
+        dp = torch.cat([dp_0.unsqueeze(-1), d_last_S * eta], -1)
+        dS = (p[:, :1, None] * dS).addcmul_(b[:, C:], dW)
+    dW = a[:, C:] * dW
+    # through the read y = a q W^T + b q S^T + (ce G_q) r
+    dr[own, :, :d].baddbmm_((ce[own, 1:] * Gq).mT, dy)
+    d_read = dy @ r[own, :, :d].mT
+    dyW = dy @ W[own, :d]
+    dW[own, :d].baddbmm_((a[own, 1:] * dy).mT, q)
+    if S is not None:
+        dyS = dy @ S[own, :d]
+        dS[own, :d].baddbmm_((b[own, 1:] * dy).mT, q)
+    # through the solve (I + ce G) r = u + (v - a k) W^T - b k S^T
+    du = X.mT @ dr
+    d_solve = (du @ r.mT).neg_()
+    dW.baddbmm_(du.mT, torch.addcmul(v, a[:, :C], k, value=-1))
+    dv = du @ W
+    dk.addcmul_(a[:, :C], dv, value=-1)
+    if S is not None:
+        dS.baddbmm_(du.mT, b[:, :C] * k, alpha=-1)
+        d_key = du @ S
+        dk.addcmul_(b[:, :C], d_key, value=-1)
+    # through the products of keys and queries
+    dG = d_solve * ce[:, :C]
+    dk.baddbmm_(dG + dG.mT, k)
+    dG = d_read * ce[own, 1:]
+    dk[own].baddbmm_(dG.mT, q)
+    dq = torch.baddbmm(a[own, 1:] * dyW, dG, k[own])
+    if S is not None:
+        dq.addcmul_(b[own, 1:], dyS)
+    # through step sizes and decays
+    dce = F.pad(d_solve.mul_(G), (0, 0, 0, 1))  # [M, C+1, C]
+    dce[own, 1:].addcmul_(d_read, Gq)
+    dce[:, C].add_(d_last)
+    deta = (dce * c[..., -C:]).sum(1)
+    da = F.pad(torch.linalg.vecdot(k, dv).neg_(), (0, 1))
+    da[own, 1:].add_(torch.linalg.vecdot(dyW, q))
+    da[:, C].add_(da_C)
+    dc = [da.unsqueeze(-1), dce.mul_(eta.unsqueeze(1))]
+    if S is not None:
+        deta.addcmul_(d_last_S, p[:, 1:])
+        db = F.pad(torch.linalg.vecdot(k, d_key).neg_(), (0, 1))
+        db[own, 1:].add_(torch.linalg.vecdot(dyS, q))
+        db[:, C].add_(db_C)
+        dc.insert(1, db.unsqueeze(-1))
+    return dW, dS, dk, dv, du, dq, torch.cat(dc, -1), deta, dp
+
+
+# --------------------------------------------------------------------------------------------------
+# Self-modifying Titans: all chunks of one layer
+
+
+def to_blocks(rows, m):
+    """rows [N, C, m d] of m memories -> [N m, C, d]."""
+    return rows.unflatten(-1, (m, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def to_rows(blocks, m):
+    """The inverse of `to_blocks`."""
+    return blocks.unflatten(0, (-1, m)).transpose(1, 2).flatten(2)
 
 
 class _SelfModify(torch.autograd.Function):
     """All chunks of one layer, defined by `SelfModifyingTitans._chunk` in titans.py.
 
     N = batch x heads; rows are [memory | k | v | q | eta | alpha | theta], R in number: with q only
-    if that is adaptive, with theta only if there is momentum.
+    if that is adaptive, with theta only if there is momentum. n memories have an output of width d.
 
         x                [N, T, d]  inputs from a chunk boundary on
         q                [N, T, d]  queries of unit length, or None: they are adaptive
@@ -218,11 +342,13 @@ class _SelfModify(torch.autograd.Function):
         A                [N, 1]     rate of forgetting, of each head
         chunk, step      tokens generated at once, inner step size
         b_theta, S       [N, 1] and [N, R, d], bias and running momentum, or None: without
+        W2, W02, S2      [N n, d, d], the same of the second layers of MLPs, or None: matrices
 
-    Returns y [N, T, d] with y_t = W_t q_t (memory's rows only), W at the end, W at the last chunk
-    boundary, adaptive queries or None, S at the end or None. Symbols as at the top of memory.py; G
-    are the products of keys and queries. The backward walks the chunks in reverse with dW and dS,
-    the gradients of weights and momentum at the chunk's end. First derivatives only.
+    Returns y [N, T, d], W at the end, W at the last chunk boundary, adaptive queries or None, S at
+    the end or None, and for MLPs W2 at the end, W2 at the boundary and S2, else None. y_t is W_t
+    q_t for matrices, (W02 + W2_t) silu((W0 + W_t) q_t) for MLPs, of memory's rows only. Symbols as
+    at the top of memory.py. The backward walks the chunks in reverse, with the gradients dW, dS of
+    weights and momentum at the chunk's end. First derivatives only.
     """
 
     # What limits it on one CPU thread (`python -m bench speed --profile hope`: one training step,
@@ -232,24 +358,34 @@ class _SelfModify(torch.autograd.Function):
     # not measured on a GPU, where the launches of these small kernels should bound it.
 
     @staticmethod
-    def forward(ctx, x, q, W, W0, b_eta, b_alpha, A, chunk, step, b_theta=None, S=None):
+    def forward(ctx, x, q, W, W0, b_eta, b_alpha, A, chunk, step, b_theta=None, S=None, W2=None,
+                W02=None, S2=None):
         T, d = x.shape[1:]
         adaptive = q is None
         momentum = S is not None
+        mlp = W2 is not None
         m = 2 + adaptive  # of k, v and q come from rows
-        n = d * (1 + m)
+        n = 1 + m
         if adaptive:
             q = torch.empty_like(x)
         y = torch.empty_like(x)
+        nothing = x.new_zeros(())
+        theta = p = P_theta = zg = z = e = g2 = X2 = r2 = y1 = None
         saved = []
         for i in range(0, T, chunk):
             xc = x[:, i : i + chunk]
             qc = q[:, i : i + chunk]
             C = xc.shape[1]
-            boundary = W
+            start = [W, S, W2, S2]
             # generate from the boundary weights
-            g = xc @ (W + W0)[:, d:].mT  # [N, C, R - d]
-            kv = g[..., : m * d].unflatten(-1, (m, d)) + xc.unsqueeze(2)  # [N, C, m, d]
+            B = W + W0
+            g = xc @ B[:, d:].mT  # [N, C, R - d]
+            kv = g[..., : m * d]
+            if mlp:
+                B2 = W2 + W02
+                zg = to_blocks(kv, m)
+                kv = to_rows(F.silu(zg) @ _generators(B2, n).mT, m)
+            kv = kv.unflatten(-1, (m, d)) + xc.unsqueeze(2)  # [N, C, m, d]
             norm = torch.rsqrt(torch.linalg.vecdot(kv, kv).add_(EPS)).unsqueeze(-1)
             kv.mul_(norm)
             k, v, *made = kv.unbind(2)
@@ -259,49 +395,53 @@ class _SelfModify(torch.autograd.Function):
             alpha = torch.exp(-step * A * F.softplus(z_alpha))
             sig = torch.sigmoid(g[..., m * d] + b_eta)
             eta = step * (1 + alpha) * sig
-            # solve for the errors r [N, C, R] of all rows, whose right-hand side is
-            # targets - residual - a W k = v - k + W0 (v - k) + W (v - a k)
             c = P = decay_forward(alpha)  # [N, C+1, C+1]
             if momentum:
-                S_boundary = S
                 theta = torch.sigmoid(g[..., m * d + 2] + b_theta)
                 eta.mul_(1 - theta)
                 P_theta = decay_forward(theta)
+                p = P_theta[:, C]
                 # [N, C+1, C+2]: of W_0, of S_0, of every write, in W_t
                 c = torch.cat([P[..., :1], P[..., 1:] @ P_theta[..., 1:, :]], -1)
-                b = c[..., 1:2]
-            a = c[..., :1]
-            ce = c[..., -C:] * eta.unsqueeze(1)  # [N, C+1, C]
-            kq = torch.cat([k, qc], 1)  # [N, 2C, d]
-            G = kq @ k.mT  # [N, 2C, C], of keys, then of queries
-            Z = torch.addcmul(v, a[:, :C], k, value=-1)
             vk = v - k
-            r = torch.baddbmm(vk @ W0.mT, Z, W.mT)
-            r[..., :n].unflatten(-1, (1 + m, d)).add_(vk.unsqueeze(2))
-            if momentum:
-                r.baddbmm_(b[:, :C] * k, S.mT, alpha=-1)
-            X = unit_lower_inverse(ce[:, :C] * G[:, :C])
-            r = X @ r
-            # read at the running weights, then write
-            past = a[:, 1:] * (qc @ W[:, :d].mT)
-            if momentum:
-                past.baddbmm_(b[:, 1:] * qc, S[:, :d].mT)
-            y[:, i : i + chunk] = torch.baddbmm(past, ce[:, 1:] * G[:, C:], r[..., :d])
-            W = torch.baddbmm(a[:, C:] * W, (ce[:, C].unsqueeze(-1) * r).mT, k)
-            if momentum:
-                W.addcmul_(b[:, C:], S)
-                last = (P_theta[:, C, 1:] * eta).unsqueeze(-1)
-                S = torch.baddbmm(P_theta[:, C:, :1] * S, r.mT, last * k)
+            if mlp:  # u2 is the target - residual, e its error at the boundary, g2 that backward
+                rows = torch.cat([v, k], 1) @ B.mT  # [N, 2C, R]
+                z = to_blocks(rows[..., : n * d], n)
+                h = F.silu(z)
+                u2 = h @ B2.mT  # [N n, 2C, d]
+                e = u2[:, C:]
+                u2 = (u2[:, :C].unflatten(0, (-1, n)) + vk.unsqueeze(1)).flatten(0, 1)
+                e = e - u2
+                g2 = e @ B2
+                h = h[:, C:]
+                u = torch.ops.aten.silu_backward(g2, z[:, C:]).mul_(-_inverse_square(B2))
+                u = [to_rows(u, n), rows[:, :C, n * d :] - k @ W0[:, n * d :].mT]
+                args = (k, nothing, torch.cat(u, -1))
+            else:  # targets - residual - W0 k is v - k + W0 (v - k) + W v
+                u = vk @ W0.mT
+                u[..., : n * d].unflatten(-1, (n, d)).add_(vk.unsqueeze(2))
+                args = (k, v, u)
+            yc, W, S, X, r = tile_forward(W, S, *args, qc, c, eta, p)
+            if mlp:
+                y1 = yc.baddbmm_(qc, W0[:, :d].mT)
+                hq = F.silu(y1)
+                eta2 = _spread(eta, n)
+                eta2 = eta2 / (1 + eta2 * torch.linalg.vecdot(h, h))
+                u2.baddbmm_(h, W02.mT, alpha=-1)
+                args = (h, nothing, u2, hq, _spread(c, n), eta2, _spread(p, n), n)
+                yc, W2, S2, X2, r2 = tile_forward(W2, S2, *args)
+                yc.baddbmm_(hq, W02[::n].mT)
+            y[:, i : i + chunk] = yc
             if any(ctx.needs_input_grad):
-                saved += [boundary, kv, norm, X, r, P, alpha, sig, z_alpha]
-                if momentum:
-                    saved += [S_boundary, theta, P_theta, c]
-        ctx.save_for_backward(x, q, W0, A, *saved)
+                saved += [*start, kv, norm, X, r, P, alpha, sig, z_alpha, theta, P_theta, c]
+                saved += [zg, z, e, g2, X2, r2, y1]
+        ctx.save_for_backward(x, q, W0, A, W02, *saved)
         ctx.chunk = chunk
         ctx.step = step
         ctx.adaptive = adaptive
-        # a copy: the first boundary is an input
-        return y, W, boundary.clone(), q if adaptive else None, S
+        # copies: the first boundary is an input
+        boundary = [t if t is None else t.clone() for t in start]
+        return y, W, boundary[0], q if adaptive else None, S, W2, boundary[2], S2
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -310,112 +450,104 @@ class _SelfModify(torch.autograd.Function):
             return _SelfModify.gradients(ctx, dy, *grads)
 
     @staticmethod
-    def gradients(ctx, dy, dW, d_boundary, dq, dS):
-        x, q, W0, A, *saved = ctx.saved_tensors
+    def gradients(ctx, dy, dW, d_boundary, dq, dS, dW2, d_boundary2, dS2):
+        x, q, W0, A, W02, *saved = ctx.saved_tensors
         N, T, d = x.shape
         chunk = ctx.chunk
         step = ctx.step
         per_chunk = len(saved) // -(-T // chunk)
         momentum = dS is not None
+        mlp = W02 is not None
         m = 2 + ctx.adaptive
-        n = d * (1 + m)
+        n = 1 + m
+        p = None
+        nothing = x.new_zeros(())
+        silu_backward = torch.ops.aten.silu_backward
         dx = torch.empty_like(x)
         if not ctx.adaptive:
             dq = torch.empty_like(x)
         dW0 = torch.zeros_like(W0)
-        dz = x.new_empty(W0.shape[1] - n, N, T)  # of eta, alpha, theta before their biases
+        dW02 = W02 if W02 is None else torch.zeros_like(W02)
+        dz = x.new_empty(W0.shape[1] - n * d, N, T)  # of eta, alpha, theta before their biases
         dA = torch.zeros_like(A)
         for i in range((T - 1) // chunk * chunk, -1, -chunk):
             j = i // chunk * per_chunk
-            W, kv, norm, X, r, P, alpha, sig, z_alpha, *more = saved[j : j + per_chunk]
+            W, S, W2, S2, kv, norm, X, r, P, alpha, sig, *more = saved[j : j + per_chunk]
+            z_alpha, theta, P_theta, c, zg, z, e, g2, X2, r2, y1 = more
             xc = x[:, i : i + chunk]
             qc = q[:, i : i + chunk]
             dyc = dy[:, i : i + chunk]
             C = xc.shape[1]
             k, v = kv.unbind(2)[:2]
-            kq = torch.cat([k, qc], 1)
+            B = W + W0
             one_alpha = 1 + alpha
-            G = kq @ k.mT  # again: keeping it for all chunks would be a seventh of all that is kept
             eta = step * one_alpha * sig
-            c = P
             if momentum:
-                S, theta, P_theta, c = more
                 eta.mul_(1 - theta)
-                b = c[..., 1:2]
-            a = c[..., :1]
-            ce = c[..., -C:] * eta.unsqueeze(1)
-            last = ce[:, C].unsqueeze(-1)
-            # through the write W_C = a_C W + (last * r)^T k
-            dr = k @ dW.mT  # [N, C, R]
-            dk = (last * r) @ dW
-            d_last = torch.linalg.vecdot(dr, r)
-            dr.mul_(last)
-            da_C = torch.linalg.vecdot(dW.flatten(1), W.flatten(1))
-            if momentum:  # through S_C = P_theta[C, 0] S + r^T (last_S * k), and b_C S
-                last_S = (P_theta[:, C, 1:] * eta).unsqueeze(-1)
-                dr.baddbmm_(last_S * k, dS.mT)
-                d_key = r @ dS
-                dk.addcmul_(last_S, d_key)
-                d_last_S = torch.linalg.vecdot(d_key, k)
-                db_C = torch.linalg.vecdot(dW.flatten(1), S.flatten(1))
-                dp_C = torch.linalg.vecdot(dS.flatten(1), S.flatten(1))
-                dS = (P_theta[:, C:, :1] * dS).addcmul_(b[:, C:], dW)
-            dW = a[:, C:] * dW
-            # through the read y = a q W^T + b q S^T + (ce G_q) r
-            dr[..., :d].baddbmm_((ce[:, 1:] * G[:, C:]).mT, dyc)
-            d_read = dyc @ r[..., :d].mT
-            dyW = dyc @ W[:, :d]
-            dW[:, :d].baddbmm_((a[:, 1:] * dyc).mT, qc)
-            if momentum:
-                dyS = dyc @ S[:, :d]
-                dS[:, :d].baddbmm_((b[:, 1:] * dyc).mT, qc)
-            # through the solve (I + ce G_k) r = v - k + (v - k) W0^T + (v - a k) W^T - b k S^T
-            dr = X.mT @ dr
-            d_solve = (dr @ r.mT).neg_()
-            dW.baddbmm_(dr.mT, torch.addcmul(v, a[:, :C], k, value=-1))
-            dW0.baddbmm_(dr.mT, v - k)
-            dZ = dr @ W
-            d_res = dr[..., :n].unflatten(-1, (1 + m, d)).sum(2).baddbmm_(dr, W0)
-            dk.addcmul_(a[:, :C], dZ, value=-1).sub_(d_res)
-            dv = dZ + d_res
-            if momentum:
-                dS.baddbmm_(dr.mT, b[:, :C] * k, alpha=-1)
-                dZS = dr @ S
-                dk.addcmul_(b[:, :C], dZS, value=-1)
-            # through the products of keys and queries, G = [k; q] k^T
-            dG = torch.cat([d_solve * ce[:, :C], d_read * ce[:, 1:]], 1)
-            dk.baddbmm_(dG.mT, kq)
-            dkq = dG @ k
-            dk.add_(dkq[:, :C])
-            dqc = dkq[:, C:].addcmul_(a[:, 1:], dyW)
-            if momentum:
-                dqc.addcmul_(b[:, 1:], dyS)
-            # through step sizes and retention
-            dce = F.pad(d_solve.mul_(G[:, :C]), (0, 0, 0, 1))  # [N, C+1, C]
-            dce[:, 1:].addcmul_(d_read, G[:, C:])
-            dce[:, C].add_(d_last)
-            deta = (dce * c[..., -C:]).sum(1)
-            da = F.pad(torch.linalg.vecdot(dyW, qc), (1, 0))
-            da[:, :C].sub_(torch.linalg.vecdot(k, dZ))
-            da[:, C].add_(da_C)
-            dc = [da.unsqueeze(-1), dce * eta.unsqueeze(1)]
-            if momentum:
-                db = F.pad(torch.linalg.vecdot(dyS, qc), (1, 0))
-                db[:, :C].sub_(torch.linalg.vecdot(k, dZS))
-                db[:, C].add_(db_C)
-                dc.insert(1, db.unsqueeze(-1))
+                p = P_theta[:, C]
+            if mlp:  # through the second layers
+                h = F.silu(z)
+                hk = h[:, C:]
+                hq = F.silu(y1)
+                eta_n = _spread(eta, n)
+                shrink = 1 / (1 + eta_n * torch.linalg.vecdot(hk, hk))
+                dW02[::n].baddbmm_(dyc.mT, hq)
+                args = (X2, r2, hk, nothing, hq, _spread(c, n), eta_n * shrink, _spread(p, n), n)
+                found = tile_backward(dyc, dW2, dS2, W2, S2, *args)
+                dW2, dS2, dh, _, du2, dhq, *second = found
+                second[1].mul_(shrink.square_())  # of eta
+                dh.addcmul_(hk, (second[1] * eta_n.square_()).unsqueeze(-1), value=-2)
+                dh.baddbmm_(du2, W02, alpha=-1)
+                dW02.baddbmm_(du2.mT, hk, alpha=-1)
+                dyc = silu_backward(dhq.baddbmm_(dyc, W02[::n]), y1)
+                dW0[:, :d].baddbmm_(dyc.mT, qc)
+            args = (X, r, k, nothing if mlp else v, qc, c, eta, p)
+            dW, dS, dk, dv, du, dqc, dc, deta, dp = tile_backward(dyc, dW, dS, W, S, *args)
+            if mlp:  # through the targets and the first layers' gradients
+                for t, more in zip((dc, deta, dp), second, strict=True):
+                    if t is not None:
+                        t.add_(more.unflatten(0, (-1, n)).sum(1))
+                dqc.baddbmm_(dyc, W0[:, :d])
+                B2 = W2 + W02
+                zk = z[:, C:]
+                inverse = _inverse_square(B2)
+                d_gates = du[..., n * d :]
+                du = to_blocks(du[..., : n * d], n)
+                along = torch.linalg.vecdot(du, silu_backward(g2, zk)).sum(1)[:, None, None]
+                dB2 = 2 * inverse.square() * along * B2
+                du.mul_(-inverse)
+                dg2 = silu_backward(du, zk)
+                dB2.baddbmm_(e.mT, dg2)
+                de = dg2 @ B2.mT
+                du2.sub_(de)
+                d_out = torch.cat([du2, de], 1)
+                dB2.baddbmm_(d_out.mT, h)
+                dh2 = d_out @ B2
+                dh2[:, C:].add_(dh)
+                d_rows = silu_backward(dh2, z)
+                s = torch.sigmoid(zk)
+                d_rows[:, C:].addcmul_(du.mul_(g2), s * (1 - s) * (2 + zk * (1 - 2 * s)))
+                d_rows = torch.cat([to_rows(d_rows, n), F.pad(d_gates, (0, 0, 0, C))], -1)
+                dB = d_rows.mT @ torch.cat([v, k], 1)
+                dv, dk_rows = (d_rows @ B).split(C, 1)
+                d_res = du2.unflatten(0, (-1, n)).sum(1)
+                dk.add_(dk_rows).baddbmm_(d_gates, W0[:, n * d :], alpha=-1)
+                dW0[:, n * d :].baddbmm_(d_gates.mT, k, alpha=-1)
+            else:
+                dW0.baddbmm_(du.mT, v - k)
+                d_res = du[..., : n * d].unflatten(-1, (n, d)).sum(2).baddbmm_(du, W0)
+            dk.sub_(d_res)
+            dv = dv + d_res
             # Gradients of each weight in W_t, summed over all that W_t becomes; alpha_t multiplies
             # the weights in W_{t-1}. The same for S_t and theta, as S_t is a part of W_t.
-            later = P[..., 1:].mT @ torch.cat(dc, -1)  # [N, C, as c]
+            later = P[..., 1:].mT @ dc  # [N, C, as c]
             d_alpha = (later * c[:, :-1]).sum(-1)
             dzc = []
             if momentum:
                 later = later[..., 1:]
-                later[:, -1, 0].add_(dp_C)
-                later[:, -1, 1:].addcmul_(d_last_S, eta)
+                later[:, -1].add_(dp)
                 later = P_theta[:, 1:, 1:].mT @ later
                 d_theta = (later * P_theta[:, :-1]).sum(-1)
-                deta.addcmul_(d_last_S, P_theta[:, C, 1:])
                 dzc = [theta * ((1 - theta) * d_theta - deta * eta)]
                 deta.mul_(1 - theta)
             d_alpha.addcmul_(deta, sig, value=step).mul_(alpha)  # of log alpha
@@ -432,17 +564,47 @@ class _SelfModify(torch.autograd.Function):
                 dkv = torch.stack([dk, dv], 2)
             along = torch.linalg.vecdot(kv, dkv).unsqueeze(-1)
             dkv.addcmul_(kv, along, value=-1).mul_(norm)
-            dg = torch.cat([dkv.flatten(2), dzc.movedim(0, -1)], -1)
-            dx[:, i : i + chunk] = torch.baddbmm(dkv.sum(2), dg, (W + W0)[:, d:])
+            dg = dkv.flatten(2)
+            if mlp:
+                dg = to_blocks(dg, m)
+                _, *others = dB2.unflatten(0, (-1, n)).unbind(1)
+                made = (dg.mT @ F.silu(zg)).unflatten(0, (-1, m)).unbind(1)
+                for t, more in zip(others, made, strict=True):
+                    t.add_(more)
+                dg = to_rows(silu_backward(dg @ _generators(B2, n), zg), m)
+                dW2.add_(dB2)
+                dW02.add_(dB2)
+                dW.add_(dB)
+                dW0.add_(dB)
+            dg = torch.cat([dg, dzc.movedim(0, -1)], -1)
+            dx[:, i : i + chunk] = torch.baddbmm(dkv.sum(2), dg, B[:, d:])
             dWg = dg.mT @ xc
             dW[:, d:].add_(dWg)
             dW0[:, d:].add_(dWg)
             if i + chunk >= T:
                 dW.add_(d_boundary)
+                if mlp:
+                    dW2.add_(d_boundary2)
         if ctx.adaptive:
             dq = None
         db_eta, db_alpha, *db_theta = dz.sum(2, keepdim=True)
-        return dx, dq, dW, dW0, db_eta, db_alpha, dA, None, None, *(db_theta or [None]), dS
+        rest = (*(db_theta or [None]), dS, dW2, dW02, dS2)
+        return dx, dq, dW, dW0, db_eta, db_alpha, dA, None, None, *rest
+
+
+def _spread(t, n):
+    """t [N, ...] n times, for each memory -> [N n, ...]; None stays None."""
+    return t if t is None else t.repeat_interleave(n, 0)
+
+
+def _generators(W, n):
+    """Of n layers W [N n, d, d] all but the content memory's, [N (n - 1), d, d]."""
+    return W.unflatten(0, (-1, n))[:, 1:].flatten(0, 1)
+
+
+def _inverse_square(W):
+    """1 / (1 + |W|^2) [M, 1, 1], see deviation 7."""
+    return 1 / (1 + W.square().sum((-2, -1), keepdim=True))
 
 
 self_modify = _SelfModify.apply
@@ -451,22 +613,36 @@ self_modify = _SelfModify.apply
 def all_chunks(x, q, W, S, W0, gates, chunk, step, kernels=None, operands=None):
     """`self_modify` for batch and heads, by `kernels` (kernels.py) if given, in type `operands`.
 
-    x, q [B, H, T, d], W, S [B, H, R, d], W0 [H, R, d], gates: b_eta, b_alpha, A, b_theta, [H] each.
-    q, S and b_theta may be None. Returns y with y_t = q_t + (W0 + W_t) q_t, W at the last chunk
-    boundary, W and S at the end.
+    x, q [B, H, T, d]; W, S and W0: a list for the layers, [B, H, ...] each and [H, ...]; gates:
+    b_eta, b_alpha, A, b_theta, [H] each. q, S and b_theta may be None. Returns y as `_chunk`, W at
+    the last chunk boundary, W and S at the end.
     """
     B, H, _, d = x.shape
-    flat = [t if t is None else t.flatten(0, 1) for t in (x, q, W, S)]
+    mlp = len(W) > 1
+
+    def flat(layers):
+        made = [t if t is None else t.flatten(0, t.ndim - 3) for t in layers or ()]
+        return made + [None] * (2 - len(made))
+
+    x, q = flat([x, q])
+    W, W2 = flat(W)
+    S, S2 = flat(S)
+    first = W0[0]
+    W0, W02 = flat([t.expand(B, *t.shape) for t in W0])
     gates = [t if t is None else t.expand(B, H).reshape(B * H, 1) for t in gates]
-    made = None
+    made = boundary2 = None
     if kernels is not None:
-        args = (flat[0].to(operands), flat[1].to(operands), flat[2], W0)
+        args = (x.to(operands), q.to(operands), W, first)
         y, W, boundary = kernels.self_modify(*args, *(t.squeeze(1) for t in gates[:3]), chunk, step)
     else:
-        args = (*flat[:3], W0.expand(B, *W0.shape).flatten(0, 1), *gates[:3], chunk, step)
-        y, W, boundary, made, S = self_modify(*args, gates[3], flat[3])
-    out = (y, boundary, W, S, made)
-    y, boundary, W, S, made = (t if t is None else t.unflatten(0, (B, H)) for t in out)
+        args = (x, q, W, W0, *gates[:3], chunk, step, gates[3], S, W2, W02, S2)
+        y, W, boundary, made, S, W2, boundary2, S2 = self_modify(*args)
     if q is None:
         q = made
-    return q + q @ W0[:, :d].mT + y, boundary, W, S
+    y = q + y if mlp else q + q @ W0[:, :d].mT + y
+
+    def whole(*layers):
+        shapes = ((B, H), (B, H, -1))
+        return [t.unflatten(0, s) for t, s in zip(layers, shapes, strict=True) if t is not None]
+
+    return y.unflatten(0, (B, H)), whole(boundary, boundary2), whole(W, W2), whole(S, S2) or None

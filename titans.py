@@ -97,8 +97,9 @@ class SelfModifyingTitans(nn.Module):
         n = 1 + len(self.adaptive)  # memories with an output of width d
         gates = 3 if momentum else 2  # single rows: eta, alpha, theta
         # False: `_chunk` computes everything
-        self.fused = memory == "matrix" and mode == "token" and dgd and {"k", "v"} <= set(adaptive)
-        self.usual = "q" in self.static and not momentum  # of the fused cases those of kernels.py
+        self.fused = mode == "token" and dgd and {"k", "v"} <= set(adaptive)
+        # of the fused cases those of kernels.py
+        self.usual = memory == "matrix" and "q" in self.static and not momentum
 
         streams = 1 + len(self.static)
         self.in_proj = linear(d_model, streams * d_model)  # deviation 10
@@ -253,16 +254,14 @@ class SelfModifyingTitans(nn.Module):
     def _all_chunks(self, streams, running, momentum, operands):
         """`_chunk` for all chunks from a boundary on, by kernels.py where it fits or fused.py."""
         x = streams["x"]
-        (W0,) = self.initial_weights()
-        S = momentum and momentum[0]
+        W0 = self.initial_weights()
         gates = (self.b_eta, self.b_alpha, self.log_A.exp(), self.b_theta)
         gates = [full_precision(gate) for gate in gates]
         kernels = None
         if self.usual:
             kernels = kernels_for("self-modifying Titans", x, self.d, self.chunk, self.backend)
-        args = (x, streams.get("q"), running[0], S, W0, gates, self.chunk, self.inner_step)
-        y, boundary, W, S = fused.all_chunks(*args, kernels, operands)
-        return y, [boundary], [W], momentum and [S]
+        args = (x, streams.get("q"), running, momentum, W0, gates, self.chunk, self.inner_step)
+        return fused.all_chunks(*args, kernels, operands)
 
     def products(self, T):
         d = self.d

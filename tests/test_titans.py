@@ -30,6 +30,9 @@ VARIANTS = {
     "momentum": dict(momentum=True),
     "momentum, adaptive k, v, q": dict(momentum=True, adaptive=("k", "v", "q")),
     "mlp, momentum": dict(memory="mlp", momentum=True),
+    "mlp, momentum, adaptive k, v, q": dict(
+        memory="mlp", momentum=True, adaptive=("k", "v", "q")
+    ),
     "boundary": dict(mode="boundary"),
     "mlp, boundary, momentum": dict(memory="mlp", mode="boundary", momentum=True),
     "no convolution, no gate": dict(conv=0, gate=False),
@@ -49,6 +52,7 @@ VARIANTS = {
     "titans, chunk 1": dict(chunk=1),
 }
 FUSED = ["matrix", "adaptive k, v, q", "momentum", "momentum, adaptive k, v, q"]
+FUSED += ["mlp", "mlp, momentum", "mlp, momentum, adaptive k, v, q"]
 SELF_MODIFYING = [name for name in VARIANTS if not name.startswith("titans")]
 
 pytestmark = pytest.mark.usefixtures("float64")
