@@ -6,8 +6,7 @@
     causal_convolution    SiLU of a short depthwise convolution   torch's conv1d
     self_modify           all chunks of self-modifying Titans     titans.SelfModifyingTitans._chunk
 
-The last one has matrix memories only. `kernels_for` decides where kernels.py (Triton) takes over
-from `memory.scan` and `self_modify`.
+`kernels_for` decides where kernels.py (Triton) takes over from `memory.scan` and `self_modify`.
 """
 
 import functools
@@ -216,24 +215,22 @@ def tile_forward(W, S, k, v, u, q, c, eta, p, every=1):
         eta    [M, C]       step sizes
         p      [M, C+1]     products of theta at the end, of S_0 and of every write; or None
 
-    Returns y [N, C, d], W and S at the end, and for the backward pass X (the solve's inverse), r.
+    Returns y [N, C, d], W and S at the end, X = (I + ..)^-1 and r.
     """
     C = k.shape[1]
     d = q.shape[-1]
-    own = slice(None, None, every)
     a = c[..., :1]
     b = c[..., 1:2]
     ce = c[..., -C:] * eta.unsqueeze(1)  # [M, C+1, C]
     r = torch.baddbmm(u, torch.addcmul(v, a[:, :C], k, value=-1), W.mT)
+    past = a[::every, 1:] * (q @ W[::every, :d].mT)
     if S is not None:
         r.baddbmm_(b[:, :C] * k, S.mT, alpha=-1)
+        past.baddbmm_(b[::every, 1:] * q, S[::every, :d].mT)
     X = unit_lower_inverse(ce[:, :C] * (k @ k.mT))
     r = X @ r
     # read at the running weights, then write
-    past = a[own, 1:] * (q @ W[own, :d].mT)
-    if S is not None:
-        past.baddbmm_(b[own, 1:] * q, S[own, :d].mT)
-    y = past.baddbmm_(ce[own, 1:] * (q @ k[own].mT), r[own, :, :d])
+    y = past.baddbmm_(ce[::every, 1:] * (q @ k[::every].mT), r[::every, :, :d])
     W = torch.baddbmm(a[:, C:] * W, (ce[:, C].unsqueeze(-1) * r).mT, k)
     if S is not None:
         W.addcmul_(b[:, C:], S)
@@ -243,17 +240,16 @@ def tile_forward(W, S, k, v, u, q, c, eta, p, every=1):
 
 
 def tile_backward(dy, dW, dS, W, S, X, r, k, v, q, c, eta, p, every=1):
-    """Gradients dW, dS, dk, dv, du, dq, dc, deta, dp from dy and dW, dS at the end."""
+    """Gradients dW, dS, dk, dv, du, dq, dc, deta and maybe dp, from dy and dW, dS at the end."""
     C = k.shape[1]
     d = q.shape[-1]
-    own = slice(None, None, every)
     a = c[..., :1]
     b = c[..., 1:2]
     ce = c[..., -C:] * eta.unsqueeze(1)
     last = ce[:, C].unsqueeze(-1)
     G = k @ k.mT  # again: keeping it for all chunks would be a seventh of all that is kept
-    Gq = q @ k[own].mT
-    dp = None
+    Gq = q @ k[::every].mT
+    dp = []
     # through the write W_C = a_C W + (last * r)^T k
     dr = k @ dW.mT  # [M, C, R]
     dk = (last * r) @ dW
@@ -268,51 +264,47 @@ def tile_backward(dy, dW, dS, W, S, X, r, k, v, q, c, eta, p, every=1):
         d_last_S = torch.linalg.vecdot(d_key, k)
         db_C = torch.linalg.vecdot(dW.flatten(1), S.flatten(1))
         dp_0 = torch.linalg.vecdot(dS.flatten(1), S.flatten(1))
-        dp = torch.cat([dp_0.unsqueeze(-1), d_last_S * eta], -1)
+        dp = [torch.cat([dp_0.unsqueeze(-1), d_last_S * eta], -1)]
         dS = (p[:, :1, None] * dS).addcmul_(b[:, C:], dW)
     dW = a[:, C:] * dW
     # through the read y = a q W^T + b q S^T + (ce G_q) r
-    dr[own, :, :d].baddbmm_((ce[own, 1:] * Gq).mT, dy)
-    d_read = dy @ r[own, :, :d].mT
-    dyW = dy @ W[own, :d]
-    dW[own, :d].baddbmm_((a[own, 1:] * dy).mT, q)
-    if S is not None:
-        dyS = dy @ S[own, :d]
-        dS[own, :d].baddbmm_((b[own, 1:] * dy).mT, q)
+    dr[::every, :, :d].baddbmm_((ce[::every, 1:] * Gq).mT, dy)
+    d_read = dy @ r[::every, :, :d].mT
+    dyW = dy @ W[::every, :d]
+    dW[::every, :d].baddbmm_((a[::every, 1:] * dy).mT, q)
     # through the solve (I + ce G) r = u + (v - a k) W^T - b k S^T
     du = X.mT @ dr
     d_solve = (du @ r.mT).neg_()
     dW.baddbmm_(du.mT, torch.addcmul(v, a[:, :C], k, value=-1))
     dv = du @ W
     dk.addcmul_(a[:, :C], dv, value=-1)
-    if S is not None:
-        dS.baddbmm_(du.mT, b[:, :C] * k, alpha=-1)
-        d_key = du @ S
-        dk.addcmul_(b[:, :C], d_key, value=-1)
     # through the products of keys and queries
     dG = d_solve * ce[:, :C]
     dk.baddbmm_(dG + dG.mT, k)
-    dG = d_read * ce[own, 1:]
-    dk[own].baddbmm_(dG.mT, q)
-    dq = torch.baddbmm(a[own, 1:] * dyW, dG, k[own])
-    if S is not None:
-        dq.addcmul_(b[own, 1:], dyS)
+    dG = d_read * ce[::every, 1:]
+    dk[::every].baddbmm_(dG.mT, q)
+    dq = torch.baddbmm(a[::every, 1:] * dyW, dG, k[::every])
     # through step sizes and decays
     dce = F.pad(d_solve.mul_(G), (0, 0, 0, 1))  # [M, C+1, C]
-    dce[own, 1:].addcmul_(d_read, Gq)
+    dce[::every, 1:].addcmul_(d_read, Gq)
     dce[:, C].add_(d_last)
     deta = (dce * c[..., -C:]).sum(1)
-    da = F.pad(torch.linalg.vecdot(k, dv).neg_(), (0, 1))
-    da[own, 1:].add_(torch.linalg.vecdot(dyW, q))
-    da[:, C].add_(da_C)
-    dc = [da.unsqueeze(-1), dce.mul_(eta.unsqueeze(1))]
-    if S is not None:
+    dc = F.pad(dce.mul_(eta.unsqueeze(1)), (c.shape[-1] - C, 0))
+    dc[:, :C, 0] = -torch.linalg.vecdot(k, dv)
+    dc[::every, 1:, 0] += torch.linalg.vecdot(dyW, q)
+    dc[:, C, 0] += da_C
+    if S is not None:  # its part of the read and the solve
+        dyS = dy @ S[::every, :d]
+        dS[::every, :d].baddbmm_((b[::every, 1:] * dy).mT, q)
+        dq.addcmul_(b[::every, 1:], dyS)
+        dS.baddbmm_(du.mT, b[:, :C] * k, alpha=-1)
+        d_key = du @ S
+        dk.addcmul_(b[:, :C], d_key, value=-1)
         deta.addcmul_(d_last_S, p[:, 1:])
-        db = F.pad(torch.linalg.vecdot(k, d_key).neg_(), (0, 1))
-        db[own, 1:].add_(torch.linalg.vecdot(dyS, q))
-        db[:, C].add_(db_C)
-        dc.insert(1, db.unsqueeze(-1))
-    return dW, dS, dk, dv, du, dq, torch.cat(dc, -1), deta, dp
+        dc[:, :C, 1] = -torch.linalg.vecdot(k, d_key)
+        dc[::every, 1:, 1] += torch.linalg.vecdot(dyS, q)
+        dc[:, C, 1] += db_C
+    return dW, dS, dk, dv, du, dq, dc, deta, *dp
 
 
 # --------------------------------------------------------------------------------------------------
@@ -327,6 +319,11 @@ def to_blocks(rows, m):
 def to_rows(blocks, m):
     """The inverse of `to_blocks`."""
     return blocks.unflatten(0, (-1, m)).transpose(1, 2).flatten(2)
+
+
+def each(t, n):
+    """t [N, ...] for each of n memories -> [N n, ...]; None stays None."""
+    return t if t is None else t.repeat_interleave(n, 0)
 
 
 class _SelfModify(torch.autograd.Function):
@@ -345,17 +342,14 @@ class _SelfModify(torch.autograd.Function):
         W2, W02, S2      [N n, d, d], the same of the second layers of MLPs, or None: matrices
 
     Returns y [N, T, d], W at the end, W at the last chunk boundary, adaptive queries or None, S at
-    the end or None, and for MLPs W2 at the end, W2 at the boundary and S2, else None. y_t is W_t
-    q_t for matrices, (W02 + W2_t) silu((W0 + W_t) q_t) for MLPs, of memory's rows only. Symbols as
-    at the top of memory.py. The backward walks the chunks in reverse, with the gradients dW, dS of
-    weights and momentum at the chunk's end. First derivatives only.
+    the end or None, and for MLPs W2 at the end, at the boundary, and S2, else None. y_t is W_t q_t
+    of matrices, (W02 + W2_t) silu((W0 + W_t) q_t) of MLPs, memory's rows only. The backward walks
+    the chunks in reverse with dW and dS, gradients at the chunk's end. First derivatives only.
     """
 
-    # What limits it on one CPU thread (`python -m bench speed --profile hope`: one training step,
-    # d 256, 4 x 1024 tokens): this function takes 36% of the step (forward 13%, backward 23%), the
-    # projections and MLPs around it 42%. Two thirds of its time are batched products of
-    # 64 x 64 x 194, a third passes over the [C, C] decays and [C, R] errors between them. It was
-    # not measured on a GPU, where the launches of these small kernels should bound it.
+    # What limits it on one CPU thread (`python -m bench speed --profile hope`, d 256, 4 x 1024
+    # tokens): with matrices 36% of a step, two thirds in batched products of 64 x 64 x 194, a third
+    # in passes over [C, C] and [C, R]. Not measured on a GPU, where launches should bound it.
 
     @staticmethod
     def forward(ctx, x, q, W, W0, b_eta, b_alpha, A, chunk, step, b_theta=None, S=None, W2=None,
@@ -366,11 +360,10 @@ class _SelfModify(torch.autograd.Function):
         mlp = W2 is not None
         m = 2 + adaptive  # of k, v and q come from rows
         n = 1 + m
-        if adaptive:
-            q = torch.empty_like(x)
+        q = torch.empty_like(x) if adaptive else q
         y = torch.empty_like(x)
         nothing = x.new_zeros(())
-        theta = p = P_theta = zg = z = e = g2 = X2 = r2 = y1 = None
+        theta = p = P_theta = zg = z = e = g2 = shrink = X2 = r2 = y1 = None
         saved = []
         for i in range(0, T, chunk):
             xc = x[:, i : i + chunk]
@@ -384,7 +377,7 @@ class _SelfModify(torch.autograd.Function):
             if mlp:
                 B2 = W2 + W02
                 zg = to_blocks(kv, m)
-                kv = to_rows(F.silu(zg) @ _generators(B2, n).mT, m)
+                kv = to_rows(F.silu(zg) @ B2.unflatten(0, (-1, n))[:, 1:].flatten(0, 1).mT, m)
             kv = kv.unflatten(-1, (m, d)) + xc.unsqueeze(2)  # [N, C, m, d]
             norm = torch.rsqrt(torch.linalg.vecdot(kv, kv).add_(EPS)).unsqueeze(-1)
             kv.mul_(norm)
@@ -401,20 +394,18 @@ class _SelfModify(torch.autograd.Function):
                 eta.mul_(1 - theta)
                 P_theta = decay_forward(theta)
                 p = P_theta[:, C]
-                # [N, C+1, C+2]: of W_0, of S_0, of every write, in W_t
-                c = torch.cat([P[..., :1], P[..., 1:] @ P_theta[..., 1:, :]], -1)
+                c = torch.cat([P[..., :1], P[..., 1:] @ P_theta[..., 1:, :]], -1)  # [N, C+1, C+2]
             vk = v - k
-            if mlp:  # u2 is the target - residual, e its error at the boundary, g2 that backward
+            if mlp:  # u2: target - residual; e: error at the boundary, g2: carried back to h
                 rows = torch.cat([v, k], 1) @ B.mT  # [N, 2C, R]
                 z = to_blocks(rows[..., : n * d], n)
-                h = F.silu(z)
-                u2 = h @ B2.mT  # [N n, 2C, d]
-                e = u2[:, C:]
-                u2 = (u2[:, :C].unflatten(0, (-1, n)) + vk.unsqueeze(1)).flatten(0, 1)
+                h = F.silu(z)  # [N n, 2C, d]
+                u2, e = (h @ B2.mT).split(C, 1)
+                u2 = (u2.unflatten(0, (-1, n)) + vk.unsqueeze(1)).flatten(0, 1)
                 e = e - u2
                 g2 = e @ B2
-                h = h[:, C:]
-                u = torch.ops.aten.silu_backward(g2, z[:, C:]).mul_(-_inverse_square(B2))
+                shrink = 1 / (1 + B2.square().sum((-2, -1), keepdim=True))  # deviation 7
+                u = -shrink * torch.ops.aten.silu_backward(g2, z[:, C:])
                 u = [to_rows(u, n), rows[:, :C, n * d :] - k @ W0[:, n * d :].mT]
                 args = (k, nothing, torch.cat(u, -1))
             else:  # targets - residual - W0 k is v - k + W0 (v - k) + W v
@@ -424,24 +415,23 @@ class _SelfModify(torch.autograd.Function):
             yc, W, S, X, r = tile_forward(W, S, *args, qc, c, eta, p)
             if mlp:
                 y1 = yc.baddbmm_(qc, W0[:, :d].mT)
+                h = h[:, C:]
                 hq = F.silu(y1)
-                eta2 = _spread(eta, n)
+                eta2 = each(eta, n)
                 eta2 = eta2 / (1 + eta2 * torch.linalg.vecdot(h, h))
                 u2.baddbmm_(h, W02.mT, alpha=-1)
-                args = (h, nothing, u2, hq, _spread(c, n), eta2, _spread(p, n), n)
+                args = (h, nothing, u2, hq, each(c, n), eta2, each(p, n), n)
                 yc, W2, S2, X2, r2 = tile_forward(W2, S2, *args)
                 yc.baddbmm_(hq, W02[::n].mT)
             y[:, i : i + chunk] = yc
             if any(ctx.needs_input_grad):
-                saved += [*start, kv, norm, X, r, P, alpha, sig, z_alpha, theta, P_theta, c]
-                saved += [zg, z, e, g2, X2, r2, y1]
+                saved += [*start, kv, norm, X, r, P, c, alpha, sig, eta, z_alpha, theta, P_theta]
+                saved += [p, zg, z, e, g2, shrink, X2, r2, y1]
         ctx.save_for_backward(x, q, W0, A, W02, *saved)
-        ctx.chunk = chunk
-        ctx.step = step
-        ctx.adaptive = adaptive
+        ctx.options = (chunk, step, adaptive)
         # copies: the first boundary is an input
-        boundary = [t if t is None else t.clone() for t in start]
-        return y, W, boundary[0], q if adaptive else None, S, W2, boundary[2], S2
+        boundary2 = start[2].clone() if mlp else None
+        return y, W, start[0].clone(), q if adaptive else None, S, W2, boundary2, S2
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -452,87 +442,73 @@ class _SelfModify(torch.autograd.Function):
     @staticmethod
     def gradients(ctx, dy, dW, d_boundary, dq, dS, dW2, d_boundary2, dS2):
         x, q, W0, A, W02, *saved = ctx.saved_tensors
+        chunk, step, adaptive = ctx.options
         N, T, d = x.shape
-        chunk = ctx.chunk
-        step = ctx.step
         per_chunk = len(saved) // -(-T // chunk)
-        momentum = dS is not None
         mlp = W02 is not None
-        m = 2 + ctx.adaptive
+        m = 2 + adaptive
         n = 1 + m
-        p = None
         nothing = x.new_zeros(())
         silu_backward = torch.ops.aten.silu_backward
         dx = torch.empty_like(x)
-        if not ctx.adaptive:
-            dq = torch.empty_like(x)
+        dq = dq if adaptive else torch.empty_like(x)
         dW0 = torch.zeros_like(W0)
-        dW02 = W02 if W02 is None else torch.zeros_like(W02)
+        dW02 = torch.zeros_like(W02) if mlp else None
         dz = x.new_empty(W0.shape[1] - n * d, N, T)  # of eta, alpha, theta before their biases
         dA = torch.zeros_like(A)
         for i in range((T - 1) // chunk * chunk, -1, -chunk):
             j = i // chunk * per_chunk
-            W, S, W2, S2, kv, norm, X, r, P, alpha, sig, *more = saved[j : j + per_chunk]
-            z_alpha, theta, P_theta, c, zg, z, e, g2, X2, r2, y1 = more
+            W, S, W2, S2, kv, norm, X, r, P, c, alpha, sig, *more = saved[j : j + per_chunk]
+            eta, z_alpha, theta, P_theta, p, zg, z, e, g2, shrink, X2, r2, y1 = more
             xc = x[:, i : i + chunk]
             qc = q[:, i : i + chunk]
             dyc = dy[:, i : i + chunk]
             C = xc.shape[1]
             k, v = kv.unbind(2)[:2]
             B = W + W0
-            one_alpha = 1 + alpha
-            eta = step * one_alpha * sig
-            if momentum:
-                eta.mul_(1 - theta)
-                p = P_theta[:, C]
             if mlp:  # through the second layers
                 h = F.silu(z)
-                hk = h[:, C:]
                 hq = F.silu(y1)
-                eta_n = _spread(eta, n)
-                shrink = 1 / (1 + eta_n * torch.linalg.vecdot(hk, hk))
-                dW02[::n].baddbmm_(dyc.mT, hq)
-                args = (X2, r2, hk, nothing, hq, _spread(c, n), eta_n * shrink, _spread(p, n), n)
-                found = tile_backward(dyc, dW2, dS2, W2, S2, *args)
-                dW2, dS2, dh, _, du2, dhq, *second = found
-                second[1].mul_(shrink.square_())  # of eta
-                dh.addcmul_(hk, (second[1] * eta_n.square_()).unsqueeze(-1), value=-2)
+                hk = h[:, C:]
+                eta_n = each(eta, n)
+                part = 1 / (1 + eta_n * torch.linalg.vecdot(hk, hk))
+                args = (X2, r2, hk, nothing, hq, each(c, n), eta_n * part, each(p, n), n)
+                dW2, dS2, dh, _, du2, dhq, *more = tile_backward(dyc, dW2, dS2, W2, S2, *args)
+                more[1].mul_(part.square_())  # of eta
+                dh.addcmul_(hk, (more[1] * eta_n.square_()).unsqueeze(-1), value=-2)
                 dh.baddbmm_(du2, W02, alpha=-1)
                 dW02.baddbmm_(du2.mT, hk, alpha=-1)
+                dW02[::n].baddbmm_(dyc.mT, hq)
                 dyc = silu_backward(dhq.baddbmm_(dyc, W02[::n]), y1)
                 dW0[:, :d].baddbmm_(dyc.mT, qc)
             args = (X, r, k, nothing if mlp else v, qc, c, eta, p)
-            dW, dS, dk, dv, du, dqc, dc, deta, dp = tile_backward(dyc, dW, dS, W, S, *args)
+            dW, dS, dk, dv, du, dqc, *rates = tile_backward(dyc, dW, dS, W, S, *args)
             if mlp:  # through the targets and the first layers' gradients
-                for t, more in zip((dc, deta, dp), second, strict=True):
-                    if t is not None:
-                        t.add_(more.unflatten(0, (-1, n)).sum(1))
+                for t, t2 in zip(rates, more, strict=True):
+                    t.add_(t2.unflatten(0, (-1, n)).sum(1))
                 dqc.baddbmm_(dyc, W0[:, :d])
                 B2 = W2 + W02
                 zk = z[:, C:]
-                inverse = _inverse_square(B2)
                 d_gates = du[..., n * d :]
                 du = to_blocks(du[..., : n * d], n)
-                along = torch.linalg.vecdot(du, silu_backward(g2, zk)).sum(1)[:, None, None]
-                dB2 = 2 * inverse.square() * along * B2
-                du.mul_(-inverse)
-                dg2 = silu_backward(du, zk)
-                dB2.baddbmm_(e.mT, dg2)
+                along = torch.linalg.vecdot(du, silu_backward(g2, zk)).sum(1)
+                dB2 = 2 * shrink.square() * along[:, None, None] * B2
+                dg2 = silu_backward(du.mul_(-shrink), zk)
                 de = dg2 @ B2.mT
                 du2.sub_(de)
                 d_out = torch.cat([du2, de], 1)
-                dB2.baddbmm_(d_out.mT, h)
-                dh2 = d_out @ B2
-                dh2[:, C:].add_(dh)
-                d_rows = silu_backward(dh2, z)
-                s = torch.sigmoid(zk)
+                dB2.baddbmm_(e.mT, dg2).baddbmm_(d_out.mT, h)
+                d_rows = d_out @ B2
+                d_rows[:, C:].add_(dh)
+                d_rows = silu_backward(d_rows, z)
+                s = torch.sigmoid(zk)  # of SiLU's second derivative
                 d_rows[:, C:].addcmul_(du.mul_(g2), s * (1 - s) * (2 + zk * (1 - 2 * s)))
                 d_rows = torch.cat([to_rows(d_rows, n), F.pad(d_gates, (0, 0, 0, C))], -1)
                 dB = d_rows.mT @ torch.cat([v, k], 1)
                 dv, dk_rows = (d_rows @ B).split(C, 1)
-                d_res = du2.unflatten(0, (-1, n)).sum(1)
                 dk.add_(dk_rows).baddbmm_(d_gates, W0[:, n * d :], alpha=-1)
                 dW0[:, n * d :].baddbmm_(d_gates.mT, k, alpha=-1)
+                d_res = du2.unflatten(0, (-1, n)).sum(1)
             else:
                 dW0.baddbmm_(du.mT, v - k)
                 d_res = du[..., : n * d].unflatten(-1, (n, d)).sum(2).baddbmm_(du, W0)
@@ -540,24 +516,25 @@ class _SelfModify(torch.autograd.Function):
             dv = dv + d_res
             # Gradients of each weight in W_t, summed over all that W_t becomes; alpha_t multiplies
             # the weights in W_{t-1}. The same for S_t and theta, as S_t is a part of W_t.
+            dc, deta, *dp = rates
             later = P[..., 1:].mT @ dc  # [N, C, as c]
             d_alpha = (later * c[:, :-1]).sum(-1)
             dzc = []
-            if momentum:
+            if dS is not None:
                 later = later[..., 1:]
-                later[:, -1].add_(dp)
+                later[:, -1].add_(dp[0])
                 later = P_theta[:, 1:, 1:].mT @ later
                 d_theta = (later * P_theta[:, :-1]).sum(-1)
                 dzc = [theta * ((1 - theta) * d_theta - deta * eta)]
                 deta.mul_(1 - theta)
             d_alpha.addcmul_(deta, sig, value=step).mul_(alpha)  # of log alpha
-            dze = step * deta * one_alpha * sig * (1 - sig)
+            dze = step * deta * (1 + alpha) * sig * (1 - sig)
             dza = -step * A * d_alpha * torch.sigmoid(z_alpha)
             dzc = torch.stack([dze, dza, *dzc])
             dz[..., i : i + chunk] = dzc
             dA.sub_((step * d_alpha * F.softplus(z_alpha)).sum(1, keepdim=True))
             # through the generation from the boundary weights
-            if ctx.adaptive:
+            if adaptive:
                 dkv = torch.stack([dk, dv, dqc.add_(dq[:, i : i + chunk])], 2)
             else:
                 dq[:, i : i + chunk] = dqc
@@ -567,11 +544,9 @@ class _SelfModify(torch.autograd.Function):
             dg = dkv.flatten(2)
             if mlp:
                 dg = to_blocks(dg, m)
-                _, *others = dB2.unflatten(0, (-1, n)).unbind(1)
-                made = (dg.mT @ F.silu(zg)).unflatten(0, (-1, m)).unbind(1)
-                for t, more in zip(others, made, strict=True):
-                    t.add_(more)
-                dg = to_rows(silu_backward(dg @ _generators(B2, n), zg), m)
+                dB2.unflatten(0, (-1, n))[:, 1:] += (dg.mT @ F.silu(zg)).unflatten(0, (-1, m))
+                dg = dg @ B2.unflatten(0, (-1, n))[:, 1:].flatten(0, 1)
+                dg = to_rows(silu_backward(dg, zg), m)
                 dW2.add_(dB2)
                 dW02.add_(dB2)
                 dW.add_(dB)
@@ -585,26 +560,9 @@ class _SelfModify(torch.autograd.Function):
                 dW.add_(d_boundary)
                 if mlp:
                     dW2.add_(d_boundary2)
-        if ctx.adaptive:
-            dq = None
         db_eta, db_alpha, *db_theta = dz.sum(2, keepdim=True)
-        rest = (*(db_theta or [None]), dS, dW2, dW02, dS2)
-        return dx, dq, dW, dW0, db_eta, db_alpha, dA, None, None, *rest
-
-
-def _spread(t, n):
-    """t [N, ...] n times, for each memory -> [N n, ...]; None stays None."""
-    return t if t is None else t.repeat_interleave(n, 0)
-
-
-def _generators(W, n):
-    """Of n layers W [N n, d, d] all but the content memory's, [N (n - 1), d, d]."""
-    return W.unflatten(0, (-1, n))[:, 1:].flatten(0, 1)
-
-
-def _inverse_square(W):
-    """1 / (1 + |W|^2) [M, 1, 1], see deviation 7."""
-    return 1 / (1 + W.square().sum((-2, -1), keepdim=True))
+        rest = (None, None, *(db_theta or [None]), dS, dW2, dW02, dS2)
+        return dx, None if adaptive else dq, dW, dW0, db_eta, db_alpha, dA, *rest
 
 
 self_modify = _SelfModify.apply
@@ -613,36 +571,30 @@ self_modify = _SelfModify.apply
 def all_chunks(x, q, W, S, W0, gates, chunk, step, kernels=None, operands=None):
     """`self_modify` for batch and heads, by `kernels` (kernels.py) if given, in type `operands`.
 
-    x, q [B, H, T, d]; W, S and W0: a list for the layers, [B, H, ...] each and [H, ...]; gates:
-    b_eta, b_alpha, A, b_theta, [H] each. q, S and b_theta may be None. Returns y as `_chunk`, W at
-    the last chunk boundary, W and S at the end.
+    x, q [B, H, T, d]; W, S, W0: a list for the layers, [B, H, ...] or [H, ...]; gates: b_eta,
+    b_alpha, A, b_theta, [H] each. q, S and b_theta may be None. Returns y as `_chunk`, W at the
+    last chunk boundary, W and S at the end.
     """
     B, H, _, d = x.shape
-    mlp = len(W) > 1
 
-    def flat(layers):
-        made = [t if t is None else t.flatten(0, t.ndim - 3) for t in layers or ()]
-        return made + [None] * (2 - len(made))
+    def flat(tensors):
+        return [t if t is None else t.flatten(0, t.ndim - 3) for t in tensors]
 
-    x, q = flat([x, q])
-    W, W2 = flat(W)
-    S, S2 = flat(S)
-    first = W0[0]
-    W0, W02 = flat([t.expand(B, *t.shape) for t in W0])
+    rows = [t.expand(B, *t.shape) for t in W0]
+    first, *second = map(flat, zip(W, rows, S or (None, None), strict=False))
     gates = [t if t is None else t.expand(B, H).reshape(B * H, 1) for t in gates]
-    made = boundary2 = None
+    made = W2 = boundary2 = S1 = S2 = None
     if kernels is not None:
-        args = (x.to(operands), q.to(operands), W, first)
-        y, W, boundary = kernels.self_modify(*args, *(t.squeeze(1) for t in gates[:3]), chunk, step)
+        gates = [t.squeeze(1) for t in gates[:3]]
+        args = (*(t.to(operands) for t in flat((x, q))), first[0], W0[0], *gates)
+        y, W1, boundary = kernels.self_modify(*args, chunk, step)
     else:
-        args = (x, q, W, W0, *gates[:3], chunk, step, gates[3], S, W2, W02, S2)
-        y, W, boundary, made, S, W2, boundary2, S2 = self_modify(*args)
-    if q is None:
-        q = made
-    y = q + y if mlp else q + q @ W0[:, :d].mT + y
+        args = (*flat((x, q)), *first[:2], *gates[:3], chunk, step, gates[3], first[2])
+        y, W1, boundary, made, S1, W2, boundary2, S2 = self_modify(*args, *sum(second, []))
+    q = made.view_as(x) if q is None else q
+    y = q + y.view_as(x) if second else q + q @ W0[0][:, :d].mT + y.view_as(x)
 
-    def whole(*layers):
-        shapes = ((B, H), (B, H, -1))
-        return [t.unflatten(0, s) for t, s in zip(layers, shapes, strict=True) if t is not None]
+    def whole(*ends):
+        return [t.view_as(start) for t, start in zip(ends, W, strict=False)]
 
-    return y.unflatten(0, (B, H)), whole(boundary, boundary2), whole(W, W2), whole(S, S2) or None
+    return y, whole(boundary, boundary2), whole(W1, W2), S and whole(S1, S2)

@@ -98,8 +98,7 @@ class SelfModifyingTitans(nn.Module):
         gates = 3 if momentum else 2  # single rows: eta, alpha, theta
         # False: `_chunk` computes everything
         self.fused = mode == "token" and dgd and {"k", "v"} <= set(adaptive)
-        # of the fused cases those of kernels.py
-        self.usual = memory == "matrix" and "q" in self.static and not momentum
+        self.usual = memory == "matrix" and "q" in self.static and not momentum  # as in kernels.py
 
         streams = 1 + len(self.static)
         self.in_proj = linear(d_model, streams * d_model)  # deviation 10
@@ -254,14 +253,13 @@ class SelfModifyingTitans(nn.Module):
     def _all_chunks(self, streams, running, momentum, operands):
         """`_chunk` for all chunks from a boundary on, by kernels.py where it fits or fused.py."""
         x = streams["x"]
-        W0 = self.initial_weights()
         gates = (self.b_eta, self.b_alpha, self.log_A.exp(), self.b_theta)
         gates = [full_precision(gate) for gate in gates]
         kernels = None
         if self.usual:
             kernels = kernels_for("self-modifying Titans", x, self.d, self.chunk, self.backend)
-        args = (x, streams.get("q"), running, momentum, W0, gates, self.chunk, self.inner_step)
-        return fused.all_chunks(*args, kernels, operands)
+        args = (x, streams.get("q"), running, momentum, self.initial_weights(), gates)
+        return fused.all_chunks(*args, self.chunk, self.inner_step, kernels, operands)
 
     def products(self, T):
         d = self.d
@@ -273,6 +271,9 @@ class SelfModifyingTitans(nn.Module):
             states = 1 + self.momentum
             per_chunk = rows * d + states * (2 * rows * d + d * d) + C * (3 * d + rows)
             triangular = C * C * (1 / 3 + 1 + 2 * self.momentum)
+            if self.start2 is not None:  # targets and gradients too; the second layers
+                per_chunk += rows * d + (5 * n + states * (2 * n + 1)) * d * d + C * d * (2 * n + 2)
+                triangular += n * C * C / 3
             return self.n_heads * (3 * (generate + per_chunk) + triangular)
         rule = {"tile": self.chunk, "momentum": self.momentum, "decays": 1 + self.momentum}
         count = 3 * (generate + 2 * rows * d) + scan_products(d, rows, T, **rule)

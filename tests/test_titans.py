@@ -383,8 +383,11 @@ def test_fused_chunk_step_continues_a_state_with_the_gradients_of_its_definition
 
 
 @pytest.mark.parametrize("bias, value", [("b_theta", -1e4), ("b_alpha", -1e4), ("b_alpha", 1e4)])
-def test_fused_chunk_step_has_exact_gradients_where_theta_is_0_and_alpha_is_0_or_1(bias, value):
-    m = build("momentum, adaptive k, v, q")
+@pytest.mark.parametrize("name", [FUSED[3], FUSED[-1]])
+def test_fused_chunk_step_has_exact_gradients_where_theta_is_0_and_alpha_is_0_or_1(
+    name, bias, value
+):
+    m = build(name)
     with torch.no_grad():
         getattr(m, bias).fill_(value)
     x = torch.randn(2, 12, D)
