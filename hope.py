@@ -139,7 +139,7 @@ class HopeConfig:
     def __post_init__(self):
         one_of("model", self.model, MIXERS)
         if self.levels is None:
-            self.levels = [64, 256, None] if self.model.startswith("hope") else [None]
+            self.levels = [64, None] if self.model.startswith("hope") else [None]
         for f in dataclasses.fields(self):
             setattr(self, f.name, _of_kind(f.name, getattr(self, f.name), f.type))
         if self.cms_updates is None:
@@ -189,10 +189,14 @@ class HopeConfig:
         own = dict(zip(("d_model", "n_layers", "n_heads", "vocab_size"), sizes, strict=True))
         if name != "nano":
             own["window"] = 2048  # as published; nano is trained on shorter rows
-        if name != "nano" and model.startswith("hope"):
-            # As TTT-E2E: the last quarter of the blocks learns, from 1,024 tokens on. A row of 4,096
-            # has three steps of the fast level and one of the slow, whose size is trained by it.
-            own |= {"levels": [1024, 2048, None], "cms_blocks": max(1, own["n_layers"] // 4)}
+        layers = overrides.get("n_layers", own["n_layers"])
+        if model.startswith("hope") and type(layers) is int:
+            # nano: three of five blocks learn as much as all five, in two thirds of the time
+            own["cms_blocks"] = max(1, layers * 3 // 5)
+            if name != "nano":
+                # As TTT-E2E: the last quarter of the blocks, from 1,024 tokens on. A row of 4,096
+                # has three steps of the fast level and one of the slow: its size is trained, too.
+                own |= {"levels": [1024, 2048, None], "cms_blocks": max(1, layers // 4)}
         if published:
             own |= PUBLISHED
         return cls(model=model, **(own | overrides))

@@ -7,7 +7,7 @@
     python train.py --pretrained LLAMA --data notes.txt     # from a Llama checkpoint (NL 7.3)
     python train.py --resume runs/hope-nano                 # go on after Ctrl-C or a kill
     python train.py --resume runs/hope-nano --tokens 4e6    # train longer
-    python train.py --cms-periods 1,8,64                    # CMS levels on the clock of steps, too
+    python train.py --cms-periods 1,8                       # CMS levels on the clock of steps, too
     python train.py --preset 340m --dry-run                 # what it would cost (support/plan.py)
     torchrun --nproc_per_node=8 train.py --preset 340m      # on 8 GPUs; --fsdp shards the weights
     python train.py --help                                  # every flag, with its default
@@ -49,7 +49,7 @@ from support.checkpoint import first_line
 from support.config import TrainConfig, parse
 from support.corpus import batch, windows
 from support.distributed import rank, total, world
-from support.monitor import ProgressBar, interrupts, plot, rates, say, write_sample
+from support.monitor import ProgressBar, counting, interrupts, plot, rates, say, write_sample
 from support.run import Run, precision, resumed
 from support.vocabulary import n_bytes
 
@@ -184,11 +184,12 @@ def micro_batches(forward: nn.Module, inputs, targets, rows: int, device) -> Ite
 
 
 @torch.no_grad()
-def validate(model, tokens: np.ndarray, batch_size: int, seq_len: int, device,
-             start=256) -> tuple[float, int]:
+def validate(model, tokens: np.ndarray, batch_size: int, seq_len: int, device, start=256,
+             show=False) -> tuple[float, int]:
     """(nats, count) of a token stream [N]: every token scored once. Raises NonFinite.
 
     Memories and CMS levels start afresh every seq_len tokens. start: the tokenizer's <|endoftext|>.
+    show: a progress bar.
     """
     device = torch.device(device)
     training = model.training
@@ -196,6 +197,7 @@ def validate(model, tokens: np.ndarray, batch_size: int, seq_len: int, device,
     nats = 0.0
     count = 0
     pieces = windows(tokens, batch_size, seq_len, start)
+    bar = counting(len(tokens), show)
     while turn := list(islice(pieces, world())):
         # No batch left for this rank: still run a forward, as FSDP's all-gathers need every rank.
         mine = rank() < len(turn)
@@ -204,6 +206,8 @@ def validate(model, tokens: np.ndarray, batch_size: int, seq_len: int, device,
             logits, _ = model(inputs.to(device))
         nats += mine * loss_fn(logits, targets.to(device), reduction="sum").item()
         count += mine * targets.numel()
+        bar.update(sum(part[1].numel() for part in turn))
+    bar.close()
     model.train(training)
     nats, count = total([nats, count])
     if not math.isfinite(nats):
@@ -321,9 +325,10 @@ def train_steps(run: Run, forward, optimizer, start: int, report) -> int:
 def validation(run: Run, report, step: int, tokens: np.ndarray) -> float:
     """Bits per byte of held-out tokens, reported."""
     config = run.config
-    rows = config.micro_batch or config.batch_size // world()
+    rows = 4 * (config.micro_batch or config.batch_size // world())  # no graph, so there is room
     start = run.encoding.eot_token
-    nats, count = validate(run.model, tokens, rows, config.seq_len, run.device, start)
+    show = len(tokens) == len(run.corpus.val)
+    nats, count = validate(run.model, tokens, rows, config.seq_len, run.device, start, show)
     bits = nats / math.log(2) / n_bytes(tokens, run.encoding)
     record = {"step": step, "tokens": step * config.tokens_per_step, "val_bits_per_byte": bits}
     report(record | {"val_tokens": count, "cms_updates": run.model.config.cms_updates})

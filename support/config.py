@@ -69,7 +69,7 @@ class TrainConfig:
     )
     resume: str | None = flag(None, "folder of a run to continue", on_resume=True)
     tokens: int = flag(
-        2_000_000, "tokens to train on, rounded up to whole steps", *AT_LEAST_1, on_resume=True
+        850_000, "tokens to train on, rounded up to whole steps", *AT_LEAST_1, on_resume=True
     )
     batch_size: int = flag(4, "rows in a step, of all processes together", *AT_LEAST_1)
     micro_batch: int = flag(
@@ -82,7 +82,7 @@ class TrainConfig:
     optimizer: str = flag(
         "adamw", "adamw, or for the matrices: " + ", ".join(OPTIMIZERS[1:]), *AN_OPTIMIZER
     )
-    lr: float = flag(3e-3, "highest learning rate", *POSITIVE, on_resume=True)
+    lr: float = flag(6e-3, "highest learning rate", *POSITIVE, on_resume=True)
     min_lr_ratio: float = flag(
         0.1, "learning rate of the last step, as a fraction of lr", *FRACTION, on_resume=True
     )
@@ -91,14 +91,14 @@ class TrainConfig:
     )
     cms_periods: str | None = flag(
         None,
-        "training steps between updates of each CMS level, fast to slow, as 1,8,64 (NL 71 over "
+        "training steps between updates of each CMS level, fast to slow, as 1,8 (NL 71 over "
         "steps); all else steps every time",
         "whole numbers of at least 1 with commas, that do not fall",
         lambda value: value is None or rising(value),
     )
     cms_lrs: str | None = flag(
         None,
-        "learning rate of each CMS level in training, as a fraction of lr: 1,0.5,0.25",
+        "learning rate of each CMS level in training, as a fraction of lr: 1,0.5",
         "numbers above 0 with commas",
         lambda value: value is None or all(number > 0 for number in listed(value)),
     )

@@ -48,6 +48,14 @@ class ProgressBar(tqdm):
         self.set_postfix_str(text, refresh=False)
 
 
+def counting(total: int, show: bool) -> tqdm:
+    """A bar of the tokens validated."""
+    line = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} tokens, {remaining} left"
+    every = 0.5 if sys.stderr.isatty() else 30
+    hide = not show or rank() > 0
+    return tqdm(total=total, bar_format=line, mininterval=every, disable=hide, unit_scale=True)
+
+
 @contextlib.contextmanager
 def interrupts():
     """A list that fills at Ctrl-C or SIGTERM, so that the step is finished; a second one kills."""
@@ -83,7 +91,7 @@ def rates(model: nn.Module, tokens: torch.Tensor) -> dict:
             seen.clear()
 
         hooks = [block.mixer.register_forward_hook(collect) for block in model.blocks]
-        model(tokens)
+        model(tokens, updates="off")  # one call of each mixer
         for hook in hooks:
             hook.remove()
     return {name: means for name, means in found.items() if set(means) != {None}}

@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
         patch.setattr("train.plot", lambda run: None)
         Path("text.txt").write_text("".join(f"def f{i}(x): return x * {i}\n" for i in range(999)))
         size = {"n_layers": 1, "d_model": 32, "n_heads": 1}
-        train(TrainConfig(data="text.txt", tokens=256, seq_len=64, batch_size=2, set=size))
+        train(TrainConfig(data="text.txt", tokens=256, seq_len=96, batch_size=2, set=size))
     return folder
 
 
