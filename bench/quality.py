@@ -115,7 +115,7 @@ def current_key(key: str) -> str:
     if "cms_updates" not in old["model"] and model["model"].startswith("hope"):
         # before the CMS learned by default Hope's levels differed
         own = {"levels": model["levels"], "cms_updates": "off"}
-        train["set"] = own | train["set"] | {"cms_updates": "off"}
+        train["set"] = own | train["set"] | {"cms_updates": "off", "cms_blocks": None}
     return cell_key(TrainConfig(**train), old["corpus"], HopeConfig(**model))
 
 

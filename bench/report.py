@@ -363,6 +363,7 @@ TABLES = {
     "figure4": measured_table("figure4"),
     "guessing": measured_table("guessing"),
     "in_context": measured_table("in_context"),
+    "in_context_today": measured_table("in_context_today"),
     "bytes_a_token": measured_table("bytes_a_token"),
 }
 

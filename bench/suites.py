@@ -157,7 +157,7 @@ def current_key(key: str) -> str:
     if model and "cms_updates" not in model and model["model"].startswith("hope"):
         levels = json.dumps(model["levels"])
         given = "" if ":levels=" in cell.model else f":levels={levels}".replace(" ", "")
-        cell = replace(cell, model=f"{cell.model}{given}:cms_updates=off")
+        cell = replace(cell, model=f"{cell.model}{given}:cms_updates=off:cms_blocks=null")
     return cell.key()
 
 

@@ -359,6 +359,8 @@ def optimizer_for(model, config: TrainConfig):
     """
     betas = (config.beta1, config.beta2)
     made = optimizer_by_name(model, config.optimizer, config.lr, config.weight_decay, betas)
+    if not config.cms_periods and not config.cms_lrs:
+        return made
     n = len(model.config.levels)
     scales = listed(config.cms_lrs) if config.cms_lrs else []
     periods = [int(period) for period in listed(config.cms_periods)] if config.cms_periods else []

@@ -432,7 +432,7 @@ def test_who_finds_needles_scores_100_percent_and_who_does_not_0():
 
 
 def test_a_stream_of_pieces_is_answered_as_the_whole_text():
-    model = tiny()
+    model = tiny(chunk=64)  # with short chunks a random model makes much of rounding
     text = needle("S-NIAH-2", TEXT, 900, words=WORDS)["prompt"]
     scorer = Scorer(model, tokenizer())
     whole = scorer.generate([list(text.encode())], 12)[0]

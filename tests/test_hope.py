@@ -512,7 +512,7 @@ def test_bfloat16_autocast_stays_near_float32_and_keeps_fast_weights_in_float32(
     torch.manual_seed(0)
     name, options = spec
     if name == "hope":
-        options = options | {"levels": [8, 16, None]}
+        options = options | {"levels": [8, 16, None], "cms_blocks": 2}
     model = Hope(
         HopeConfig.preset("nano", name, d_model=32, n_layers=2, n_heads=2, chunk=8, **options)
     ).float()

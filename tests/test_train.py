@@ -416,9 +416,10 @@ def test_logged_step_sizes_and_retentions_are_those_of_the_definition(here):
         block.mixer.register_forward_pre_hook(
             lambda mixer, args: seen.append(step_and_retention(mixer, args[0]))
         )
+    model.read(tokens)
     before = model(tokens)[0]
-    assert found["eta"] == pytest.approx([eta for eta, _ in seen], rel=1e-5)
-    assert found["alpha"] == pytest.approx([alpha for _, alpha in seen], rel=1e-5)
+    assert found["eta"] == pytest.approx([eta for eta, _ in seen[:2]], rel=1e-5)
+    assert found["alpha"] == pytest.approx([alpha for _, alpha in seen[:2]], rel=1e-5)
     assert torch.equal(model(tokens)[0], before)  # looking changes nothing
 
 
