@@ -246,12 +246,18 @@ def _prepare(config: TrainConfig, folder: Path | None) -> dict:
     corpus = load_corpus(config.data, name and tokenizer(name))
     encoding = corpus.encoding
     model, model_config = _model_of(config, folder, saved, encoding)
+    short = (model_config.levels[0] or 0) >= config.seq_len
+    if short and not saved and {"levels", "cms_updates"}.isdisjoint(config.set):
+        model_config.cms_updates = "off"  # rows end before the default levels could take a step
     learns = model_config.cms_updates != "off"
     if learns and not 2 <= (model_config.levels[0] or 0) < config.seq_len:
         wanted = f"begin with a chunk from 2 to {config.seq_len - 1} tokens"
         why = f"else no token of a row of seq_len {config.seq_len} sees an update"
         hint = "or --set cms_updates=off"
         raise ValueError(f"levels must {wanted}, {why}, {hint}, got {model_config.levels}")
+    if learns and config.fsdp and config.optimizer != "adamw":  # which takes no whole blocks
+        use = "use adamw, or --set cms_updates=off"
+        raise ValueError(f"fsdp with cms_updates cannot have optimizer {config.optimizer}; {use}")
     if model_config.cms_updates == "full" and config.compile:
         use = "use --no-compile or --set cms_updates=first_order"
         raise ValueError(f"compile cannot be combined with cms_updates 'full'; {use}")

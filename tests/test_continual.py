@@ -228,7 +228,7 @@ def test_a_stream_is_measured_once_and_then_only_drawn(novels, tmp_path, monkeyp
     picture = results.with_suffix(".png")
     lines = results.read_text()
     first = capsys.readouterr().out.split("\n\n")[-2]
-    assert first.count("alone |") == 4 and lines.count("\n") == 2 * len(STREAM)
+    assert first.count("alone |") == 6 and lines.count("\n") == 2 * len(STREAM)
     picture.unlink()
     monkeypatch.setattr(Hope, "learn", None)
     assert main(command) == 0
