@@ -490,7 +490,7 @@ def test_hope_without_arguments_prints_the_nested_system_as_a_table():
     assert done.returncode == 0 and done.stderr == ""
     assert f"hope: {total:,} parameters" in done.stdout
     rows = [line for line in done.stdout.splitlines() if re.match(r"\s+\d ", line)]
-    assert [line.split()[0] for line in rows] == ["1", "2", "3"] and "every 512 tokens" in rows[1]
+    assert [line.split()[0] for line in rows] == ["1", "2", "3"] and "every 64 tokens" in rows[1]
     assert sum(int(line.split()[-1].replace(",", "")) for line in rows) == total
     assert shown("--model", "samba").stdout.startswith("samba: ")
     wrong = shown("--model", "hop")
