@@ -84,7 +84,7 @@ def evaluate(
     config = run.config
     rows = 4 * (config.micro_batch or config.batch_size)  # no graph, so there is room
     start = run.encoding.eot_token
-    nats, count = validate(run.model, tokens, rows, config.seq_len, run.device, start=start)
+    nats, count = validate(run.model, tokens, rows, config.seq_len, run.device, start, show=True)
     bits = nats / math.log(2) / size
     result = {
         "text": text,

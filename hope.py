@@ -152,7 +152,7 @@ class HopeConfig:
             if value is not None and value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value}")
         for name in ("norm_eps", "rope_base", "cms_clip"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)}")
         if self.learners > self.n_layers:
             wanted = f"at most n_layers, {self.n_layers}"
@@ -337,7 +337,7 @@ class Hope(nn.Module):
     @property
     def learners(self):
         """The blocks whose CMS levels learn in context: the last ones."""
-        return self.blocks[len(self.blocks) - self.config.learners :]
+        return list(self.blocks)[-self.config.learners :]
 
     def through(self, blocks, x, states=None):
         """x [B, T, d_model] through blocks in a row -> (x, their states)."""

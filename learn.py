@@ -3,15 +3,15 @@
 The CMS levels of every row take gradient steps on the task's own loss while the row is read:
 
     tokens      | chunk 1: read, score, differentiate | chunk 2: read with what chunk 1 taught | ...
-    level C     |                     w <- w - eta * (sum of the gradients of the last C tokens)
+    level C     |                    w <- w - eta * (mean of the gradients of the last C tokens)
 
 Gradients are taken once per chunk of the fastest level, over the whole chunk, with the mixers'
-state at the start of the chunk held fixed. A loss term belongs to the chunk of its target. The
-first target of a chunk was predicted in the chunk before, so its term is dropped. Thus the result
-does not depend on how a stream is cut into calls.
+state at the start of the chunk held fixed, and clipped for each row (deviation 11). A loss term
+belongs to the chunk of its target. The first target of a chunk was predicted in the chunk before,
+so its term is dropped. Thus the result does not depend on how a stream is cut into calls.
 
-The functions take the language model as an argument (`model.blocks`, `model.read`,
-`model.config.levels`); hope.py calls them.
+The functions take the language model as an argument (`model.blocks`, `model.learners`,
+`model.config`); hope.py calls them.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ def start_stream(model, batch):
         blocks = map_state(torch.clone, blocks)
     weight = model.embedding.weight
     stream = {  # of the chunk so far, or of a whole one after which no token has come
-        "mixers": [None] * (len(model.learners) - 1),  # the states of `above` at its start
+        "mixers": [None] * (len(model.learners) - 1),  # of all learners but the first, at its start
         "tokens": torch.empty(batch, 0, dtype=torch.int64, device=weight.device),
         "x": weight.new_empty(batch, 0, weight.shape[1]),  # what the first CMS reads
         "logits": None,  # of the last token, [batch, vocab]
@@ -162,7 +162,8 @@ def read_learners(model, x, states):
 def learn_from(model, x, tokens, states, full, step):
     """Read a chunk x [B, C, d_model], differentiate, take the steps due -> (logits, states)."""
     outer = torch.is_grad_enabled()
-    with twice_differentiable(model) if full and outer else contextlib.nullcontext():
+    # who computes the chunk again does so for all its blocks at once
+    with twice_differentiable(model) if full and outer else changed(model, recompute=False):
         logits, after, gradients = inner_gradients(model, x, tokens, states, outer, outer and full)
         for block, own, gradient in zip(model.learners, after, gradients, strict=True):
             own["cms"] = block.cms.update(own["cms"], gradient, step)

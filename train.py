@@ -13,12 +13,12 @@
     python train.py --help                                  # every flag, with its default
 
 A token's way: corpus.documents -> corpus.join -> corpus.batch -> micro_batches -> LossModule ->
-Hope.read -> loss_fn -> update. A run is a folder (support/run.py). The presets from 30m up bring a
-training set-up (support/config.py). metrics.jsonl has, per step: step, tokens, bits_per_byte,
-lr, grad_norm, tokens_per_s and mfu (of all processes; mfu: fraction of a known GPU's peak), data_s
-(seconds spent on the batch), every 100 steps eta and alpha (per layer: mean step size and retention
-of its memories); per validation: val_bits_per_byte, val_tokens, cms_updates; for a step that was
-left out: skipped, why.
+learn.read_and_update -> loss_fn -> update. A run is a folder (support/run.py). The presets from
+30m up bring a training set-up (support/config.py). metrics.jsonl has, per step: step, tokens,
+bits_per_byte, lr, grad_norm, tokens_per_s and mfu (of all processes; mfu: fraction of a known
+GPU's peak), data_s (seconds spent on the batch), every 100 steps eta and alpha (per layer: mean
+step size and retention of its memories); per validation: val_bits_per_byte, val_tokens,
+cms_updates; for a step that was left out: skipped, why.
 
 Resuming gives the losses of a run that was never stopped, bit for bit on CPU: a batch depends on
 (seed, step) alone and the optimizer's state is saved. (More --tokens stretch the cosine.) Nor does
@@ -244,7 +244,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
             say(f"  python train.py --resume {run.folder}")
             return result | {"step": done, "interrupted": True}
         say(f"validating on all {len(run.corpus.val):,} held-out tokens ...")
-        bits = validation(run, report, steps, run.corpus.val)
+        bits = validation(run, report, steps, run.corpus.val, show=True)
     if rank() == 0:
         plot(run)
     prompt = write_sample(run)
@@ -322,12 +322,11 @@ def train_steps(run: Run, forward, optimizer, start: int, report) -> int:
     return steps
 
 
-def validation(run: Run, report, step: int, tokens: np.ndarray) -> float:
-    """Bits per byte of held-out tokens, reported."""
+def validation(run: Run, report, step: int, tokens: np.ndarray, show=False) -> float:
+    """Bits per byte of held-out tokens, reported. show: a progress bar."""
     config = run.config
     rows = 4 * (config.micro_batch or config.batch_size // world())  # no graph, so there is room
     start = run.encoding.eot_token
-    show = len(tokens) == len(run.corpus.val)
     nats, count = validate(run.model, tokens, rows, config.seq_len, run.device, start, show)
     bits = nats / math.log(2) / n_bytes(tokens, run.encoding)
     record = {"step": step, "tokens": step * config.tokens_per_step, "val_bits_per_byte": bits}

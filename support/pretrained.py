@@ -21,7 +21,8 @@ from support.checkpoint import first_line
 def from_pretrained(folder, levels=(512, None), **changes) -> Hope:
     """A Llama-family checkpoint as Hope-Attention with CMS levels, in eval mode (NL 7.3).
 
-    levels: chunk lengths from fast to slow. changes: further fields of HopeConfig, as cms_step.
+    levels: chunk lengths from fast to slow. changes: further fields of HopeConfig, as cms_step,
+    which is 0.01 here: weights that were not trained to learn in context bear small steps only.
     Weights are read to float32.
     ValueError for what is no such checkpoint, and for parts that have no place here.
     """
@@ -30,6 +31,7 @@ def from_pretrained(folder, levels=(512, None), **changes) -> Hope:
     check_parts(folder, llama)
     try:
         own = {"model": "hope_attention", "levels": list(levels), "variant": "independent"}
+        own["cms_step"] = 0.01
         model = Hope(HopeConfig(**(sizes_of(llama) | own | changes)))
         groups = llama.get("num_key_value_heads") or model.config.n_heads
         model.load_state_dict(taken_from(weights, model, groups))
@@ -140,4 +142,5 @@ def taken_from(weights: dict, model: Hope, groups: int) -> dict:
             new[at + "cms.mix"] = torch.ones(levels)
         if block.cms.log_step is not None:
             new[at + "cms.log_step"] = block.cms.log_step.detach()
+            new[at + "cms.rise"] = block.cms.rise
     return new

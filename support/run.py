@@ -307,10 +307,13 @@ def read_config(folder: str | Path) -> dict:
         raise FileNotFoundError(f"{folder} is not the folder of a run: it has no config.json")
     try:
         config = json.loads(path.read_text())
-        config["train"], config["model"] = as_of_today(config["train"], config["model"])
-        return {key: config[key] for key in ("model", "train", "tokenizer", "corpus")}
+        saved = {key: config[key] for key in ("model", "train", "tokenizer", "corpus")}
+        train = dict(saved["train"])
+        model = dict(saved["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None
+    saved["train"], saved["model"] = as_of_today(train, model)
+    return saved
 
 
 def as_of_today(train: dict, model: dict) -> tuple[dict, dict]:
@@ -367,26 +370,21 @@ def optimizer_for(model, config: TrainConfig):
     made = optimizer_by_name(model, config.optimizer, config.lr, config.weight_decay, betas)
     if not config.cms_periods and not config.cms_lrs:
         return made
+    level_of = {}  # of parameters, by a part of their names
+    for number, block in enumerate(model.blocks):
+        for level in range(len(block.cms.mlps) if block in model.learners else 0):
+            level_of[f"blocks.{number}.cms.mlps.{level}."] = level
     n = len(model.config.levels)
-    scales = listed(config.cms_lrs) if config.cms_lrs else []
-    periods = [int(period) for period in listed(config.cms_periods)] if config.cms_periods else []
-    for name, given in (("cms_lrs", scales), ("cms_periods", periods)):
-        if given and len(given) != n:
-            have = getattr(config, name)
+    for name in ("cms_lrs", "cms_periods"):
+        have = getattr(config, name)
+        if have and len(listed(have)) != n:
             raise ValueError(f"{name} must be {n} numbers, one for each CMS level, got {have!r}")
-    parts = []  # of the names of each level's parameters
-    for level in range(n):
-        at = range(len(model.blocks) - len(model.learners), len(model.blocks))
-        parts.append([f"blocks.{block}.cms.mlps.{level}." for block in at])
-    if scales:
-        of = {}
-        for scale, names in zip(scales, parts, strict=True):
-            of |= dict.fromkeys(names, scale)
-        scale_rates(made, model, of)
-    if periods:
-        levels = {}
-        for period, names in zip(periods, parts, strict=True):
-            levels |= dict.fromkeys(names, period)
+    if config.cms_lrs:
+        scales = listed(config.cms_lrs)
+        scale_rates(made, model, {part: scales[level] for part, level in level_of.items()})
+    if config.cms_periods:
+        periods = [int(period) for period in listed(config.cms_periods)]
+        levels = {part: periods[level] for part, level in level_of.items()}
         made = LevelOptimizer(made, model, levels | {"": 1})
     return made
 

@@ -359,14 +359,17 @@ def test_fused_chunk_step_equals_its_definition_with_every_gradient(name, chunk,
         close(gradients[name], g)
 
 
-@pytest.mark.parametrize("name", FUSED)
-@pytest.mark.parametrize("inner_step", [0.0, 0.3])
-def test_fused_chunk_step_equals_its_definition_at_any_inner_step(name, inner_step):
-    m = build(name, inner_step=inner_step)
+def assert_gradients_are_those_of_the_definition(m):
     x = torch.randn(2, 12, D)
     _, _, gradients = read_and_differentiate(m, x, True, True)
     for name, g in read_and_differentiate(m, x, False, True)[2].items():
         close(gradients[name], g)
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("inner_step", [0.0, 0.3])
+def test_fused_chunk_step_equals_its_definition_at_any_inner_step(name, inner_step):
+    assert_gradients_are_those_of_the_definition(build(name, inner_step=inner_step))
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -390,10 +393,7 @@ def test_fused_chunk_step_has_exact_gradients_where_theta_is_0_and_alpha_is_0_or
     m = build(name)
     with torch.no_grad():
         getattr(m, bias).fill_(value)
-    x = torch.randn(2, 12, D)
-    _, _, gradients = read_and_differentiate(m, x, True, True)
-    for name, g in read_and_differentiate(m, x, False, True)[2].items():
-        close(gradients[name], g)
+    assert_gradients_are_those_of_the_definition(m)
 
 
 @pytest.mark.parametrize("name", FUSED)
