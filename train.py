@@ -154,7 +154,9 @@ def parallel(run: Run) -> nn.Module:
     learns = model.config.cms_updates != "off"
     by_block = config.fsdp or learns  # weights are gathered, levels step between blocks
     if config.compile and by_block:
-        torch._functorch.config.donated_buffer = not learns  # a block's graph is used twice
+        from torch._functorch import config as functorch  # torch itself does not import it
+
+        functorch.donated_buffer = not learns  # a block's graph is used twice
         for block in model.blocks:
             block.mixer.compile(fullgraph=True)
             block.cms.compile(fullgraph=True)

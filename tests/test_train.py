@@ -12,12 +12,14 @@ import sys
 import time
 import types
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from small_runs import Stopped, flags, log, stop_after
+from torch._functorch import config as functorch
 
 import eval as evaluation
 import hope
@@ -482,18 +484,23 @@ def test_missing_package_of_a_logger_is_one_line(here, capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("updates", ["off", "first_order"])
 @pytest.mark.parametrize("model", ["hope", "transformer"])
-def test_step_compiles_without_a_graph_break_to_the_same_gradients(model):
+def test_step_compiles_without_a_graph_break_to_the_same_gradients(model, updates, monkeypatch):
+    compile_ = torch.compile  # of which nn.Module.compile makes use
+    monkeypatch.setattr(torch, "compile", partial(compile_, backend="aot_eager"))
     torch.manual_seed(0)
-    model = Hope(HopeConfig(**SMALL | {"model": model, "hidden": 32}))
+    own = {"model": model, "hidden": 36, "n_layers": 2, "cms_updates": updates}
+    model = Hope(HopeConfig(**SMALL | own))
     rows = torch.randint(257, (2, 17))
-    step = training.LossModule(model, "off")
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     grads = []
-    for function in (step, compiled):
-        function(rows[:, :-1], rows[:, 1:]).backward()
-        grads.append([p.grad for p in model.parameters()])
-        model.zero_grad()
+    with functorch.patch("donated_buffer", functorch.donated_buffer):  # and back
+        for compiled in (False, True):
+            run = types.SimpleNamespace(model=model, config=TrainConfig(compile=compiled))
+            step = training.parallel(run)
+            step(rows[:, :-1], rows[:, 1:]).backward()
+            grads.append([p.grad for p in model.parameters()])
+            model.zero_grad()
     torch.testing.assert_close(grads[1], grads[0])
 
 
