@@ -22,34 +22,33 @@ EPS = 1e-6  # of l2norm and of the norms around memories
 
 BACKENDS = ("auto", "torch", "triton")
 
-# Whether "auto" takes the Triton kernels on a GPU. They equal torch under Triton's interpreter and
-# compile for an H100, but have not run on a device: set True once `pytest -m gpu` passed on one.
-KERNELS_PROVEN = False
 
+def kernels_for(kernel, x, width, backend="auto", **case):
+    """The module kernels.py where its kernel, "scan" or "self_modify", fits tensors of x's device
+    and type, keys of this width and the case (fields of selfcheck.Case); else None: torch computes.
 
-def kernels_for(what, x, width, chunk=None, backend="auto"):
-    """The module kernels.py where its Triton kernels fit x (device, dtype), the width of the keys
-    and, in self-modification, the chunk in tokens; else None: torch computes it.
-
-    backend: "torch" declines the kernels, "triton" insists on them, "auto" takes them on a GPU once
-    they are proven. Why they do not fit is logged, once for each reason.
+    backend: "torch" declines the kernels, "triton" insists on them, "auto" takes them on a GPU
+    where they have passed the comparison of selfcheck.py. Why not is logged, once for each reason.
     Raises ValueError for an unknown backend, and for "triton" where the kernels do not fit.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "torch" or (backend == "auto" and not (KERNELS_PROVEN and x.is_cuda)):
+    if backend == "torch" or (backend == "auto" and not x.is_cuda):
         return None
     try:
         import kernels
+        import selfcheck
 
-        reason = kernels.unfit(x, width, chunk)
+        reason = kernels.unfit(x, width, case.get("chunk"))
+        if reason is None and backend == "auto":
+            reason = selfcheck.why_not(kernel, x, width, **case)
     except ImportError as error:
         reason = f"Triton is missing ({error})"
     if reason is None:
         return kernels
     if backend == "triton":
-        raise ValueError(f"backend 'triton' cannot run {what}: {reason}")
-    _log_once(f"{what} runs in torch, far slower than the fused kernels would: {reason}")
+        raise ValueError(f"backend 'triton' cannot run {kernel}: {reason}")
+    _log_once(f"{kernel} runs in torch, far slower than the fused kernels would: {reason}")
     return None
 
 

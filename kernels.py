@@ -1006,3 +1006,10 @@ def _differentiable(operator, gradients):
 
 _differentiable(_scan, _scan_backward)
 _differentiable(_modify, _modify_backward)
+
+
+if __name__ == "__main__":  # apart, as the interpreter must be chosen before Triton is imported
+    import subprocess
+    import sys
+
+    sys.exit(subprocess.call([sys.executable, __file__.replace("kernels", "selfcheck")]))

@@ -105,7 +105,10 @@ def scan(W, k, u, eta, alpha, q=None, *, theta=None, S=None, delta=1.0, tile=64,
         if seen is not None:
             seen.append((eta.mean(), alpha.mean()))
     args = _aligned(W, k, u, eta, alpha, q, theta, S, delta)
-    kernels = kernels_for("scan", k, k.shape[-1], backend=backend)
+    wide = max((k, u), key=torch.Tensor.element_size)  # in whose type the kernels multiply
+    kind = "series" if torch.is_tensor(delta) or delta not in (0, 1) else float(delta)
+    case = {"momentum": theta is not None, "delta": kind}
+    kernels = kernels_for("scan", wide, k.shape[-1], backend, **case)
     if kernels is not None:
         return kernels.scan(*args, tile)
     W, k, u, eta, alpha, q, theta, S, delta = map(full_precision, args)

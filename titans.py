@@ -257,7 +257,8 @@ class SelfModifyingTitans(nn.Module):
         gates = [full_precision(gate) for gate in gates]
         kernels = None
         if self.usual:
-            kernels = kernels_for("self-modifying Titans", x, self.d, self.chunk, self.backend)
+            like = x.new_empty(0, dtype=operands)
+            kernels = kernels_for("self_modify", like, self.d, self.backend, chunk=self.chunk)
         args = (x, streams.get("q"), running, momentum, self.initial_weights(), gates)
         return fused.all_chunks(*args, self.chunk, self.inner_step, kernels, operands)
 

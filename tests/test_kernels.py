@@ -24,12 +24,11 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
 
 import fused  # noqa: E402
 import kernels  # noqa: E402
 import memory  # noqa: E402
+import selfcheck  # noqa: E402
 from learn import twice_differentiable  # noqa: E402
 from titans import SelfModifyingTitans  # noqa: E402
 
@@ -43,67 +42,26 @@ DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 both = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 
 
-def nearest(x, source, target, rounding, convert=interpreter._convert_float):
-    """float32 to bfloat16 rounded to nearest, as in hardware; Triton's interpreter cuts off."""
-    if (source, target) == (tl.float32, tl.bfloat16):
-        return torch.from_numpy(x.copy()).bfloat16().view(torch.uint16).numpy()
-    return convert(x, source, target, rounding)
-
-
-interpreter._convert_float = nearest
+if not GPU:
+    selfcheck.round_to_nearest()
 
 # --------------------------------------------------------------------------------------------------
 # Problems, and how two solutions are compared
 
 
-def scan_problem(seed, N, T, dk, dv, momentum, delta, q=True, dtype=torch.float32):
-    """Arguments of scan [N, ...], on DEVICE, with gradients.
-
-    Steps reach 1 + alpha, retention comes close to 0 and 1.
-    """
-    rng = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(N, *shape, generator=rng)
-
-    def unit(*shape):
-        return F.normalize(normal(*shape), dim=-1).to(dtype)
-
-    def uniform():
-        return torch.rand(N, T, generator=rng)
-
-    alpha = 1 - uniform() ** 3
-    args = {
-        "W": normal(dv, dk),
-        "k": unit(T, dk),
-        "u": normal(T, dv).to(dtype),
-        "eta": uniform() * (1 if momentum else 1 + alpha),
-        "alpha": alpha,
-        "q": unit(T, dk) if q else None,
-        "theta": 0.9 * uniform() if momentum else None,
-        "S": normal(dv, dk) if momentum else None,
-        "delta": uniform() if delta == "series" else delta,
-    }
-    for name, x in args.items():
-        if torch.is_tensor(x):
-            args[name] = x.to(DEVICE).requires_grad_()
-    return args
+def leaves(x):
+    return x.to(DEVICE).requires_grad_() if torch.is_tensor(x) else x
 
 
-def modify_problem(seed, N, heads, T, d, dtype=torch.float32):
-    """Arguments of kernels.self_modify up to A, with alpha around 0.9, where short heads start."""
-    rng = torch.Generator().manual_seed(seed)
+def scan_problem(*sizes, **switches):
+    """Arguments of scan [N, ...], on DEVICE, with gradients."""
+    problem = selfcheck.scan_problem(*sizes, **switches)
+    return {name: leaves(x) for name, x in problem.items()}
 
-    def normal(*shape):
-        return torch.randn(*shape, generator=rng)
 
-    R = 3 * d + 2
-    x = normal(N, T, d).to(dtype)
-    q = F.normalize(normal(N, T, d), dim=-1).to(dtype)
-    W = 0.2 * normal(N, R, d) * d**-0.5
-    W0 = normal(heads, R, d) * d**-0.5
-    gates = normal(N), normal(N) - 2.2, normal(N).exp()  # b_eta, b_alpha, A
-    return [x.to(DEVICE).requires_grad_() for x in (x, q, W, W0, *gates)]
+def modify_problem(*sizes):
+    """Arguments of kernels.self_modify up to A, on DEVICE, with gradients."""
+    return [leaves(x) for x in selfcheck.modify_problem(*sizes)]
 
 
 def modify_in_torch(x, q, W, W0, b_eta, b_alpha, A, chunk, step):
