@@ -145,6 +145,15 @@ def _inverse(L):
 
 
 @triton.jit
+def _softplus(z):
+    """log(1 + e^z), to a few units in the last place also where 1 + e^z rounds to 1."""
+    u = tl.exp(-tl.abs(z))
+    w = 1.0 + u  # log(1 + u) = u (log w) / (w - 1): what w loses, it loses in both
+    tail = tl.where(w == 1.0, u, u * (tl.log(w) / tl.maximum(w - 1.0, 1e-8)))
+    return tl.maximum(z, 0.0) + tail
+
+
+@triton.jit
 def _row(M, last):
     """Row `last` of M [C, n], or element `last` of a vector."""
     here = tl.arange(0, M.shape[0]) == last
@@ -550,8 +559,7 @@ def _modify_forward(
         V = V * nv[None, :]
         z_eta = tl.sum(tl.where((row == 3 * D)[:, None], G, 0.0), 0) + be
         z_alpha = tl.sum(tl.where((row == 3 * D + 1)[:, None], G, 0.0), 0) + ba
-        softplus = tl.maximum(z_alpha, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z_alpha)))
-        al = tl.where(ok, tl.exp(-rate * softplus), 1.0)
+        al = tl.where(ok, tl.exp(-rate * _softplus(z_alpha)), 1.0)
         et = tl.where(ok, step * (1.0 + al) * tl.sigmoid(z_eta), 0.0)
         if AGAIN:
             _put(K_kept, K, n * T, tok, ok, D, col)

@@ -8,6 +8,7 @@ With a GPU the same tests run on it, and those marked `gpu`.
 import copy
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -224,6 +225,20 @@ def test_the_fused_chunk_step_and_every_gradient_equal_torch(seed, dtype):
     problem = modify_problem(seed, *sizes, dtype)
     ours, expected = both_modify(chunk, step)
     assert_equal_up_to(TOLERANCE[dtype], results(ours, problem), results(expected, exact(problem)))
+
+
+@pytest.mark.parametrize("z", [-8.0, -16.0, -17.0, -20.0, -60.0])
+def test_retention_is_exact_where_one_plus_its_exponential_rounds_to_one(z):
+    """1 - alpha is rate * softplus(z) there, about 0.01 with this rate."""
+    problem = modify_problem(0, 2, 1, 20, 16)
+    with torch.no_grad():
+        problem[3][:, -1] = 0.0  # W0's row of alpha,
+        problem[2][:, -1] = 0.0  # and W's: z is the bias
+        problem[5].fill_(z)
+        problem[6].fill_(0.01 * math.exp(-z))
+    ours, expected = both_modify(32, 1.0)  # in one chunk: no row of alpha is read once written
+    W = ours(*problem)[1].double()
+    assert_equal_up_to(1e-6, {"W": W}, {"W": expected(*exact(problem))[1]})
 
 
 def test_the_layer_takes_the_kernels_and_stays_itself():
