@@ -10,7 +10,7 @@ import torch
 
 from support.checkpoint import first_line
 from support.flags import Parser, updates_flag
-from support.run import Run
+from support.run import Run, precision
 
 
 def generate(args) -> None:
@@ -21,10 +21,11 @@ def generate(args) -> None:
     prompt = torch.tensor([ids], device=run.device)  # [1, T]
     tokens = run.model.generate(prompt, args.n, temperature=args.temperature, top_k=args.top_k)
     print(args.prompt, end="", flush=True)
-    for token in tokens:
-        # a token may be part of a character, so its bytes are written as they are
-        sys.stdout.buffer.write(run.encoding.decode_bytes(token.tolist()))
-        sys.stdout.flush()
+    with precision(run.device):
+        for token in tokens:
+            # a token may be part of a character, so its bytes are written as they are
+            sys.stdout.buffer.write(run.encoding.decode_bytes(token.tolist()))
+            sys.stdout.flush()
     print()
 
 

@@ -141,8 +141,9 @@ class SelfModifyingTitans(nn.Module):
         for name in self.static:
             streams[name] = l2norm(streams[name], EPS)
         # the fused kernels multiply in this type; torch's path stays in float32
-        bf16 = x.is_cuda and torch.is_autocast_enabled("cuda")
-        operands = torch.bfloat16 if bf16 else z.dtype
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        operands = torch.bfloat16 if autocast == torch.bfloat16 else z.dtype
 
         def one_chunk(piece, boundary, running, momentum):
             now = {name: stream[:, :, piece] for name, stream in streams.items()}

@@ -50,7 +50,7 @@ from support.config import TrainConfig, parse
 from support.corpus import batch, windows
 from support.distributed import rank, total, world
 from support.monitor import ProgressBar, counting, interrupts, plot, rates, say, write_sample
-from support.run import Run, precision, resumed
+from support.run import Run, precision, product_type, resumed
 from support.vocabulary import n_bytes
 
 WATCH_EVERY = 100  # steps between two looks at eta and alpha, each a forward pass of one row
@@ -163,7 +163,8 @@ def parallel(run: Run) -> nn.Module:
     if config.fsdp:
         units = (nn.Linear, MLP)
         whole = model.learners if learns else ()
-        distributed.shard(model, run.device, units, whole, gather_blocks=config.compile)
+        dtype = product_type(run.device)
+        distributed.shard(model, dtype, units, whole, gather_blocks=config.compile)
         return module
     if config.compile and not by_block:
         module.compile(fullgraph=True)

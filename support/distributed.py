@@ -153,12 +153,12 @@ def alike(tensors) -> list[list]:
 
 
 def shard(
-    model: nn.Module, device: torch.device, units: tuple[type, ...], whole=(), gather_blocks=False
+    model: nn.Module, dtype: torch.dtype, units: tuple[type, ...], whole=(), gather_blocks=False
 ) -> None:
     """FSDP2, in place: each process keeps a shard of weights, gradients and optimizer state.
 
-    A block is gathered while it works. On a GPU the matrices of `units` (classes of modules) are
-    gathered as bfloat16, in which they multiply. Initial weights of memories, rates, norms and the
+    A block is gathered while it works. The matrices of `units` (classes of modules) are gathered as
+    dtype, in which they multiply. Initial weights of memories, rates, norms and the
     embedding stay float32, and so do sums of gradients: fast weights add up many small steps.
     whole: blocks that every process keeps, because their CMS levels step between calls; their
     gradients are averaged. gather_blocks: a block is gathered at once, as float32, because hooks
@@ -166,7 +166,7 @@ def shard(
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    half = torch.bfloat16 if device.type == "cuda" else None
+    half = None if dtype == torch.float32 else dtype
     sums = torch.float32 if half else None
     policy = MixedPrecisionPolicy(half, sums, cast_forward_inputs=False)
     # blocks return their states, some as views; nothing ever writes into a state

@@ -16,8 +16,10 @@ Weights are float32. Everything that can be wrong is found before anything is wr
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -403,11 +405,26 @@ def device_for(name: str) -> torch.device:
     return torch.device(name)
 
 
+def product_type(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that has it; float32 on a CPU and on a GPU that would emulate it."""
+    return torch.bfloat16 if device.type == "cuda" and _has_bfloat16() else torch.float32
+
+
+@functools.cache  # asked in every step, said once
+def _has_bfloat16() -> bool:
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return True
+    why = "has no bfloat16, which would be emulated: matrix products are in float32"
+    logging.getLogger(__name__).warning(f"{torch.cuda.get_device_name()} {why}")
+    return False
+
+
 def precision(device: torch.device):
-    """bfloat16 matrix products on a GPU, float32 on a CPU, which has no fast bfloat16."""
-    if device.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16)
-    return contextlib.nullcontext()
+    """The context of a forward pass: matrix products in `product_type`."""
+    dtype = product_type(device)
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
 
 
 def write_json(path: Path, value) -> None:

@@ -389,6 +389,22 @@ def test_auto_is_torch_where_a_second_derivative_is_wanted(proven, monkeypatch):
     assert taken(backend=mixer.backend) is kernels
 
 
+def test_the_layer_asks_for_the_type_that_autocast_multiplies_in(monkeypatch):
+    asked = []
+
+    def spy(what, x, *rest):
+        asked.append(x.dtype)
+
+    monkeypatch.setattr("titans.kernels_for", spy)
+    layer = SelfModifyingTitans(32, 2, chunk=8).to(DEVICE)
+    x = torch.randn(1, 9, 32, device=DEVICE)
+    layer(x)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(DEVICE, dtype):
+            layer(x)
+    assert asked == [torch.float32, torch.bfloat16, torch.float32]
+
+
 def test_backend_triton_says_why_it_cannot():
     sizes = dict(N=1, T=3, dk=16, dv=16, momentum=False, delta=1.0)
     refused = {"width 64 at most.*got 80": {"dk": 80}, "float64": {"dtype": torch.float64}}
@@ -442,8 +458,8 @@ def launch_constants(family, part):
     return constants
 
 
-def compiled(name, dtype="bf16", **changes):
-    """Registers, spill stack and shared memory (bytes) of a kernel, as it is launched on sm_90."""
+def compiled(name, target=90, dtype="bf16", **changes):
+    """Registers, spill stack and shared memory (bytes) of a kernel, as launched on sm_`target`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -469,7 +485,7 @@ def compiled(name, dtype="bf16", **changes):
     fixed = {(names.index(p),): value for p, value in constants.items()}
     source = ASTSource(function, signature, fixed, hints)
     options = kernels.LAUNCH[family]
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -478,6 +494,7 @@ def compiled(name, dtype="bf16", **changes):
     registers, stack = map(int, re.search(r"REG:(\d+)\s+STACK:(\d+)", usage).groups())
     return {
         "kernel": name,
+        "target": target,
         "registers": registers,
         "stack": stack,
         "shared": kernel.metadata.shared,

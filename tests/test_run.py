@@ -1,14 +1,16 @@
 """One way to open a run: what is read from its folder, what is said where something is wrong."""
 
+import contextlib
 import json
+import logging
 import shutil
 
 import pytest
 import torch
 
 from hope import Hope, HopeConfig
-from support import checkpoint
-from support.run import Run
+from support import checkpoint, run
+from support.run import Run, precision, product_type
 
 TINY = {"vocab_size": 257, "d_model": 16, "n_layers": 2, "n_heads": 2, "hidden": 24, "chunk": 4}
 
@@ -86,3 +88,29 @@ def test_opening_names_a_damaged_config(tmp_path):
         (tmp_path / "x/config.json").write_text(text)
         with pytest.raises(ValueError, match="config.json|vocabulary of 300"):
             Run.open(tmp_path / "x")
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_products_are_in_bfloat16_only_where_the_gpu_has_it(monkeypatch, caplog):
+    gpu = torch.device("cuda")
+    asked = []
+
+    def supported(including_emulation=True):
+        asked.append(including_emulation)
+        return including_emulation or has
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    for has, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        run._has_bfloat16.cache_clear()
+        with caplog.at_level(logging.WARNING):
+            for device in (gpu, torch.device("cuda:0"), gpu):
+                assert product_type(device) == dtype
+        kind = torch.autocast if has else contextlib.nullcontext
+        assert isinstance(precision(gpu), kind)
+        assert product_type(torch.device("cpu")) == torch.float32
+    run._has_bfloat16.cache_clear()
+    assert set(asked[:2]) == {False}  # later ones are torch's own
+    assert [record.getMessage() for record in caplog.records] == [
+        "Tesla T4 has no bfloat16, which would be emulated: matrix products are in float32"
+    ]

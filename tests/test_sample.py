@@ -56,6 +56,21 @@ def test_the_command_prints_what_the_model_generates(tmp_path, capfdbinary):
     assert capfdbinary.readouterr().out == b"def" + text + os.linesep.encode()
 
 
+def test_tokens_are_drawn_in_the_precision_of_the_device(tmp_path, monkeypatch, capfdbinary):
+    run_folder(tmp_path / "x")
+    seen = []
+    forward = Hope.forward
+
+    def spy(*args, **options):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(*args, **options)
+
+    monkeypatch.setattr(Hope, "forward", spy)
+    monkeypatch.setattr("sample.precision", lambda device: torch.autocast("cpu", torch.bfloat16))
+    assert main(["generate", str(tmp_path / "x"), "--n", "3"]) == 0
+    assert seen == [True] * 3 and not torch.is_autocast_enabled("cpu")
+
+
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for folder in ("x", "torn", "other", "damaged"):
