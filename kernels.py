@@ -708,6 +708,10 @@ def _modify_chain(
 # 1/8 of the parallel work it had then.
 EVERY = 8
 SPAN = 64  # tiles whose states the backward holds at once, a multiple of EVERY
+# Major compute capabilities whose matrix instructions take their operands from registers, which
+# three tf32 products of float32 ones overflow: for heads of 64 a thread spills up to 12 KB in
+# `scan` on 8.0. Half the rows and tokens at once cut that to 0.3 KB.
+CROWDED = (8, 12)
 # one stage, no loads ahead: shared memory is full of operands
 LAUNCH = {"scan": dict(num_warps=4, num_stages=1), "modify": dict(num_warps=8, num_stages=1)}
 
@@ -722,9 +726,12 @@ def _sizes(x, tile, delta):
     W, k, u, q, *_, series = x
     N, T, dk = k.shape
     dv = u.shape[2]
+    crowded = False
+    if k.is_cuda and k.dtype == torch.float32:
+        crowded = torch.cuda.get_device_capability(k.device)[0] in CROWDED
     constants = {
-        "C": _block(tile, 32),
-        "DV": _block(dv, 64),
+        "C": _block(tile, 16 if crowded else 32),
+        "DV": _block(dv, 32 if crowded else 64),
         "DK": _block(dk, 64),
         "MOMENTUM": W.shape[1] - 1,
         "DELTA": 2 if series.numel() else int(delta),
@@ -821,22 +828,31 @@ def unfit(x, width, chunk=None):
 
     chunk: tokens of a chunk of self-modifying Titans, None for `scan`.
     """
-    on_gpu = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    if not INTERPRETED.value and not on_gpu:
+    if x.is_cuda:
+        return unfit_on(torch.cuda.get_device_capability(x.device), x.dtype, width, chunk)
+    if not INTERPRETED.value:
         needed = "an NVIDIA GPU of compute capability 8.0 or more"
         return f"they need {needed} (the tensors are on {x.device})"
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"they need float32 or bfloat16, got {x.dtype}"
+    return unfit_on((9, 0), x.dtype, width, chunk)
+
+
+def unfit_on(capability, dtype, width, chunk=None):
+    """`unfit` for tensors of a type on an NVIDIA GPU of a compute capability, as (9, 0)."""
+    if capability < (8, 0):
+        has = "this GPU has {}.{}".format(*capability)
+        return f"they need an NVIDIA GPU of compute capability 8.0 or more, {has}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"they need float32 or bfloat16, got {dtype}"
     if chunk is None:
         return f"they need keys of width 64 at most, got {width}" if width > 64 else None
     if width not in (16, 32, 64) or chunk > 128:
         needed = "heads of width 16, 32 or 64 and chunks of 128 tokens at most"
         return f"they need {needed}, got {width} and {chunk}"
-    if width == 64 and x.dtype == torch.float32 and x.is_cuda:
-        on_chip = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin >> 10
-        if on_chip < 160:
-            needed = "160 KiB of shared memory in float32"
-            return f"they need {needed}, this GPU has {on_chip}: train in bfloat16"
+    if width == 64 and dtype == torch.float32 and capability[0] != 9:
+        # The backward takes 160 KiB of shared memory on 9.0. On 8.0 it spills 9 KB a thread; 8.6,
+        # 8.9 and 12.0 lack its 128 KiB; for 10.0 Triton 3.9 compiles it to nothing.
+        needed = "compute capability 9.0 for float32 heads of width 64"
+        return "they need {}, this GPU has {}.{}: use bfloat16".format(needed, *capability)
     return None
 
 

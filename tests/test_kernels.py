@@ -6,6 +6,7 @@ With a GPU the same tests run on it, and those marked `gpu`.
 """
 
 import copy
+import itertools
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 from functools import partial
 from pathlib import Path
 
@@ -422,6 +424,48 @@ def test_chunk_steps_that_do_not_fit_are_refused():
         mixer.backend = "triton"
         with pytest.raises(ValueError, match="heads of width 16, 32 or 64"):
             mixer(torch.randn(1, chunk, 2 * d, device=DEVICE))
+
+
+def on_gpu(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def test_float32_heads_of_64_are_refused_where_they_overflow_the_registers(monkeypatch):
+    """An H100 holds them; the backward on an A100 would spill 9 KB a thread."""
+    gpu = dict(is_cuda=True, device="cuda:0")
+    like, narrow = (types.SimpleNamespace(**gpu, dtype=t) for t in (torch.float32, torch.bfloat16))
+    refused = {"A100": (8, 0), "A10": (8, 6), "L4": (8, 9), "B200": (10, 0), "RTX 5090": (12, 0)}
+    for capability in refused.values():
+        on_gpu(monkeypatch, capability)
+        assert "this GPU has {}.{}: use bfloat16".format(*capability) in kernels.unfit(like, 64, 64)
+        assert kernels.unfit(like, 32, 64) is kernels.unfit(like, 64) is None
+        assert kernels.unfit(narrow, 64, 64) is None
+    on_gpu(monkeypatch, (9, 0))
+    assert kernels.unfit(like, 64, 64) is None
+    on_gpu(monkeypatch, (7, 5))
+    for x, chunk in itertools.product((like, narrow), (64, None)):
+        assert "8.0 or more, this GPU has 7.5" in kernels.unfit(x, 64, chunk)
+
+
+def test_float32_scans_take_smaller_blocks_where_they_overflow_the_registers(monkeypatch):
+    class Like(types.SimpleNamespace):
+        is_cuda = True
+        device = "cuda:0"
+
+        def numel(self):
+            return 0
+
+    found = {}
+    for capability in ((8, 0), (8, 9), (9, 0), (12, 0)):
+        on_gpu(monkeypatch, capability)
+        for dtype in (torch.float32, torch.bfloat16):
+            W = Like(shape=(3, 1, 64, 64))
+            k = Like(shape=(3, 100, 64), dtype=dtype)
+            *_, blocks, tiles, constants = kernels._sizes([W, k, k, k, Like()], 64, 1.0)
+            found[capability, dtype] = constants["C"], constants["DV"], blocks, tiles
+    small = {case for case, sizes in found.items() if sizes == (16, 32, 2, 7)}
+    assert small == {((8, 0), torch.float32), ((8, 9), torch.float32), ((12, 0), torch.float32)}
+    assert set(found.values()) == {(16, 32, 2, 7), (32, 64, 1, 4)}
 
 
 # --------------------------------------------------------------------------------------------------
