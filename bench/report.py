@@ -186,18 +186,18 @@ def digits() -> str:
 
 
 def kernels() -> str:
+    """Registers a thread, bytes of its spill stack, KiB of shared memory of a program."""
     cells = {}
     for row in load("kernels_compiled.jsonl"):
-        cells.setdefault(row["kernel"], {})[row["triton"]] = row
+        cells.setdefault(row["kernel"], {})[row["target"]] = row
     rows = []
-    for kernel, versions in cells.items():
-        new, old = versions.values()  # in the order of the file: 3.9, 3.6
-        row = [kernel, new["warps"]]
-        row += [f"{new[key]:,} ({old[key]:,})" for key in ("registers", "stack", "shared")]
+    for kernel, targets in cells.items():
+        row = [kernel, max(cell["warps"] for cell in targets.values())]
+        for cell in targets.values():
+            shared = cell["shared"] / 2**10
+            row.append(f"{cell['registers']} / {cell['stack']:,} / {shared:.3g}")
         rows.append(row)
-    newest, older = (version.removesuffix(".0") for version in versions)
-    head = ["kernel", "warps", f"registers: Triton {newest} ({older})"]
-    return markdown([*head, "spill stack, bytes", "shared memory, bytes"], rows)
+    return markdown(["kernel", "warps", *(f"sm_{target}" for target in targets)], rows)
 
 
 # --------------------------------------------------------------------------------------------------
