@@ -48,7 +48,8 @@ def kernels_for(kernel, x, width, backend="auto", **case):
         return kernels
     if backend == "triton":
         raise ValueError(f"backend 'triton' cannot run {kernel}: {reason}")
-    _log_once(f"{kernel} runs in torch, far slower than the fused kernels would: {reason}")
+    if not torch.compiler.is_compiling():  # which cannot trace a logger
+        _log_once(f"{kernel} runs in torch, far slower than the fused kernels would: {reason}")
     return None
 
 

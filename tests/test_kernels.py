@@ -385,6 +385,20 @@ def test_what_does_not_fit_falls_back_and_is_logged_once(proven, caplog, monkeyp
         fused.kernels_for("scan", OnGPU, 128, backend="triton")
 
 
+def test_what_does_not_fit_falls_back_in_a_compiled_graph_too(proven, caplog, monkeypatch):
+    """Logging would break the graph: it was done before, or is by the next call outside of one."""
+    monkeypatch.setattr(kernels, "unfit", lambda x, width, chunk: f"width {width} is too wide")
+    fused._log_once.cache_clear()
+
+    def f(x):
+        return x + 1 if fused.kernels_for("scan", OnGPU, 128) is None else x
+
+    with caplog.at_level(logging.WARNING):
+        compiled = torch.compile(f, backend="eager", fullgraph=True)
+        assert compiled(torch.zeros(1)).item() == 1
+    assert caplog.records == []
+
+
 def test_auto_is_torch_where_a_second_derivative_is_wanted(proven, monkeypatch):
     monkeypatch.setattr(kernels, "unfit", lambda x, width, chunk: None)
     mixer = SelfModifyingTitans(32, 2)
