@@ -44,6 +44,7 @@ from torch import nn
 
 from cms import CMS, MLP
 from hope import loss_fn
+from learn import changed
 from support import distributed, plan
 from support.checkpoint import first_line
 from support.config import TrainConfig, parse
@@ -125,6 +126,18 @@ def gradient_norm(model: nn.Module, loss: float) -> torch.Tensor:
             wrong = f"the gradient of {name}"
             break
     raise NonFinite(f"{wrong} is not finite (loss {loss})")
+
+
+def kernel_gap(model: nn.Module, inputs, targets) -> float:
+    """|gradient as trained - gradient by torch alone| / |the latter|, of the loss of these rows."""
+    found = []
+    for how in ({}, {"backend": "torch"}):
+        with changed(model, **how), precision(inputs.device):
+            loss = loss_fn(model(inputs)[0], targets)
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        found.append(torch.cat([g.flatten() for g in grads if g is not None]))
+    return ((found[0] - found[1]).norm() / found[1].norm()).item()
 
 
 class LossModule(nn.Module):
@@ -309,6 +322,8 @@ def train_steps(run: Run, forward, optimizer, start: int, report) -> int:
                 if done % WATCH_EVERY == 0 or done == start + 1:
                     with precision(run.device):
                         record |= rates(run.model, inputs[:1])
+                if config.check_kernels and done % config.check_kernels == 0:
+                    record["kernel_gap"] = kernel_gap(run.model, inputs[:1], targets[:1])
                 report(record)
                 bar.show(record, skipped)
             bar.update()

@@ -137,6 +137,13 @@ class TrainConfig:
         "keep only the inputs of blocks for the backward pass: less memory, a third more work",
         on_resume=True,
     )
+    check_kernels: int = flag(
+        0,
+        "steps between two computations of one row's gradient by kernels.py and by torch, whose "
+        "relative difference is logged as kernel_gap; 0: never",
+        *AT_LEAST_0,
+        on_resume=True,
+    )
     wandb: bool = flag(False, "log to Weights & Biases too (pip install wandb)", on_resume=True)
 
     def __post_init__(self):
@@ -147,6 +154,8 @@ class TrainConfig:
             setattr(self, f.name, value)
         if self.fsdp and self.optimizer == "dmgd":  # its memories are networks on whole gradients
             raise ValueError("fsdp cannot be combined with optimizer dmgd; use another optimizer")
+        if self.fsdp and self.check_kernels:
+            raise ValueError("check_kernels reads whole gradients, which fsdp does not have; use 0")
         if self.pretrained:
             if self.model not in ("hope", "hope_attention"):
                 wanted = "hope_attention, which pretrained makes of it"

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+import selfcheck
 from hope import Hope, HopeConfig
 from optimizers import LevelOptimizer, optimizer_by_name, scale_rates
 from support import checkpoint, distributed
@@ -82,6 +83,8 @@ class Run:
         model_config = parts.pop("model_config")
         model = parts.pop("model") or Hope(model_config)
         model = model.to(device=device, dtype=torch.float32).train()
+        settle_kernels(model, device)
+        selfcheck.agree(gather)
         return cls(config, model, device=device, begun=begun, **parts)
 
     @classmethod
@@ -101,7 +104,9 @@ class Run:
         check_vocabulary(f"{folder} has", model.config, encoding)
         checkpoint.load(folder, model)
         device = device_for(device)
-        return cls(config, model.to(device).eval(), encoding, device, Path(folder), saved=saved)
+        model = model.to(device).eval()
+        settle_kernels(model, device)
+        return cls(config, model, encoding, device, Path(folder), saved=saved)
 
     # What training does with a run
 
@@ -425,6 +430,15 @@ def precision(device: torch.device):
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+@torch.no_grad()
+def settle_kernels(model: Hope, device: torch.device) -> None:
+    """On a GPU: have kernels.py checked as the mixers need it, before anything is compiled."""
+    if device.type == "cuda":
+        tokens = torch.zeros(1, model.config.chunk + 1, dtype=torch.int64, device=device)
+        with precision(device):
+            model(tokens, updates="off")
 
 
 def write_json(path: Path, value) -> None:
