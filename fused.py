@@ -4,6 +4,7 @@
     decay                 products of retentions                  P in the equations of memory.py
     solve                 a unit lower triangular system          the same equations
     causal_convolution    SiLU of a short depthwise convolution   torch's conv1d
+    linear_cross_entropy  mean loss of a linear output layer      torch's cross_entropy
     self_modify           all chunks of self-modifying Titans     titans.SelfModifyingTitans._chunk
 
 `kernels_for` decides where kernels.py (Triton) takes over from `memory.scan` and `self_modify`.
@@ -199,6 +200,55 @@ class _CausalConv(torch.autograd.Function):
 
 
 causal_convolution = _CausalConv.apply
+
+# --------------------------------------------------------------------------------------------------
+# The loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are made in the forward pass, part by part, while a part's logits are there."""
+
+    @staticmethod
+    def forward(ctx, x, table, targets, at_once):
+        wanted = ctx.needs_input_grad
+        N = len(targets)
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        dx = torch.empty_like(x) if wanted[0] else None
+        dtable = torch.zeros_like(table) if wanted[1] else None
+        rows = max(1, at_once // len(table))
+        for i in range(0, N, rows):
+            part = x[i : i + rows]
+            target = targets[i : i + rows, None]
+            logits = F.linear(part, table)  # under autocast narrower than the rest
+            narrow = logits.dtype
+            logits = logits.to(torch.promote_types(narrow, torch.float32))
+            top = torch.logsumexp(logits, 1, keepdim=True)
+            loss = loss + (top - logits.gather(1, target)).sum()
+            p = logits.sub_(top).exp_()
+            p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
+            p = p.div_(N).to(narrow)
+            if wanted[0]:
+                dx[i : i + rows] = p @ table
+            if wanted[1]:
+                dtable += p.mT @ part
+        ctx.save_for_backward(dx, dtable)
+        return loss / N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        dx, dtable = (g if g is None else g * grad for g in ctx.saved_tensors)
+        return dx, dtable, None, None
+
+
+def linear_cross_entropy(x, table, targets, at_once=2**25):
+    """Mean cross-entropy in nats of the logits x table^T: a scalar in float32 at least.
+
+    x [N, d], table [V, d], targets [N] int64. At most about `at_once` logits are held at a time.
+    First derivatives only.
+    """
+    return _LinearCrossEntropy.apply(x, table, targets, at_once)
+
 
 # --------------------------------------------------------------------------------------------------
 # One tile of the learning rule, for a layer of one or more memories

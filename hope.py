@@ -42,6 +42,7 @@ from baselines import (
     TitansMAL,
 )
 from cms import CMS, Level
+from fused import linear_cross_entropy
 from layers import component, count, one_of, recomputed
 from memory import full_precision
 from titans import NeuralMemory, SelfModifyingTitans
@@ -299,8 +300,11 @@ class Hope(nn.Module):
         if not config.tied:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(self, tokens, state=None, updates=None, step=None):
+    def forward(self, tokens, state=None, updates=None, step=None, targets=None):
         """Read tokens. Raises ValueError for ids out of range.
+
+        targets [B, T] int64: what follows each token; then the result is the mean cross-entropy in
+        nats, a scalar, of whole rows read as the config says.
 
         updates: one of learn.UPDATES, whether the CMS levels take steps in context; None: as the
         config says. step: how long, see `learn`. A state that was read on with updates "off" has
@@ -312,6 +316,8 @@ class Hope(nn.Module):
         # On a GPU the check would stall the stream; the embedding asserts there.
         if not tokens.is_cuda and not torch.compiler.is_compiling():
             self._check_ids(tokens)
+        if targets is not None:
+            return self.loss(tokens, targets)
         return self.unchecked(tokens, state, updates, step)
 
     def _check_ids(self, tokens):
@@ -347,10 +353,22 @@ class Hope(nn.Module):
             after.append(state)
         return x, after
 
+    @property
+    def table(self):
+        """[vocab_size, d_model]: what predicts each symbol."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
     def logits(self, x):
         """[B, T, d_model] after the last block -> [B, T, vocab_size]."""
-        table = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(x), table)
+        return F.linear(self.norm(x), self.table)
+
+    def loss(self, tokens, targets):
+        """`forward`'s loss of targets. Large logits are never held whole, if no level learns."""
+        small = targets.numel() * len(self.table) <= 2**25
+        if small or self.config.cms_updates != "off":
+            return loss_fn(self.unchecked(tokens)[0], targets)
+        x, _ = self.through(self.blocks, self.embedding(tokens))
+        return linear_cross_entropy(self.norm(x).flatten(0, 1), self.table, targets.flatten())
 
     def learn(self, tokens, state=None, updates=None, step=None):
         """Read a stream and learn from it in context (NL 70-74). tokens [B, T] -> (loss, state).

@@ -133,7 +133,7 @@ def kernel_gap(model: nn.Module, inputs, targets) -> float:
     found = []
     for how in ({}, {"backend": "torch"}):
         with changed(model, **how), precision(inputs.device):
-            loss = loss_fn(model(inputs)[0], targets)
+            loss = model(inputs, targets=targets)
         leaves = [p for p in model.parameters() if p.requires_grad]
         grads = torch.autograd.grad(loss, leaves, allow_unused=True)
         found.append(torch.cat([g.flatten() for g in grads if g is not None]))
@@ -148,8 +148,7 @@ class LossModule(nn.Module):
         self.model = model
 
     def forward(self, inputs, targets):
-        logits, _ = self.model(inputs)
-        return loss_fn(logits, targets)
+        return self.model(inputs, targets=targets)
 
 
 def parallel(run: Run) -> nn.Module:

@@ -24,7 +24,7 @@ import torch
 
 from bench.cells import machine_flags, parameters, spec_config, split_specs, where
 from bench.tables import markdown
-from hope import Hope, HopeConfig, loss_fn
+from hope import Hope, HopeConfig
 from support.checkpoint import atomic_write
 from support.config import TrainConfig
 from support.flags import whole_number, whole_numbers
@@ -191,8 +191,8 @@ def training_step(model, inputs: torch.Tensor, targets: torch.Tensor) -> float:
     wait(inputs.device)
     began = time.perf_counter()
     with precision(inputs.device):
-        logits, _ = model(inputs)
-    loss_fn(logits, targets).backward()
+        loss = model(inputs, targets=targets)
+    loss.backward()
     wait(inputs.device)
     return time.perf_counter() - began
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import layers
-from hope import MIXERS, PRESETS, Hope, HopeConfig
+from fused import linear_cross_entropy
+from hope import MIXERS, PRESETS, Hope, HopeConfig, loss_fn
 from layers import map_state, tensors
 from support.checkpoint import load_state, save_state
 from support.plan import flops_per_token
@@ -606,3 +608,31 @@ def test_flops_of_a_transformer_are_the_well_known_ones():
     assert flops_per_token(c, 4096) == pytest.approx(
         6 * matrices + 6 * 14 * 768 * 4097
     )  # half of 12 L d T
+
+
+@pytest.mark.parametrize("at_once", [1, 50 * 7, 10**9])
+def test_the_loss_in_parts_equals_the_loss_of_all_logits(at_once):
+    torch.manual_seed(0)
+    x = torch.randn(37, 16, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(50, (37,))
+    whole = F.cross_entropy(x @ table.T, targets)
+    parts = linear_cross_entropy(x, table, targets, at_once)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
+    expected = torch.autograd.grad(3 * whole, [x, table])
+    torch.testing.assert_close(torch.autograd.grad(3 * parts, [x, table]), expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_large_vocabulary_has_the_same_loss_and_gradients(tied):
+    torch.manual_seed(0)
+    config = HopeConfig(vocab_size=2**19, d_model=16, n_layers=1, chunk=8, tied=tied, levels=[None])
+    model = Hope(config)
+    tokens = torch.randint(2**19, (2, 41))
+    found = []
+    for loss in (
+        model(tokens[:, :-1], targets=tokens[:, 1:]),
+        loss_fn(model(tokens[:, :-1])[0], tokens[:, 1:]),
+    ):
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)

@@ -30,7 +30,7 @@ def planted(monkeypatch, fault):
             parts = []
             for i in range(len(args[0])):
                 row = []
-                for j, x in enumerate(args):
+                for x in args:
                     first = i % len(x) if torch.is_tensor(x) else 0
                     row.append(x[first : first + 1] if torch.is_tensor(x) else x)
                 parts.append([y for y in torchs(*row) if y is not None])
