@@ -356,13 +356,11 @@ class TTT(Recurrent):
     def remember(self, q, k, v, rates, state):
         eta = self.base * torch.sigmoid(rates[0] + self.b_eta) / self.chunk  # [B, H, T]
 
-        def one_chunk(piece, boundary, running, momentum):
-            now = [z[:, :, piece] for z in (q, k, v, eta)]
+        def one_chunk(now, boundary, running, momentum):
             y, running = recomputed(self.write, *now, boundary, running)  # as in the paper
             return y, running, momentum
 
-        y, state = over_chunks(one_chunk, state, q.shape[2], self.chunk)
-        return torch.cat(y, 2), state
+        return over_chunks(one_chunk, (q, k, v, eta), state, self.chunk)
 
     def write(self, q, k, v, eta, boundary, running):
         """Tokens of one chunk: gradients at `boundary`, read and written from `running` on.
@@ -543,12 +541,12 @@ class TitansMAC(nn.Module):
     in turn. Raises ValueError for segment < 1.
     """
 
-    def __init__(self, d_model, n_heads, chunk=64, segment=128, depth=2, conv=4, persistent=4,
-                 out_scale=1.0):
+    def __init__(self, d_model, n_heads, chunk=64, segment=128, depth=2, conv=4,
+                 window_reset=None, persistent=4, out_scale=1.0):
         super().__init__()
         at_least_1(segment=segment)
         self.segment = segment
-        self.memory = NeuralMemory(d_model, n_heads, chunk, depth, conv, gate=False)
+        self.memory = NeuralMemory(d_model, n_heads, chunk, depth, conv, window_reset, gate=False)
         self.attention = PersistentAttention(d_model, n_heads, persistent=persistent)
         self.norm = nn.RMSNorm(d_model, eps=EPS)
         self.out = linear(d_model, d_model, out_scale)
@@ -613,10 +611,10 @@ class TitansMAG(nn.Module):
     State: "memory", "attention", "position".
     """
 
-    def __init__(self, d_model, n_heads, chunk=64, window=128, depth=2, conv=4, persistent=4,
-                 out_scale=1.0):
+    def __init__(self, d_model, n_heads, chunk=64, window=128, depth=2, conv=4,
+                 window_reset=None, persistent=4, out_scale=1.0):
         super().__init__()
-        self.memory = NeuralMemory(d_model, n_heads, chunk, depth, conv, gate=False)
+        self.memory = NeuralMemory(d_model, n_heads, chunk, depth, conv, window_reset, gate=False)
         self.attention = PersistentAttention(d_model, n_heads, window, persistent)
         self.norm = nn.RMSNorm(d_model, eps=EPS)
         self.out = linear(d_model, d_model, out_scale)
@@ -645,10 +643,10 @@ class TitansMAL(nn.Module):
     State: "memory", "attention", "position".
     """
 
-    def __init__(self, d_model, n_heads, chunk=64, window=128, depth=2, conv=4, persistent=4,
-                 out_scale=1.0):
+    def __init__(self, d_model, n_heads, chunk=64, window=128, depth=2, conv=4,
+                 window_reset=None, persistent=4, out_scale=1.0):
         super().__init__()
-        self.memory = NeuralMemory(d_model, n_heads, chunk, depth, conv, gate=False)
+        self.memory = NeuralMemory(d_model, n_heads, chunk, depth, conv, window_reset, gate=False)
         self.attention = PersistentAttention(d_model, n_heads, window, persistent, out_scale)
 
     def forward(self, x, state=None):

@@ -64,10 +64,12 @@ PUBLISHED = {"memory": "mlp", "adaptive": ["k", "v", "q"], "momentum": True}
 MIXERS = {
     "hope": lambda c: SelfModifyingTitans(
         c.d_model, c.n_heads, c.chunk, c.memory, c.adaptive, c.momentum, c.inner_step, c.conv_width,
-        c.gate, c.mode, c.dgd, c.retention, c.out_scale,
+        c.gate, c.mode, c.dgd, c.retention, c.out_scale, c.window_reset,
     ),
     "hope_attention": lambda c: Attention(*c.sizes, c.conv_width, c.rope_base, c.out_scale),
-    "titans": lambda c: NeuralMemory(*c.sizes, c.chunk, c.depth, c.conv_width, c.out_scale),
+    "titans": lambda c: NeuralMemory(
+        *c.sizes, c.chunk, c.depth, c.conv_width, c.window_reset, c.out_scale,
+    ),
     "titans_mac": lambda c: TitansMAC(*c.sizes, *c.long_memory, out_scale=c.out_scale),
     "titans_mag": lambda c: TitansMAG(*c.sizes, *c.long_memory, out_scale=c.out_scale),
     "titans_mal": lambda c: TitansMAL(*c.sizes, *c.long_memory, out_scale=c.out_scale),
@@ -133,6 +135,7 @@ class HopeConfig:
     depth: int = 2  # layers of Titans' memory
     expand: int | None = None  # value width / key width; None: 2 for RetNet, else 1
     window: int = 128  # tokens that attention sees in Samba, MAG, MAL; a segment of MAC
+    window_reset: int | None = None  # tokens, whole chunks, after which Titans' memories begin anew
     norm_eps: float = 1e-6
     tied: bool = True  # one table for tokens in and out
     rope_base: float = 10000.0  # of hope_attention
@@ -160,6 +163,11 @@ class HopeConfig:
             raise ValueError(f"cms_blocks must be {wanted}, got {self.cms_blocks}")
         with torch.device("meta"):  # nothing is allocated
             mixers = [make(self) for make in layer_kinds(self.model)]
+            parts = [part for mixer in mixers for part in mixer.modules()]
+            resets = any(hasattr(part, "window_reset") for part in parts)
+            if self.window_reset is not None and not resets:
+                why = f"None for {self.model}, which has no memory of Titans"
+                raise ValueError(f"window_reset must be {why}, got {self.window_reset}")
             if self.hidden is None:
                 self.hidden = self._equal_hidden(mixers)
             self.new_cms(self.n_layers - 1)
@@ -211,8 +219,8 @@ class HopeConfig:
 
     @property
     def long_memory(self):
-        """Of the Titans that attend: chunk, segment or window, depth, convolution."""
-        return self.chunk, self.window, self.depth, self.conv_width
+        """Of the Titans that attend: chunk, segment or window, depth, convolution, window_reset."""
+        return self.chunk, self.window, self.depth, self.conv_width, self.window_reset
 
     @property
     def conv_width(self):

@@ -40,6 +40,13 @@ def at_least_1(**numbers):
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def whole_chunks(window_reset, chunk):
+    """ValueError for a window that does not end with a chunk. None: no windows."""
+    if window_reset is not None and (window_reset < 1 or window_reset % chunk):
+        wanted = f"a positive multiple of chunk, {chunk} tokens, or None"
+        raise ValueError(f"window_reset must be {wanted}, got {window_reset}")
+
+
 # --------------------------------------------------------------------------------------------------
 # Layers
 
@@ -157,17 +164,20 @@ def by_chunk(position, T, *chunks):
         i += left
 
 
-def over_chunks(step, state, T, chunk, all_chunks=None):
+def over_chunks(step, streams, state, chunk, all_chunks=None):
     """The one loop over chunks: read and write T tokens with a memory that learns.
 
-    step(piece, boundary, running, momentum) -> (y, running, momentum) takes the tokens of a slice
-    within one chunk. `boundary` is the weights at the end of the chunk before, `running` those so
-    far. all_chunks(piece, running, momentum) -> (y, boundary, running, momentum), if given, takes
-    all tokens from the first boundary on at once, where there is a whole chunk of them.
+    streams: a tree of what the tokens bring, [B, H, T, ...] each. step(now, boundary, running,
+    momentum) -> (y, running, momentum) takes a piece of them within one chunk. `boundary` is the
+    weights at the end of the chunk before, `running` those so far. all_chunks(now, running,
+    momentum) -> (y, boundary, running, momentum), if given, takes all tokens from the first
+    boundary on at once, where there is a whole chunk of them.
 
     state: {"position", "boundary", "running"}, maybe "momentum". Chunks sit at absolute positions,
-    so any way of cutting a sequence into calls gives the same result. Returns (list of y, state).
+    so any way of cutting a sequence into calls gives the same result.
+    Returns (y [B, H, T, d], state).
     """
+    T = tensors(streams)[0].shape[2]
     position = state["position"]
     boundary = state["boundary"]
     running = state["running"]
@@ -177,10 +187,12 @@ def over_chunks(step, state, T, chunk, all_chunks=None):
         if begins:
             boundary = running
         if begins and all_chunks is not None and T - piece.start >= chunk:
-            y, boundary, running, momentum = all_chunks(slice(piece.start, T), running, momentum)
+            now = part(streams, piece.start, T)
+            y, boundary, running, momentum = all_chunks(now, running, momentum)
             outputs.append(y)
             break
-        y, running, momentum = step(piece, boundary, running, momentum)
+        now = part(streams, piece.start, piece.stop)
+        y, running, momentum = step(now, boundary, running, momentum)
         outputs.append(y)
     position += T
     if position % chunk == 0:
@@ -188,7 +200,47 @@ def over_chunks(step, state, T, chunk, all_chunks=None):
     after = {"position": position, "boundary": boundary, "running": running}
     if "momentum" in state:
         after["momentum"] = momentum
-    return outputs, after
+    return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0], after
+
+
+def over_windows(read, streams, state, window, start):
+    """read(streams, state) -> (y [B, H, T, d], state), in windows (deviation 26).
+
+    After every `window` tokens, at absolute positions, the state has the weights start(batch)
+    again; None: never. So windows do not depend on each other, and all whole ones of a call are
+    rows of one batch, [B n, H, window, ...]: heads stay behind rows, as kernels.py counts them.
+    By themselves go only the rest of a window that an earlier call began, and an unfinished one.
+    """
+    if window is None:
+        return read(streams, state)
+    B, _, T = tensors(streams)[0].shape[:3]
+    position = state["position"]
+    rest = min(-position % window, T)
+    n = (T - rest) // window
+    end = rest + n * window  # of the last whole window
+
+    def to_rows(t):
+        return t.unflatten(2, (n, window)).transpose(1, 2).flatten(0, 1)
+
+    outputs = []
+    if rest:
+        y, state = read(part(streams, 0, rest), state)
+        outputs.append(y)
+    if (position + rest) % window == 0:
+        state = {"position": 0} | start(B)
+    if n:
+        rows = map_state(to_rows, part(streams, rest, end))
+        y, _ = read(rows, {"position": 0} | start(B * n))
+        outputs.append(y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3))
+    if end < T:
+        y, state = read(part(streams, end, T), state)
+        outputs.append(y)
+    return torch.cat(outputs, 2), state | {"position": position + T}
+
+
+def part(streams, begin, end):
+    """Tokens begin .. end - 1 of a tree of tensors [B, H, T, ...]."""
+    return map_state(lambda t: t[:, :, begin:end], streams)
 
 
 def map_state(f, state):
@@ -224,11 +276,18 @@ def component(what, updates, context, parameters=0, period=1):
     return row | {"period": period}
 
 
+def clock(mixer):
+    """When a memory changes, in words for `component`."""
+    window = getattr(mixer, "window_reset", None)
+    reset = f", reset every {window}" if window else ""
+    return f"every token, generated every {mixer.chunk}{reset}"
+
+
 def deep_memory(mixer, initial_weights):
     """The rows of `Hope.levels()` for a memory with initial weights of its own."""
     size = sum(W0.numel() for W0 in initial_weights)
-    updates = f"every token, generated every {mixer.chunk}"
-    return [component("memories (content)", updates, "keys and values, in context", size)]
+    context = "keys and values, in context"
+    return [component("memories (content)", clock(mixer), context, size)]
 
 
 def scan_products(dk, dv, T, tile=64, delta=True, momentum=False, decays=0):

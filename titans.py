@@ -36,6 +36,7 @@ from layers import (
     Recurrent,
     ShortConvolution,
     at_least_1,
+    clock,
     component,
     deep_memory,
     head_width,
@@ -43,9 +44,11 @@ from layers import (
     linear,
     one_of,
     over_chunks,
+    over_windows,
     recomputed,
     retention_of,
     scan_products,
+    whole_chunks,
 )
 from memory import full_precision, l2norm, read, scan, write
 
@@ -66,6 +69,7 @@ class SelfModifyingTitans(nn.Module):
     dgd: if True, the delta rule: each token's error uses the weights just before it. If False,
     every gradient uses the chunk-start weights, and eta is divided by the chunk for stability.
     retention: False fixes alpha = 1.
+    window_reset: tokens, a multiple of chunk, after which W_t is 0 again (deviation 26), or None.
 
     State: "position"; "boundary" and "running" weights W_t, without W_0 (lists: first layers
     [B, H, rows, d], second layers [B, H, m, d, hidden]); "momentum" (like "running", or None);
@@ -74,10 +78,11 @@ class SelfModifyingTitans(nn.Module):
 
     def __init__(self, d_model, n_heads, chunk=64, memory="matrix", adaptive=("k", "v"),
                  momentum=False, inner_step=1.0, conv=4, gate=True, mode="token", dgd=True,
-                 retention=True, out_scale=1.0):
+                 retention=True, out_scale=1.0, window_reset=None):
         super().__init__()
         d = head_width(d_model, n_heads)
         at_least_1(chunk=chunk)
+        whole_chunks(window_reset, chunk)
         one_of("memory", memory, ("matrix", "mlp"))
         one_of("mode", mode, ("token", "boundary"))
         for name in adaptive:
@@ -87,6 +92,7 @@ class SelfModifyingTitans(nn.Module):
         self.n_heads = n_heads
         self.d = d
         self.chunk = chunk
+        self.window_reset = window_reset
         self.momentum = momentum
         self.mode = mode
         self.inner_step = inner_step
@@ -127,8 +133,7 @@ class SelfModifyingTitans(nn.Module):
         self.out_proj = linear(d_model, d_model, out_scale)
 
     def forward(self, x, state=None):
-        B, T, _ = x.shape
-        state = state or self.start_state(B)
+        state = state or self.start_state(len(x))
         # project, convolve, cut into heads: "x" and what is not self-generated, [B, H, T, d] each
         z = self.in_proj(x)
         tail = state["conv"]
@@ -145,20 +150,20 @@ class SelfModifyingTitans(nn.Module):
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         operands = torch.bfloat16 if autocast == torch.bfloat16 else z.dtype
 
-        def one_chunk(piece, boundary, running, momentum):
-            now = {name: stream[:, :, piece] for name, stream in streams.items()}
+        def one_chunk(now, boundary, running, momentum):
             return recomputed(self._chunk, now, boundary, running, momentum)
 
-        def all_chunks(piece, running, momentum):
-            now = {name: stream[:, :, piece] for name, stream in streams.items()}
+        def all_chunks(now, running, momentum):
             return self._all_chunks(now, running, momentum, operands)
 
-        # learn and read, chunk by chunk
-        with torch.autocast(x.device.type, enabled=False):
+        def learn_and_read(streams, state):
             insisted = self.backend == "triton" and not self.usual  # on the kernels of `scan`
             at_once = all_chunks if self.fused and not insisted else None
-            y, state = over_chunks(one_chunk, state, T, self.chunk, at_once)
-        y = torch.cat(y, 2) if len(y) > 1 else y[0]
+            return over_chunks(one_chunk, streams, state, self.chunk, at_once)
+
+        with torch.autocast(x.device.type, enabled=False):
+            windows = (self.window_reset, self.start_weights)
+            y, state = over_windows(learn_and_read, streams, state, *windows)
         # normalise per head, gate, project
         y = self.norm(y).to(x.dtype).transpose(1, 2).flatten(2)  # [B, T, d_model]
         if self.gate_proj is not None:
@@ -166,11 +171,14 @@ class SelfModifyingTitans(nn.Module):
         return self.out_proj(y), state | {"conv": tail}
 
     def start_state(self, batch):
-        """The state before the first token: nothing learned yet, every row its own."""
+        """The state before the first token."""
+        return {"position": 0, "conv": None} | self.start_weights(batch)
+
+    def start_weights(self, batch):
+        """Weights of a state that has learned nothing yet, every row its own."""
         running = [W0.new_zeros(batch, *W0.shape) for W0 in self.initial_weights()]
         momentum = [torch.zeros_like(W) for W in running] if self.momentum else None
-        weights = {"boundary": running, "running": running, "momentum": momentum}
-        return {"position": 0, "conv": None} | weights
+        return {"boundary": running, "running": running, "momentum": momentum}
 
     def initial_weights(self):
         """W_0 of the first layers, and of the second ones of MLPs."""
@@ -288,8 +296,7 @@ class SelfModifyingTitans(nn.Module):
             return []
         size = sum(W0.numel() for W0 in self.initial_weights())
         made = ", ".join(["content", *self.adaptive, "eta", "alpha"])
-        updates = f"every token, generated every {self.chunk}"
-        return [component(f"memories ({made})", updates, "own targets, in context", size)]
+        return [component(f"memories ({made})", clock(self), "own targets, in context", size)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,15 +314,19 @@ class NeuralMemory(Recurrent):
     repeat the same gradient step for equal keys, so eta < (1 - theta) / chunk (deviation 34): one
     chunk can at most close the gap. Values have unit length (deviation 3).
     gate: the output gate and projection; without, y is the read alone (for MAC, MAG, MAL).
+    window_reset: tokens, a multiple of chunk, after which M is M_0 again (deviation 26), or None.
     State: "position", "boundary", "running", "momentum" (see SelfModifyingTitans), "conv".
     Raises ValueError for sizes that do not fit.
     """
 
-    def __init__(self, d_model, n_heads, chunk=64, depth=2, conv=4, out_scale=1.0, gate=True):
+    def __init__(self, d_model, n_heads, chunk=64, depth=2, conv=4, window_reset=None,
+                 out_scale=1.0, gate=True):
         at_least_1(chunk=chunk, depth=depth)
+        whole_chunks(window_reset, chunk)
         self.depth = depth  # before the parameters that make_memory creates
         super().__init__(d_model, n_heads, conv, 1, 3, gate, project=gate, out_scale=out_scale)
         self.chunk = chunk
+        self.window_reset = window_reset
 
     def make_memory(self):
         H, d = self.n_heads, self.width
@@ -324,10 +335,12 @@ class NeuralMemory(Recurrent):
         self.bias = nn.Parameter(bias.repeat(1, H))
 
     def start_state(self, batch):
+        return {"position": 0, "conv": None} | self.start_weights(batch)
+
+    def start_weights(self, batch):
         running = [full_precision(W0).expand(batch, *W0.shape).clone() for W0 in self.start]
         momentum = [torch.zeros_like(W) for W in running]
-        weights = {"boundary": running, "running": running, "momentum": momentum}
-        return {"position": 0, "conv": None} | weights
+        return {"boundary": running, "running": running, "momentum": momentum}
 
     def remember(self, q, k, v, rates, state):
         q = l2norm(q, EPS)
@@ -338,13 +351,15 @@ class NeuralMemory(Recurrent):
         alpha = retention_of(alpha, 1.0)
         eta = torch.sigmoid(eta) * (1 - theta) / self.chunk
 
-        def one_chunk(piece, boundary, running, momentum):
-            args = (k[:, :, piece], v[:, :, piece], eta[..., piece], alpha[..., piece])
-            return write(boundary, *args, q[:, :, piece], theta=theta[..., piece], delta=0.0,
-                         momentum=momentum, running=running, backend=self.backend)
+        def one_chunk(now, boundary, running, momentum):
+            return write(boundary, **now, delta=0.0, momentum=momentum, running=running,
+                         backend=self.backend)
 
-        y, state = over_chunks(one_chunk, state, q.shape[2], self.chunk)
-        return torch.cat(y, 2), state
+        def learn_and_read(streams, state):
+            return over_chunks(one_chunk, streams, state, self.chunk)
+
+        streams = {"k": k, "target": v, "eta": eta, "alpha": alpha, "q": q, "theta": theta}
+        return over_windows(learn_and_read, streams, state, self.window_reset, self.start_weights)
 
     def retrieve(self, x, state):
         """What the memory of the last chunk boundary says to x [B, T, d_model]; nothing is written.

@@ -38,8 +38,10 @@ VARIANTS = {
     "hope, nested": dict(levels=[4, 16, 64], variant="nested"),
     "hope, independent": dict(levels=[8, None], variant="independent"),
     "hope, never learns": dict(inner_step=0.0),
+    "hope, windows": dict(window_reset=8, chunk=4, levels=[6, None]),
     "hope, plain gradient": dict(dgd=False, retention=False, gate=False, mode="boundary"),
     "titans, depth 3": dict(model="titans", depth=3),
+    "titans, windows": dict(model="titans", window_reset=8, chunk=4),
     "transformer, convolution": dict(model="transformer", conv=4),
 }
 each_variant = pytest.mark.parametrize("name", VARIANTS)
@@ -270,7 +272,7 @@ def test_a_missing_torn_or_foreign_state_file_is_refused_by_name(tmp_path):
 # Generation
 
 
-@pytest.mark.parametrize("name", [*MIXERS, "hope, mlp", "hope, momentum"])
+@pytest.mark.parametrize("name", [*MIXERS, "hope, mlp", "hope, momentum", "hope, windows"])
 def test_greedy_generation_takes_the_argmax_of_full_forwards(name):
     model, text = build(name), tokens(2, 6)
     streamed = torch.stack(list(model.generate(text, 12, temperature=0)), 1)
@@ -317,7 +319,9 @@ def test_a_seed_reproduces_a_sample():
     assert sample(3) == sample(3) != sample(4)
 
 
-@pytest.mark.parametrize("name", [*RECURRENT, "hope, mlp", "hope, momentum", "hope, k v q"])
+@pytest.mark.parametrize(
+    "name", [*RECURRENT, "hope, mlp", "hope, momentum", "hope, k v q", "hope, windows"]
+)
 def test_generation_needs_constant_memory(name):
     model = build(name, **({"levels": [4, 8, None]} if name.startswith("hope") else {}))
     with torch.no_grad():
@@ -411,6 +415,17 @@ def test_bad_generation_arguments_are_refused_at_the_call(arguments, message):
         (
             lambda: HopeConfig(hidden=25, levels=[8, None]),
             r"hidden must be a multiple of 2, .*got 25",
+        ),
+        (
+            lambda: HopeConfig(window_reset=96),
+            r"window_reset must be a positive multiple of chunk, 64 tokens, or None, got 96",
+        ),
+        (lambda: HopeConfig(window_reset=0), r"window_reset must be a positive multiple.*got 0"),
+        (lambda: HopeConfig(window_reset=2.5), r"window_reset must be an integer.*got 2.5"),
+        (lambda: HopeConfig(model="titans_mag", window_reset=-64), r"multiple of chunk.*got -64"),
+        (
+            lambda: HopeConfig(model="gated_deltanet", window_reset=64),
+            r"window_reset must be None for gated_deltanet.*got 64",
         ),
         (lambda: HopeConfig(levels=[16, 8]), r"grow.*\[16, 8\]"),
         (

@@ -245,21 +245,22 @@ def test_retention_is_exact_where_one_plus_its_exponential_rounds_to_one(z):
     assert_equal_up_to(1e-6, {"W": W}, {"W": expected(*exact(problem))[1]})
 
 
-def test_the_layer_takes_the_kernels_and_stays_itself():
+@pytest.mark.parametrize("window", [None, 8])
+def test_the_layer_takes_the_kernels_and_stays_itself(window):
     """Inside the mixer: cut anywhere, the fused layer gives what the torch layer gives."""
     torch.manual_seed(0)
-    layer = SelfModifyingTitans(32, 2, chunk=8).to(DEVICE)
-    x = torch.randn(1, 21, 32, device=DEVICE)
+    layer = SelfModifyingTitans(32, 2, chunk=8, window_reset=window).to(DEVICE)
+    x = torch.randn(1 if window is None else 2, 33, 32, device=DEVICE)
     found = []
     for backend in ("torch", "triton"):
         layer.backend = backend
         state = None
         y = []
         with torch.no_grad():
-            for part in x.split([11, 10], 1):
+            for part in x.split([11, 22], 1):
                 out, state = layer(part, state)
                 y.append(out)
-        learned = state["running"][0].flatten()[None, :, None].expand(1, -1, 32)
+        learned = state["running"][0].flatten(1)[:, :, None].expand(-1, -1, 32)
         found.append(torch.cat([*y, learned], 1))
     assert (found[0] - found[1]).norm() <= 1e-5 * found[0].norm()
 

@@ -40,6 +40,7 @@ VARIANTS = {
     "gated_deltanet": dict(model="gated_deltanet", n_layers=1),
     "last block": dict(cms_blocks=1),
     "last two of three": dict(cms_blocks=2, n_layers=3, levels=[4, 12, None]),
+    "windows": dict(window_reset=8),
     "clipped": dict(cms_clip=0.05, cms_step=1.0),
     "clipped, last block": dict(cms_clip=0.05, cms_step=1.0, cms_blocks=1),
 }
@@ -84,8 +85,11 @@ def in_pieces(model, x, cuts, state=None):
 def oracle(model, x):
     """Losses of `learn` and the last weights, per row: an ordinary model, SGD by hand (NL 71)."""
     chunk, losses, learned = model.config.levels[0], [], []
+    window = model.config.window_reset  # which the oracle sees to itself
     for row in x:
         m, mixers, last, out = copy.deepcopy(model), [None] * len(model.blocks), None, []
+        for block in m.blocks if window else ():
+            block.mixer.window_reset = None
         sums = {
             p: torch.zeros_like(p)
             for b in m.blocks
@@ -103,6 +107,9 @@ def oracle(model, x):
             crossing = [] if last is None else [F.cross_entropy(last, tokens[0, 0])[None]]
             out += [*crossing, loss]
             mixers, last = [s["mixer"] for s in state["blocks"]], logits[0, -1]
+            if window and tick % window == 0:
+                starts = [block.mixer.start_state(1) for block in m.blocks]
+                mixers = [a | {"conv": s["conv"]} for a, s in zip(starts, mixers, strict=True)]
             if tick >= len(row):  # no token follows that would see a step
                 break
             m.zero_grad()

@@ -43,6 +43,9 @@ MIXERS = {
     "mac, uneven": lambda: TitansMAC(*SIZES, chunk=7, segment=5),
     "mag": lambda: TitansMAG(*SIZES, chunk=4, window=5),
     "mal": lambda: TitansMAL(*SIZES, chunk=4, window=5),
+    "mac, windows": lambda: TitansMAC(*SIZES, chunk=4, segment=6, window_reset=8),
+    "mag, windows": lambda: TitansMAG(*SIZES, chunk=4, window=5, window_reset=8),
+    "mal, windows": lambda: TitansMAL(*SIZES, chunk=4, window=5, window_reset=8),
 }
 each_mixer = pytest.mark.parametrize("mixer", [*MIXERS, *VARIANTS], indirect=True)
 

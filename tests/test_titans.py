@@ -45,11 +45,15 @@ VARIANTS = {
     "mlp, no retention": dict(retention=False, memory="mlp"),
     "chunk 1": dict(chunk=1),
     "mlp, chunk 1": dict(chunk=1, memory="mlp"),
+    "windows": dict(window_reset=10),
+    "windows, readable": dict(window_reset=10),
+    "mlp, windows, momentum": dict(window_reset=10, memory="mlp", momentum=True),
     "titans, depth 1": dict(depth=1),
     "titans, depth 2": dict(depth=2),
     "titans, depth 3": dict(depth=3),
     "titans, no convolution": dict(conv=0),
     "titans, chunk 1": dict(chunk=1),
+    "titans, windows": dict(window_reset=10),
 }
 FUSED = ["matrix", "adaptive k, v, q", "momentum", "momentum, adaptive k, v, q"]
 FUSED += ["mlp", "mlp, momentum", "mlp, momentum, adaptive k, v, q"]
@@ -66,7 +70,7 @@ def build(name, **changes):
     """A mixer with every parameter away from its initial value, so that each one matters."""
     options = dict(d_model=D, n_heads=H, chunk=CHUNK) | VARIANTS[name] | changes
     mixer = kind(name)(**options)
-    if name == "matrix, readable":
+    if name.endswith("readable"):
         mixer.fused = False
     with torch.no_grad():
         for label, p in mixer.named_parameters():
@@ -206,8 +210,9 @@ def self_modifying_by_hand(m, x):
     y = torch.zeros(B, T, D)
     ends = []
     for b, h in product(range(B), range(H)):
-        memories = memories_of(p, h, wide, gates)
         for t in range(T):
+            if t % (m.window_reset or T) == 0:
+                memories = memories_of(p, h, wide, gates)
             if t % m.chunk == 0:
                 for memory in memories.values():
                     memory.reach_boundary()
@@ -276,9 +281,10 @@ def titans_by_hand(m, x):
     y = torch.zeros(B, T, D)
     ends = []
     for b, h in product(range(B), range(H)):
-        layers = [W0.detach()[h] for W0 in m.start]
-        S = [torch.zeros_like(W) for W in layers]
         for t in range(T):
+            if t % (m.window_reset or T) == 0:
+                layers = [W0.detach()[h] for W0 in m.start]
+                S = [torch.zeros_like(W) for W in layers]
             if t % m.chunk == 0:
                 boundary = [W.clone().requires_grad_() for W in layers]
             q, k, v = (unit(qkv[b, t, i * D + h * d :][:d]) for i in range(3))
@@ -306,8 +312,11 @@ def titans_by_hand(m, x):
     return (y * F.silu(gate)) @ p["out_proj.weight"].T, ends
 
 
-@pytest.mark.parametrize("chunk, T", [(None, 13), (5, 10), (64, 66)])
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("titans")])
+TITANS = [name for name in VARIANTS if name.startswith("titans")]
+CHUNKS = [(name, *sizes) for name in TITANS[:-1] for sizes in ((5, 10), (64, 66))]
+
+
+@pytest.mark.parametrize("name, chunk, T", [(name, None, 13) for name in TITANS] + CHUNKS)
 def test_titans_takes_momentum_steps_of_the_gradient_at_the_boundary(name, chunk, T):
     m = build(name, **({"chunk": chunk} if chunk else {}))
     x = torch.randn(2 if T < 20 else 1, T, D)
@@ -327,12 +336,12 @@ def test_titans_takes_momentum_steps_of_the_gradient_at_the_boundary(name, chunk
 # The fused chunk step against its definition
 
 
-def read_and_differentiate(m, x, fused, of_state, state=None):
+def read_and_differentiate(m, x, fused, of_state, state=None, read=None):
     """y, state, and gradients of a random linear loss of y and, where asked, of the state."""
     m.fused = fused
     m.zero_grad()
     x = x.clone().requires_grad_()
-    y, state = m(x, state)
+    y, state = (read or m)(x, state)
     torch.manual_seed(7)
     loss = (y * torch.randn_like(y)).sum()
     for weights in tensors({**state, "conv": None}) if of_state else ():
@@ -410,6 +419,84 @@ def test_fused_chunk_step_equals_its_definition_in_float32_over_long_sequences(n
     tolerance = 1e-2 if m.momentum else 1e-3
     for name, g in expected_gradients.items():
         assert (gradients[name] - g).norm() < tolerance * g.norm(), name
+
+
+# --------------------------------------------------------------------------------------------------
+# Window resets
+
+WINDOWED = [(name, True) for name in FUSED]
+WINDOWED += [(name, False) for name in (FUSED[0], FUSED[-1], "boundary", "plain gradient")]
+WINDOWED += [("titans, depth 1", False), ("titans, depth 2", False)]
+
+
+def window_by_window(m, window, x):
+    """m without resets, on one window after the other; only the convolution's tail goes on."""
+    state = {"conv": None}
+    outputs = []
+    for now in x.split(window, 1):
+        y, state = m(now, m.start_state(len(x)) | {"conv": state["conv"]})
+        outputs.append(y)
+    return torch.cat(outputs, 1), state | {"position": x.shape[1]}
+
+
+@pytest.mark.parametrize("name, fused", WINDOWED)
+@pytest.mark.parametrize("window", [5, 10, 30, 35])
+def test_every_window_begins_at_the_start_with_every_gradient(name, fused, window, T=33):
+    x = torch.randn(2, T, D)
+    plain = build(name)
+    m = build(name, window_reset=window)
+    m.load_state_dict(plain.state_dict())
+
+    def oracle(x, state):
+        return window_by_window(plain, window, x)
+
+    expected = read_and_differentiate(plain, x, fused, True, read=oracle)
+    for cuts in ([], [7], [window - 3, window, window + 2]):
+        ends = [end for end in cuts if end < T] + [T]
+
+        def in_calls(x, state, ends=ends):
+            outputs = []
+            for start, stop in pairwise([0, *ends]):
+                y, state = m(x[:, start:stop], state)
+                outputs.append(y)
+            return torch.cat(outputs, 1), state
+
+        y, state, gradients = read_and_differentiate(m, x, fused, True, read=in_calls)
+        close(y, expected[0], 1e-10)
+        assert state.keys() == expected[1].keys() and state["position"] == T
+        for a, b in zip(tensors(state), tensors(expected[1]), strict=True):
+            close(a, b, 1e-10)
+        for name, g in expected[2].items():
+            size = g.abs().max().clamp(min=1)  # in long windows some are in the thousands
+            close(gradients[name] / size, g / size, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["windows", "mlp, windows, momentum", "titans, windows"])
+def test_the_state_at_the_end_of_a_window_is_the_start_again(name):
+    m = build(name)
+    for cuts in ([], [3], [5, 11]):
+        state = None
+        for start, stop in pairwise([0, *cuts, 20]):
+            _, state = m(torch.randn(2, stop - start, D), state)
+        for field, start in m.start_weights(2).items():
+            assert all(map(torch.equal, tensors(state[field]), tensors(start)))
+        assert state["position"] == 20 and state["conv"].any()
+
+
+def test_whole_windows_of_a_call_are_rows_of_one_batch(monkeypatch):
+    m = build("windows")  # of 10 tokens
+    shapes = []
+    all_chunks = m._all_chunks
+
+    def record(streams, *weights):
+        shapes.append(tuple(streams["x"].shape))
+        return all_chunks(streams, *weights)
+
+    monkeypatch.setattr(m, "_all_chunks", record)
+    _, state = m(torch.randn(3, 5, D))
+    m(torch.randn(3, 43, D), state)
+    d = D // H
+    assert shapes == [(3, H, 5, d), (3, H, 5, d), (3 * 3, H, 10, d), (3, H, 8, d)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -503,6 +590,8 @@ def test_bad_input_is_named_with_its_value_and_the_legal_range():
         (lambda: ShortConvolution(8, 0), r"width.*at least 1.*got 0"),
         (lambda: SelfModifyingTitans(8, 2, conv=-1), r"width.*at least 1.*got -1"),
         (lambda: NeuralMemory(8, 2, conv=-1), r"width.*at least 1.*got -1"),
+        (lambda: SelfModifyingTitans(8, 2, window_reset=100), r"multiple of chunk.*64.*got 100"),
+        (lambda: NeuralMemory(8, 2, window_reset=0), r"window_reset.*multiple of chunk.*got 0"),
     ]
     for make, message in refused:
         with pytest.raises(ValueError, match=message):
