@@ -241,6 +241,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     gradients stay not finite, OSError for a checkpoint that cannot be written; earlier ones stay.
     """
     run = Run.start(config)
+    if config.compile:
+        plan.check_compile(run.model, config.seq_len, run.device)
     forward = parallel(run)
     optimizer = run.new_optimizer()
     start = run.restore(optimizer)

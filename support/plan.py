@@ -27,13 +27,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import baselines
+import fused
 from hope import PRESETS, Hope, HopeConfig, layer_kinds, loss_fn
-from layers import one_of, tensors
+from layers import Recurrent, one_of, tensors
 from support.config import TrainConfig, parse
 from support.corpus import is_shards, load_corpus
 from support.flags import Parser
-from support.run import optimizer_for, resumed
+from support.run import optimizer_for, product_type, resumed
 from support.vocabulary import tokenizer
+from titans import SelfModifyingTitans
 
 # A part of a GPU's name: (memory in GB, peak of dense bfloat16 products in FLOPs per second)
 GPUS = {
@@ -51,6 +53,47 @@ GPUS = {
     "T4": (16, 65e12),
 }
 USABLE = 0.92  # of a GPU's memory: the driver, libraries and fragmentation take the rest
+MOST_UNROLLED = 16  # steps of a mixer in one compiled graph, about 500 operations each
+
+
+# --------------------------------------------------------------------------------------------------
+# What computes the mixers
+
+
+def steps_in_torch(mixer: nn.Module, T: int, fits) -> int:
+    """Steps that a mixer takes one after another in Python on rows of T tokens.
+
+    1 where attention or a fused kernel takes them at once. fits(module, width, chunk): whether the
+    kernel that a module has can run; chunk None: that of `memory.scan`.
+    """
+    most = 1
+    for m in mixer.modules():
+        own = isinstance(m, SelfModifyingTitans) and m.fused and m.usual
+        scans = isinstance(m, Recurrent) and not hasattr(m, "chunk")  # all tokens at once
+        if (own and fits(m, m.d, m.chunk)) or (scans and fits(m, m.width, None)):
+            continue
+        named = [getattr(m, name) for name in ("chunk", "tile", "segment") if hasattr(m, name)]
+        most = max(most, -(-T // min(named or [64 if scans else T])))
+    return most
+
+
+def check_compile(model: Hope, seq_len: int, device: torch.device) -> None:
+    """ValueError where torch.compile would unroll a long loop over chunks.
+
+    Also says why kernels do not fit, which a compiled graph cannot.
+    """
+
+    def fits(module, width, chunk):
+        dtype = torch.float32 if chunk is None else product_type(device)
+        like = torch.empty(0, dtype=dtype, device=device)
+        what = "scan" if chunk is None else "self-modifying Titans"
+        return fused.kernels_for(what, like, width, chunk, module.backend) is not None
+
+    most = max(steps_in_torch(block.mixer, seq_len, fits) for block in model.blocks)
+    if most > MOST_UNROLLED:
+        why = f"a row of {seq_len} tokens is {most} steps of torch's loop, all in one graph"
+        use = f"use --no-compile, or rows of at most {seq_len * MOST_UNROLLED // most} tokens"
+        raise ValueError(f"compile would take too long: {why}; {use}")
 
 
 # --------------------------------------------------------------------------------------------------

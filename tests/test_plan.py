@@ -1,5 +1,6 @@
 """What a run will cost, said before it starts: sizes, memory, time; the set-ups of the presets."""
 
+import contextlib
 import re
 from dataclasses import replace
 
@@ -80,6 +81,36 @@ def test_adamw_holds_sixteen_bytes_a_parameter_and_fsdp_shards_them_all():
     for fsdp, bytes_each in ((False, 16), (True, 2)):
         cost = plan.per_gpu(size, 0, 0, replace(config, fsdp=fsdp), 8, 1, costs)
         assert cost["total"] - cost["activations"] == pytest.approx(bytes_each * size, rel=1e-3)
+
+
+# What --compile would unroll
+
+
+def test_compile_is_refused_where_it_would_unroll_many_chunks(monkeypatch):
+    """Unless fused kernels take all chunks at once; a loop around them stays one."""
+    cpu = torch.device("cpu")
+    models = {name: Hope(HopeConfig.preset("nano", name, **TINY)) for name in
+              ("hope", "retnet", "titans", "samba", "transformer")}
+    longest = 64 * plan.MOST_UNROLLED  # tokens
+    asked = []
+
+    def taken(what, x, width, chunk, backend):
+        asked.append((what, x.dtype, width, chunk, backend))
+        return "kernels"
+
+    for name, model in models.items():
+        plan.check_compile(model, longest, cpu)
+        if name != "transformer":
+            wanted = f"17 steps of torch's loop, .*--no-compile, or rows of at most {longest} tok"
+            with pytest.raises(ValueError, match=wanted):
+                plan.check_compile(model, longest + 64, cpu)
+    monkeypatch.setattr("fused.kernels_for", taken)
+    for name, model in models.items():
+        loops = name in ("titans", "samba")
+        with pytest.raises(ValueError) if loops else contextlib.nullcontext():
+            plan.check_compile(model, 10**6, cpu)
+    whole = ("self-modifying Titans", torch.float32, 32, 64, "auto")
+    assert set(asked) == {whole, ("scan", torch.float32, 32, None, "auto")}
 
 
 # The command

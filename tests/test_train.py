@@ -519,6 +519,7 @@ BAD = {
     "--keep=0": "keep must be at least 1, got 0",
     "--max_skipped=-1": "max_skipped must be at least 0, got -1",
     "--fsdp": "fsdp needs several processes: start it with torchrun",
+    "--compile --seq_len=136": "136 tokens is 17 steps of torch's loop, .* rows of at most 128",
     "--compile --set=cms_updates=full": "compile cannot be combined with cms_updates 'full'; use",
     "--fsdp --optimizer=dmgd": "fsdp cannot be combined with optimizer dmgd; use another",
     "--lr=0": "lr must be above 0, got 0.0",
