@@ -1,19 +1,20 @@
 """What a training run will cost, before anything is allocated: train.py with --dry-run.
 
-    python train.py --preset 340m --dry-run                 # on 8 H100, at 40% of their peak
+    python train.py --preset 340m --dry-run                 # on 8 H100
     python train.py --preset 1.3b --dry-run --gpus 64 --gpu A100 --utilisation 0.3 --fsdp
 
 Parameters and FLOPs are counted. Memory is measured without any: a forward pass, a backward pass
 and an optimizer step on tensors that have shapes but no data (torch's FakeTensorMode), with each
 allocation noted when it is made and when it is freed. What the backward pass keeps is bilinear in
 layers and rows, so one and two of each determine it. What comes on top for a while (logits, the
-gradients of a block) is that of one layer. It is the memory of torch's own path: fused kernels keep
-less.
+gradients of a block) is that of one layer. The path is the one that the GPU will take, fused
+kernels or torch's own. Time is FLOPs over an assumed part of the peak (MFU): it is not measured.
 
 Per GPU, with P parameters on n GPUs: 4 P bytes of weights, 4 P of gradients, 8 P of AdamW's moments
 with DDP; 1/n of that with --fsdp, which also gathers the embedding and two blocks while they work.
 """
 
+import contextlib
 import os
 import re
 import weakref
@@ -37,22 +38,32 @@ from support.run import optimizer_for, product_type, resumed
 from support.vocabulary import tokenizer
 from titans import SelfModifyingTitans
 
-# A part of a GPU's name: (memory in GB, peak of dense bfloat16 products in FLOPs per second)
+# A part of a GPU's name: memory in GB, peak of dense products in FLOPs per second (in bfloat16;
+# V100 and T4 have none and train in float32), compute capability
 GPUS = {
-    "B200": (180, 2250e12),
-    "H200": (141, 989e12),
-    "H100 PCIe": (80, 756e12),
-    "H100": (80, 989e12),
-    "A100": (80, 312e12),
-    "L40S": (48, 362e12),
-    "L4": (24, 121e12),
-    "A10": (24, 125e12),
-    "4090": (24, 165e12),
-    "3090": (24, 71e12),
-    "V100": (32, 125e12),
-    "T4": (16, 65e12),
+    "B200": (180, 2250e12, (10, 0)),
+    "H200": (141, 989e12, (9, 0)),
+    "H100 PCIe": (80, 756e12, (9, 0)),
+    "H100": (80, 989e12, (9, 0)),
+    "A100": (80, 312e12, (8, 0)),
+    "L40S": (48, 362e12, (8, 9)),
+    "L4": (24, 121e12, (8, 9)),
+    "A10": (24, 125e12, (8, 6)),
+    "4090": (24, 165e12, (8, 9)),
+    "3090": (24, 71e12, (8, 6)),
+    "V100": (32, 15.7e12, (7, 0)),
+    "T4": (16, 8.1e12, (7, 5)),
 }
 USABLE = 0.92  # of a GPU's memory: the driver, libraries and fragmentation take the rest
+
+# What computes the mixers -> the part of a GPU's peak that a training step reaches. Assumptions:
+# estimates from counted launches and bytes, for 340m in rows of 4,096 on an H100; none is measured.
+MFU = {
+    "attention": 0.23,
+    "fused kernels": 0.09,
+    "torch, chunk by chunk": 0.03,
+}
+ATTENTION, KERNELS, TORCH = MFU
 MOST_UNROLLED = 16  # steps of a mixer in one compiled graph, about 500 operations each
 
 
@@ -75,6 +86,30 @@ def steps_in_torch(mixer: nn.Module, T: int, fits) -> int:
         named = [getattr(m, name) for name in ("chunk", "tile", "segment") if hasattr(m, name)]
         most = max(most, -(-T // min(named or [64 if scans else T])))
     return most
+
+
+def computed_by(model: Hope, fits) -> str:
+    """The name in MFU of what computes a model's slowest mixer."""
+    found = set()
+    for block in model.blocks:
+        if steps_in_torch(block.mixer, 2**20, fits) > 1:
+            return TORCH
+        found.add(steps_in_torch(block.mixer, 2**20, lambda *_: False) > 1)
+    return KERNELS if True in found else ATTENTION
+
+
+def on_gpu(capability: tuple):
+    """`fits` of `steps_in_torch` for a GPU of this compute capability that is not here."""
+    dtype = torch.bfloat16 if capability >= (8, 0) else torch.float32
+    try:
+        from kernels import unfit_on
+    except ImportError:  # no Triton
+        return lambda *_: False
+
+    def fits(module, width, chunk):  # scans are in float32
+        return unfit_on(capability, torch.float32 if chunk is None else dtype, width, chunk) is None
+
+    return fits
 
 
 def check_compile(model: Hope, seq_len: int, device: torch.device) -> None:
@@ -147,7 +182,7 @@ def inner_flops(model: Hope, seq_len: int) -> float:
 def peak_flops(device: torch.device) -> float | None:
     """The most FLOPs per second that a device can do; None where it is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, (_, peak) in GPUS.items() if part in name), None)
+    return next((peak for part, (_, peak, _) in GPUS.items() if part in name), None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,10 +232,29 @@ class Allocations(TorchDispatchMode):
         return self.now
 
 
+@contextlib.contextmanager
+def taking_kernels(model: Hope):
+    """The mixers of a model without data take the fused kernels, whatever is here."""
+    import kernels
+
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = "triton"
+    unfit = kernels.unfit
+    kernels.unfit = lambda *_: None
+    try:
+        yield
+    finally:
+        kernels.unfit = unfit
+
+
 def measure(
-    model_config: HopeConfig, train: TrainConfig, rows: int, seq_len: int, fake: bool = True
+    model_config: HopeConfig, train: TrainConfig, rows: int, seq_len: int, fake=True,
+    kernels=False, bf16=True,
 ) -> dict:
-    """Bytes of one training step in bfloat16 products, as on a GPU. fake: without memory.
+    """Bytes of one training step, as on a GPU. fake: without memory. bf16: products in bfloat16.
+
+    kernels: with those, whose backward passes hold for a while what is not counted, below 1 GB.
 
     "kept" for the backward pass beyond weights and gradients; "extra", the most of the pass beyond
     that; "optimizer", its state; "step", the most of its step beyond that.
@@ -216,13 +270,14 @@ def measure(
         tokens = torch.zeros(rows, seq_len, dtype=torch.int64)
         # forward, backward
         before = alive.mark()
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model.unchecked(tokens)[0]
-        kept = alive.now - before
-        loss = loss_fn(logits, tokens)
-        del logits
-        loss.backward()
-        del loss
+        with taking_kernels(model) if kernels else contextlib.nullcontext():
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                logits = model.unchecked(tokens)[0]
+            kept = alive.now - before
+            loss = loss_fn(logits, tokens)
+            del logits
+            loss.backward()
+            del loss
         found = {"kept": kept, "extra": alive.most - before - kept}
         # step
         inner = getattr(optimizer, "optimizer", optimizer)  # of a LevelOptimizer
@@ -239,13 +294,14 @@ def measure(
     return found
 
 
-def memory(c: HopeConfig, train: TrainConfig) -> tuple:
+def memory(c: HopeConfig, train: TrainConfig, kernels=False, bf16=True) -> tuple:
     """(activations of n rows as a function of n, optimizer, step), bytes of all layers."""
     kinds = len(layer_kinds(c.model))
     learning = c.learners if c.cms_updates != "off" else 0
-    # Shorter rows, the more of them: chunks are independent here. A segment of MAC keeps more
-    # towards its end.
-    length = min(train.seq_len, c.window if c.model == "titans_mac" else 512)
+    # In torch shorter rows, the more of them: chunks are independent here. A segment of MAC keeps
+    # more towards its end.
+    longest = train.seq_len if kernels else c.window if c.model == "titans_mac" else 512
+    length = min(train.seq_len, longest)
     times = -(-train.seq_len // length)
     still = replace(c, levels=[None], cms_updates="off", variant="sequential", cms_blocks=None)
     # (config, shape of a row, how many layers): blocks that do not learn in context, and those that
@@ -258,7 +314,8 @@ def memory(c: HopeConfig, train: TrainConfig) -> tuple:
         sizes = {}
         for n in (1, 2):  # layers of each kind
             made = replace(config, n_layers=n * kinds)
-            sizes[n] = [measure(made, train, rows * times, length) for rows in (1, 2)]
+            how = {"kernels": kernels, "bf16": bf16}
+            sizes[n] = [measure(made, train, rows * times, length, **how) for rows in (1, 2)]
         found.append(sizes)
     last = found[-1]  # with the logits
 
@@ -299,9 +356,14 @@ def per_gpu(
 
 
 def report(
-    train: TrainConfig, gpus: int, gpu: str, memory_bytes: float, peak: float, utilisation: float
+    train: TrainConfig, gpus: int, gpu: str, has: tuple, utilisation: float | None = None
 ) -> None:
-    """Print the plan. ValueError where a GPU's memory does not suffice, with what would."""
+    """Print the plan. ValueError where a GPU's memory does not suffice, with what would.
+
+    has: memory in bytes, peak and compute capability of the GPU, as in GPUS. utilisation: part of
+    the peak that is used, else as MFU has it.
+    """
+    memory_bytes, peak, capability = has
     if train.batch_size % gpus:
         wanted = f"a multiple of {gpus}, the number of GPUs"
         raise ValueError(f"batch_size must be {wanted}, got {train.batch_size}")
@@ -321,9 +383,15 @@ def report(
     where = f" in {c.learners} of {c.n_layers} blocks" if c.cms_updates != "off" else ""
     print(f"CMS steps in context: {c.cms_updates}{where}")
     print(f"{flops / 1e9:.3g} GFLOP a token (forward and backward), {flops * tokens:.3g} in all")
-    speed = f"{peak / 1e12:.0f} TFLOP/s in bfloat16, {utilisation:.0%} of it used"
-    print(f"on {gpu}, {memory_bytes / 1e9:.0f} GB, {speed}:\n")
-    costs = memory(c, train)
+    path = computed_by(model, on_gpu(capability))
+    bf16 = capability >= (8, 0)
+    speed = f"{peak / 1e12:.3g} TFLOP/s in {'bfloat16' if bf16 else 'float32'}"
+    by = f"{path}, where they pass their check" if path == KERNELS else path
+    print(f"on {gpu}, {memory_bytes / 1e9:.0f} GB, {speed}; mixers by {by}")
+    why = "as --utilisation says" if utilisation else "an assumption, --utilisation for another"
+    print(f"time: at {utilisation or MFU[path]:.0%} of that peak, {why}\n")
+    utilisation = utilisation or MFU[path]
+    costs = memory(c, train, path == KERNELS, bf16)
     usable = USABLE * memory_bytes
 
     def need(n, rows):
@@ -385,7 +453,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--gpus", type=int)
     parser.add_argument("--gpu")
-    parser.add_argument("--utilisation", type=float, default=0.4)
+    parser.add_argument("--utilisation", type=float)
     own, rest = parser.parse_known_args(argv)
     train = parse(rest, __doc__, resumed)
     cuda = torch.cuda.is_available()
@@ -395,17 +463,17 @@ def main(argv: list[str]) -> None:
         gpus = 1 if train.batch_size % gpus else gpus
     if gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {gpus}")
-    if not 0 < own.utilisation <= 1:
+    if own.utilisation is not None and not 0 < own.utilisation <= 1:
         wanted = "above 0 and at most 1, of the peak"
         raise ValueError(f"utilisation must be {wanted}, got {own.utilisation}")
     here = torch.device("cuda")
     if own.gpu is None and cuda and peak_flops(here):
         properties = torch.cuda.get_device_properties(0)
         name = properties.name
-        size = properties.total_memory
-        peak = peak_flops(here)
+        capability = (properties.major, properties.minor)
+        has = (properties.total_memory, peak_flops(here), capability)
     else:
         name = one_of("gpu", own.gpu or "H100", GPUS)
-        size = GPUS[name][0] * 1e9
-        peak = GPUS[name][1]
-    report(train, gpus, name, size, peak, own.utilisation)
+        size, *rest = GPUS[name]
+        has = (size * 1e9, *rest)
+    report(train, gpus, name, has, own.utilisation)

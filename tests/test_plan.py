@@ -83,6 +83,69 @@ def test_adamw_holds_sixteen_bytes_a_parameter_and_fsdp_shards_them_all():
         assert cost["total"] - cost["activations"] == pytest.approx(bytes_each * size, rel=1e-3)
 
 
+def test_the_kernels_keep_less_than_torch_s_chunks():
+    pytest.importorskip("triton")
+    config = TrainConfig(seq_len=512)
+    c = HopeConfig.preset("nano", "hope", **TINY | {"levels": [None]})
+    torch_s, fused = (plan.measure(c, config, 2, 512, kernels=kernels) for kernels in (False, True))
+    assert 0.5 * torch_s["kept"] < fused["kept"] < 0.9 * torch_s["kept"]
+    assert fused["optimizer"] == torch_s["optimizer"]
+
+
+# What computes the mixers
+
+
+def computed_by(capability, model, **own):
+    with torch.device("meta"):
+        made = Hope(HopeConfig.preset("nano", model, n_layers=2, **own))
+    return plan.computed_by(made, plan.on_gpu(capability))
+
+
+def test_what_computes_the_mixers_follows_from_the_model_and_the_gpu():
+    pytest.importorskip("triton")
+    for model in ("hope", "retnet", "gated_deltanet"):
+        for capability in ((8, 0), (9, 0), (12, 0)):
+            assert computed_by(capability, model) == plan.KERNELS
+        assert computed_by((7, 5), model) == plan.TORCH
+    for model in ("titans", "ttt_mlp", "samba", "titans_mal"):
+        assert computed_by((9, 0), model) == plan.TORCH
+    for own in ({"published": True}, {"momentum": True}, {"chunk": 256}, {"n_heads": 1}):
+        assert computed_by((9, 0), "hope", **own) == plan.TORCH  # heads of 128 do not fit
+    for model in ("transformer", "hope_attention"):
+        assert computed_by((7, 5), model) == plan.ATTENTION
+
+
+def test_a_dry_run_assumes_what_the_backend_reaches_and_says_so(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    asked = []
+
+    def little(c, train, *how):
+        asked.append(how)
+        return (lambda rows: 1e6 * rows), 1e6, 1e6
+
+    monkeypatch.setattr(plan, "memory", little)
+    hours = {}
+    for model, gpu, more in (
+        ("hope", "H100", ""),
+        ("hope", "T4", ""),
+        ("transformer", "H100", ""),
+        ("hope", "H100", "--utilisation 0.5"),
+    ):
+        words = f"--model {model} --gpu {gpu} --gpus 1 --tokens 1e9 --dry-run {more}"
+        assert train.main(words.split()) == 0
+        out = capsys.readouterr().out
+        by, at = out.splitlines()[4:6]
+        hours[model, gpu, more] = by, at
+    hope, old, attention, told = hours.values()
+    assert "989 TFLOP/s in bfloat16; mixers by fused kernels, where they pass" in hope[0]
+    assert "8.1 TFLOP/s in float32; mixers by torch, chunk by chunk" in old[0]
+    assert attention[0].endswith("mixers by attention")
+    for line, path in ((hope, plan.KERNELS), (old, plan.TORCH), (attention, plan.ATTENTION)):
+        assert f"at {plan.MFU[path]:.0%} of that peak, an assumption" in line[1]
+    assert told[1] == "time: at 50% of that peak, as --utilisation says"
+    assert asked == [(True, True), (False, False), (False, True), (True, True)]
+
+
 # What --compile would unroll
 
 
