@@ -22,6 +22,12 @@ def parsed(words: str) -> TrainConfig:
     return parse(words.split(), "", resumed)
 
 
+def on_meta(c: HopeConfig) -> Hope:
+    """A model without memory."""
+    with torch.device("meta"):
+        return Hope(c)
+
+
 # The set-ups of the presets
 
 
@@ -35,6 +41,24 @@ def test_a_preset_brings_the_paper_s_training_set_up():
         assert (config.lr, config.min_lr_ratio, config.optimizer) == (4e-4, 0.1, "adamw")
         assert (config.weight_decay, config.grad_clip) == (0.1, 1.0)
         assert 0 < config.warmup < 0.1 and config.batch_size % config.micro_batch == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", SETUPS)
+def test_a_set_up_fills_a_gpu_of_80_gb_with_programs_of_the_kernels(preset):
+    """One program for each row and head; twice the rows take a second turn, or do not fit."""
+    pytest.importorskip("triton")
+    config = parsed(f"--preset {preset}")
+    c = HopeConfig.preset(preset)
+    size = sum(p.numel() for p in on_meta(c).parameters())
+    costs = plan.memory(c, config, kernels=True)
+    rows = config.micro_batch
+
+    def total(rows):
+        return plan.per_gpu(size, 0, 0, config, 1, rows, costs)["total"]
+
+    assert rows * c.n_heads <= 132 and total(rows) <= plan.USABLE * 80e9
+    assert 2 * rows * c.n_heads > 132 or total(2 * rows) > plan.USABLE * 80e9
 
 
 def test_flags_override_the_set_up_of_a_preset():
@@ -96,8 +120,7 @@ def test_the_kernels_keep_less_than_torch_s_chunks():
 
 
 def computed_by(capability, model, **own):
-    with torch.device("meta"):
-        made = Hope(HopeConfig.preset("nano", model, n_layers=2, **own))
+    made = on_meta(HopeConfig.preset("nano", model, n_layers=2, **own))
     return plan.computed_by(made, plan.on_gpu(capability))
 
 
