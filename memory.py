@@ -105,7 +105,7 @@ def scan(W, k, u, eta, alpha, q=None, *, theta=None, S=None, delta=1.0, tile=64,
         if seen is not None:
             seen.append((eta.mean(), alpha.mean()))
     args = _aligned(W, k, u, eta, alpha, q, theta, S, delta)
-    wide = max((k, u), key=torch.Tensor.element_size)  # in whose type the kernels multiply
+    wide = u if u.element_size() > k.element_size() else k  # in whose type the kernels multiply
     kind = "series" if torch.is_tensor(delta) or delta not in (0, 1) else float(delta)
     case = {"momentum": theta is not None, "delta": kind}
     kernels = kernels_for("scan", wide, k.shape[-1], backend, **case)

@@ -338,21 +338,23 @@ def say(message: str) -> None:
     logging.getLogger(__name__).warning(message)
 
 
-VERDICTS = {}  # of this process: a Case -> why `auto` may not take the kernel, None where it may
+# Of this process: the arguments of `why_not` -> why `auto` may not take the kernel, or None
+VERDICTS = {}
 
 
-def why_not(kernel: str, x: torch.Tensor, width: int, **case) -> str | None:
+def why_not(kernel, x, width, chunk=0, momentum=False, delta=1.0) -> str | None:
     """Why `auto` may not take a kernel for tensors like x, on a GPU; None where it may.
 
     The first question of a kind has it checked, but not inside a graph that is being compiled:
-    there, what was not asked before is not taken. case: fields of Case.
+    there, what was not asked before is not taken. For the others see Case.
     """
-    case = Case(kernel, str(x.dtype).removeprefix("torch."), width, **case)
-    if case not in VERDICTS:
+    key = (kernel, x.dtype, width, chunk, momentum, delta)
+    if key not in VERDICTS:
         if torch.compiler.is_compiling():
             return "nothing had asked for them before the model was compiled"
-        VERDICTS[case] = judge(case, x.get_device())
-    return VERDICTS[case]
+        dtype = str(x.dtype).removeprefix("torch.")
+        VERDICTS[key] = judge(Case(kernel, dtype, *key[2:]), x.get_device())
+    return VERDICTS[key]
 
 
 def judge(case: Case, device: int) -> str | None:
@@ -376,11 +378,17 @@ def judge(case: Case, device: int) -> str | None:
     return "they failed the comparison with torch on this GPU"
 
 
+def taken(kernel: str) -> bool:
+    """Whether kernels of this name were asked for in this process, and none was refused."""
+    asked = [why for key, why in VERDICTS.items() if key[0] == kernel]
+    return bool(asked) and not any(asked)
+
+
 def agree(gather) -> None:
     """Several processes: what failed in one is taken by none. gather(value): those of all."""
     for verdicts in gather(VERDICTS):
-        for case, why in verdicts.items():
-            VERDICTS[case] = VERDICTS.get(case) or why
+        for key, why in verdicts.items():
+            VERDICTS[key] = VERDICTS.get(key) or why
 
 
 # --------------------------------------------------------------------------------------------------

@@ -164,13 +164,12 @@ def parallel(run: Run) -> nn.Module:
             block.cms.log_step.requires_grad_(False)  # unused; DDP would wait for its gradient
     module = LossModule(model)
     learns = model.config.cms_updates != "off"
-    by_block = config.fsdp or learns  # weights are gathered, levels step between blocks
-    if config.compile and by_block:
+    if config.compile:
         from torch._functorch import config as functorch  # torch itself does not import it
 
-        functorch.donated_buffer = not learns  # a block's graph is used twice
-        for block in model.blocks:
-            block.mixer.compile(fullgraph=True)
+        functorch.donated_buffer = not learns  # the inner gradients use a graph twice
+        for block in model.blocks:  # alike, so that the first one's graphs serve them all
+            block.mix = torch.compile(block.mix, fullgraph=True)
             block.cms.compile(fullgraph=True)
     if config.fsdp:
         units = (nn.Linear, MLP)
@@ -178,8 +177,6 @@ def parallel(run: Run) -> nn.Module:
         dtype = product_type(run.device)
         distributed.shard(model, dtype, units, whole, gather_blocks=config.compile)
         return module
-    if config.compile and not by_block:
-        module.compile(fullgraph=True)
     if world() == 1:
         return module
     ids = [run.device] if run.device.type == "cuda" else None
@@ -242,7 +239,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     """
     run = Run.start(config)
     if config.compile:
-        plan.check_compile(run.model, config.seq_len, run.device)
+        plan.check_compile(run.model, config.seq_len)
     forward = parallel(run)
     optimizer = run.new_optimizer()
     start = run.restore(optimizer)

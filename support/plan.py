@@ -28,13 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import baselines
-import fused
+import selfcheck
 from hope import PRESETS, Hope, HopeConfig, layer_kinds, loss_fn
 from layers import Recurrent, one_of, tensors
 from support.config import TrainConfig, parse
 from support.corpus import is_shards, load_corpus
 from support.flags import Parser
-from support.run import optimizer_for, product_type, resumed
+from support.run import optimizer_for, resumed
 from support.vocabulary import tokenizer
 from titans import SelfModifyingTitans
 
@@ -112,17 +112,14 @@ def on_gpu(capability: tuple):
     return fits
 
 
-def check_compile(model: Hope, seq_len: int, device: torch.device) -> None:
+def check_compile(model: Hope, seq_len: int) -> None:
     """ValueError where torch.compile would unroll a long loop over chunks.
 
-    Also says why kernels do not fit, which a compiled graph cannot.
+    Kernels count where selfcheck.py has settled that they are taken.
     """
 
     def fits(module, width, chunk):
-        dtype = torch.float32 if chunk is None else product_type(device)
-        like = torch.empty(0, dtype=dtype, device=device)
-        what = "scan" if chunk is None else "self-modifying Titans"
-        return fused.kernels_for(what, like, width, chunk, module.backend) is not None
+        return selfcheck.taken("scan" if chunk is None else "self_modify")
 
     most = max(steps_in_torch(block.mixer, seq_len, fits) for block in model.blocks)
     if most > MOST_UNROLLED:

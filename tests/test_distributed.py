@@ -362,14 +362,14 @@ def test_processes_meet_once_and_part(here, server):
 
 def poisoned(config):
     """A loss that is not a number, in process 1 alone, in two steps."""
-    loss_fn = training.loss_fn
+    loss_fn = hope.loss_fn
     calls = iter(range(1, 1000))
 
     def poison(logits, targets, reduction="mean"):
         bad = logits.requires_grad and next(calls) in (7, 8) and distributed.rank() == 1
         return loss_fn(logits, targets, reduction) * (math.nan if bad else 1)
 
-    training.loss_fn = poison
+    hope.loss_fn = poison
     train(config)
 
 

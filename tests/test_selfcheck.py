@@ -220,9 +220,23 @@ def test_a_compiled_graph_takes_only_what_was_settled_before(gpu, monkeypatch):
 
 
 def test_what_one_process_refuses_none_takes(monkeypatch):
-    monkeypatch.setattr(selfcheck, "VERDICTS", {MODIFY: None, SCAN: None})
-    selfcheck.agree(lambda mine: [mine, {MODIFY: "failed", SCAN: None}])
-    assert selfcheck.VERDICTS == {MODIFY: "failed", SCAN: None}
+    one, two = (("self_modify", torch.bfloat16, 64, n, False, 1.0) for n in (64, 32))
+    monkeypatch.setattr(selfcheck, "VERDICTS", {one: None, two: None})
+    assert selfcheck.taken("self_modify")
+    selfcheck.agree(lambda mine: [mine, {one: "failed", two: None}])
+    assert selfcheck.VERDICTS == {one: "failed", two: None}
+    assert not selfcheck.taken("self_modify")
+    assert not selfcheck.taken("scan")
+
+
+def test_a_verdict_is_read_within_a_compiled_graph(monkeypatch):
+    key = ("self_modify", torch.float32, 64, 64, False, 1.0)
+    monkeypatch.setattr(selfcheck, "VERDICTS", {key: None})
+
+    def f(x):
+        return x + 1 if selfcheck.why_not("self_modify", x, 64, chunk=64) is None else x
+
+    assert torch.compile(f, backend="eager", fullgraph=True)(torch.zeros(1)).item() == 1
 
 
 def test_opening_a_run_on_a_gpu_asks_for_what_its_mixers_need(monkeypatch):

@@ -346,7 +346,7 @@ def poisoned(monkeypatch, *steps):
         value = loss_fn(logits, targets, reduction)
         return value * math.nan if logits.requires_grad and next(calls) in steps else value
 
-    monkeypatch.setattr(training, "loss_fn", loss)
+    monkeypatch.setattr("hope.loss_fn", loss)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "m3"])
