@@ -132,7 +132,8 @@ def kernel_gap(model: nn.Module, inputs, targets) -> float:
     """|gradient as trained - gradient by torch alone| / |the latter|, of the loss of these rows."""
     found = []
     for how in ({}, {"backend": "torch"}):
-        with changed(model, **how), precision(inputs.device):
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, changed(model, **how), precision(inputs.device):
             loss = model(inputs, targets=targets)
         leaves = [p for p in model.parameters() if p.requires_grad]
         grads = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -164,18 +165,20 @@ def parallel(run: Run) -> nn.Module:
             block.cms.log_step.requires_grad_(False)  # unused; DDP would wait for its gradient
     module = LossModule(model)
     learns = model.config.cms_updates != "off"
-    if config.compile:
+    compiled = plan.compiles(model, config, run.device)
+    if compiled:
         from torch._functorch import config as functorch  # torch itself does not import it
 
         functorch.donated_buffer = not learns  # the inner gradients use a graph twice
         for block in model.blocks:  # alike, so that the first one's graphs serve them all
-            block.mix = torch.compile(block.mix, fullgraph=True)
-            block.cms.compile(fullgraph=True)
+            block.mix = torch.compile(block.mix, fullgraph=True, dynamic=False)
+            if not (learns and block in model.learners):  # whose weights are views, then their own
+                block.cms.compile(fullgraph=True, dynamic=False)
     if config.fsdp:
         units = (nn.Linear, MLP)
         whole = model.learners if learns else ()
         dtype = product_type(run.device)
-        distributed.shard(model, dtype, units, whole, gather_blocks=config.compile)
+        distributed.shard(model, dtype, units, whole, gather_blocks=compiled)
         return module
     if world() == 1:
         return module
@@ -238,8 +241,6 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     gradients stay not finite, OSError for a checkpoint that cannot be written; earlier ones stay.
     """
     run = Run.start(config)
-    if config.compile:
-        plan.check_compile(run.model, config.seq_len)
     forward = parallel(run)
     optimizer = run.new_optimizer()
     start = run.restore(optimizer)
@@ -343,7 +344,8 @@ def validation(run: Run, report, step: int, tokens: np.ndarray, show=False) -> f
     config = run.config
     rows = 4 * (config.micro_batch or config.batch_size // world())  # no graph, so there is room
     start = run.encoding.eot_token
-    nats, count = validate(run.model, tokens, rows, config.seq_len, run.device, start, show)
+    with torch.compiler.set_stance("force_eager"):  # other rows than those that are compiled
+        nats, count = validate(run.model, tokens, rows, config.seq_len, run.device, start, show)
     bits = nats / math.log(2) / n_bytes(tokens, run.encoding)
     record = {"step": step, "tokens": step * config.tokens_per_step, "val_bits_per_byte": bits}
     report(record | {"val_tokens": count, "cms_updates": run.model.config.cms_updates})

@@ -128,7 +128,11 @@ class TrainConfig:
     )
     device: str = flag("auto", "auto, cpu, cuda or cuda:N", on_resume=True)
     threads: int = flag(0, "CPU threads; 0: torch's own choice", *AT_LEAST_0, on_resume=True)
-    compile: bool = flag(False, "torch.compile the model", on_resume=True)
+    compile: bool | None = flag(
+        None,
+        "torch.compile the blocks; if not said: on a GPU, where fused kernels take all chunks",
+        on_resume=True,
+    )
     fsdp: bool = flag(
         False, "shard weights and optimizer (FSDP2, with recompute); needs torchrun", on_resume=True
     )
@@ -276,7 +280,7 @@ def parse(argv: list[str] | None, description: str, resumed: Callable) -> TrainC
         default = "none" if f.default is MISSING or f.default is None else f.default
         text = f"{f.metadata['help']} (default: {default})"
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
-        if f.type is bool:
+        if f.type in (bool, bool | None):
             parser.add_argument(*names, help=text, action=argparse.BooleanOptionalAction)
         elif f.type is dict:
             parser.add_argument(*names, help=text, action="append", metavar="FIELD=VALUE")

@@ -112,20 +112,26 @@ def on_gpu(capability: tuple):
     return fits
 
 
-def check_compile(model: Hope, seq_len: int) -> None:
-    """ValueError where torch.compile would unroll a long loop over chunks.
+def compiles(model: Hope, train: TrainConfig, device: torch.device) -> bool:
+    """Whether a run compiles its blocks: as --compile says, else on a GPU, where that is short.
 
-    Kernels count where selfcheck.py has settled that they are taken.
+    ValueError where --compile would have torch unroll a long loop over chunks. Kernels count where
+    selfcheck.py has settled that they are taken.
     """
+    if train.compile is False or (train.compile is None and device.type != "cuda"):
+        return False
 
     def fits(module, width, chunk):
         return selfcheck.taken("scan" if chunk is None else "self_modify")
 
-    most = max(steps_in_torch(block.mixer, seq_len, fits) for block in model.blocks)
-    if most > MOST_UNROLLED:
-        why = f"a row of {seq_len} tokens is {most} steps of torch's loop, all in one graph"
-        use = f"use --no-compile, or rows of at most {seq_len * MOST_UNROLLED // most} tokens"
+    most = max(steps_in_torch(block.mixer, train.seq_len, fits) for block in model.blocks)
+    short = most <= MOST_UNROLLED
+    if train.compile and not short:
+        why = f"a row of {train.seq_len} tokens is {most} steps of torch's loop, all in one graph"
+        longest = train.seq_len * MOST_UNROLLED // most
+        use = f"use --no-compile, or rows of at most {longest} tokens"
         raise ValueError(f"compile would take too long: {why}; {use}")
+    return short and model.config.cms_updates != "full"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import pytest
 import torch
 from small_runs import Stopped, flags, log, stop_after
 
+import hope
 import support.run
 import train as training
 from hope import Hope, HopeConfig

@@ -47,7 +47,9 @@ DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 both = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 
 
-if not GPU:
+if GPU:  # chooses the compiler with which the kernels are right here, for this process
+    selfcheck.judge(selfcheck.Case("self_modify", "bfloat16", 64, chunk=64), 0)
+else:
     selfcheck.round_to_nearest()
 
 # --------------------------------------------------------------------------------------------------
@@ -411,7 +413,7 @@ def test_auto_is_torch_where_a_second_derivative_is_wanted(proven, monkeypatch):
 def test_the_layer_asks_for_the_type_that_autocast_multiplies_in(monkeypatch):
     asked = []
 
-    def spy(what, x, *rest):
+    def spy(what, x, *rest, **case):
         asked.append(x.dtype)
 
     monkeypatch.setattr("titans.kernels_for", spy)
@@ -634,87 +636,21 @@ def test_chunk_step_on_the_device_at_real_size(d, chunk, dtype):
         assert torch.equal(x, ours[name]), name
 
 
-COPIED = 4  # problems
-
-
-def results_of_copies(f, problem, copies):
-    """Outputs of f, and gradients of a random weighted sum, for a problem of COPIED rows, repeated.
-
-    problem: tensors with COPIED rows and those that all rows share, as W0.
-    """
-    rng = torch.Generator().manual_seed(1)
-
-    def repeated(x):
-        return x.repeat(copies, *[1] * (x.ndim - 1)) if len(x) == COPIED else x
-
-    args = [repeated(x.detach()).requires_grad_() if torch.is_tensor(x) else x for x in problem]
-    outputs = [y for y in f(*args) if y is not None]
-    loss = 0.0
-    for y in outputs:
-        weights = torch.randn(COPIED, *y.shape[1:], generator=rng)
-        loss = loss + (y * repeated(weights).to(y)).sum()
-    gradients = torch.autograd.grad(loss, [x for x in args if torch.is_tensor(x)])
-    named = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    return named | {f"gradient {i}": g for i, g in enumerate(gradients)}
-
-
-def differing_copies(found):
-    """"name, copies" for every tensor of found whose copies are not the first one to the bit."""
-    wrong = []
-    for name, x in found.items():
-        if len(x) > COPIED:
-            x = x.unflatten(0, (-1, COPIED))
-            bad = (x != x[:1]).flatten(1).any(1).nonzero().flatten().tolist()
-            wrong += [f"{name}, copies {bad}"] if bad else []
-    return wrong
-
-
-def copied_problem(what, T, d, dtype):
-    """(function, arguments): COPIED problems for `results_of_copies`."""
-    if what == "modify":
-        return both_modify(64, 1.0)[0], modify_problem(0, COPIED, 2, T, d, dtype)
-    momentum = what == "scan with momentum"
-    problem = scan_problem(0, COPIED, T, d, d, momentum, "series" if momentum else 1.0, dtype=dtype)
-    return scan_with("triton", 32), list(problem.values())
-
-
-@pytest.mark.parametrize("what", ["scan with momentum", "modify"])
-def test_copies_of_a_problem_have_the_same_results(what, monkeypatch):
-    f, problem = copied_problem(what, 18, 16, torch.float32)
-    found = results_of_copies(f, problem, 2)
-    assert differing_copies(found) == []
-    one_off = torch.nextafter(found["output 0"][6, 0, 0], torch.tensor(9.0, device=DEVICE))
-    found["output 0"][6, 0, 0] = one_off  # of the second copy
-    assert differing_copies(found) == ["output 0, copies [1]"]
+CASES = [
+    selfcheck.Case("self_modify", "bfloat16", 64, chunk=64),
+    selfcheck.Case("self_modify", "float32", 64, chunk=64),
+    selfcheck.Case("scan", "float32", 64, delta="series"),
+    selfcheck.Case("scan", "bfloat16", 64, momentum=True),
+]
 
 
 @pytest.mark.gpu
 @needs_gpu
-@both
-@pytest.mark.parametrize("what", ["scan", "scan with momentum", "modify"])
-def test_programs_do_not_disturb_each_other(what, dtype):
-    """More programs than run at once, on copies of a few problems: a race would tell them apart.
-
-    The second of three runs shares the GPU with matrix products.
-    """
-    f, problem = copied_problem(what, 1100, 64, dtype)  # longer than the backward holds at once
-    skip_unfit(problem[0] if what == "modify" else problem[1], 64, 64 if what == "modify" else None)
-    programs = 2 * torch.cuda.get_device_properties(DEVICE).multi_processor_count + 4
-    copies = -(-programs // COPIED)
-    first = results_of_copies(f, problem, copies)
-    assert differing_copies(first) == []
-    a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
-    beside = torch.cuda.Stream()
-    for busy in (True, False):
-        if busy:
-            torch.cuda.synchronize()
-            with torch.cuda.stream(beside):
-                for _ in range(100):
-                    a @ a
-        again = results_of_copies(f, problem, copies)
-        torch.cuda.synchronize()
-        for name, x in again.items():
-            assert torch.equal(x, first[name]), name
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kernel}-{case.dtype}")
+def test_the_self_check_passes(case):
+    like = torch.empty(0, dtype=getattr(torch, case.dtype), device=DEVICE)
+    skip_unfit(like, 64, case.chunk or None)
+    assert selfcheck.judge(case, torch.cuda.current_device()) is None
 
 
 SANITIZED = """
@@ -731,7 +667,7 @@ torch.cuda.synchronize()
 @needs_gpu
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool):
-    """Its racecheck sees shared memory alone; of races in the GPU's own, the test above."""
+    """Its racecheck sees shared memory alone; races in the GPU's own are the self-check's."""
     name = "compute-sanitizer"
     program = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
     if program is None:

@@ -176,18 +176,23 @@ def test_compile_is_refused_where_it_would_unroll_many_chunks(monkeypatch):
     """Unless fused kernels take all chunks at once; a loop around them stays one."""
     models = {name: Hope(HopeConfig.preset("nano", name, **TINY)) for name in
               ("hope", "retnet", "titans", "samba", "transformer")}
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
     longest = 64 * plan.MOST_UNROLLED  # tokens
     for name, model in models.items():
-        plan.check_compile(model, longest)
+        asked = TrainConfig(compile=True, seq_len=longest)
+        assert plan.compiles(model, asked, cpu)
         if name != "transformer":
             wanted = f"17 steps of torch's loop, .*--no-compile, or rows of at most {longest} tok"
             with pytest.raises(ValueError, match=wanted):
-                plan.check_compile(model, longest + 64)
+                plan.compiles(model, replace(asked, seq_len=longest + 64), cpu)
+            assert not plan.compiles(model, TrainConfig(seq_len=longest + 64), gpu)
     monkeypatch.setattr("selfcheck.taken", lambda kernel: True)
     for name, model in models.items():
         loops = name in ("titans", "samba")
+        assert plan.compiles(model, TrainConfig(seq_len=10**6), gpu) != loops
+        assert not plan.compiles(model, TrainConfig(seq_len=10**6), cpu)
         with pytest.raises(ValueError) if loops else contextlib.nullcontext():
-            plan.check_compile(model, 10**6)
+            plan.compiles(model, TrainConfig(seq_len=10**6, compile=True), gpu)
 
 
 # The command

@@ -496,7 +496,9 @@ def test_step_compiles_without_a_graph_break_to_the_same_gradients(model, update
     grads = []
     with functorch.patch("donated_buffer", functorch.donated_buffer):  # and back
         for compiled in (False, True):
-            run = types.SimpleNamespace(model=model, config=TrainConfig(compile=compiled))
+            config = TrainConfig(compile=compiled, seq_len=16)
+            device = torch.device("cpu")
+            run = types.SimpleNamespace(model=model, config=config, device=device)
             step = training.parallel(run)
             step(rows[:, :-1], rows[:, 1:]).backward()
             grads.append([p.grad for p in model.parameters()])
