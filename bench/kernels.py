@@ -2,13 +2,16 @@
 
     python -m bench kernels                                          # 20 rows, then training steps
     python -m bench kernels --heads 128 --lengths 4096 --preset none
+    python -m bench kernels --heads none --models hope,gated_deltanet --steps 8x4096
 
 For the learning rule (`scan`, as a gated delta rule) and the self-modifying chunk step, heads of
 width 64 in bfloat16, forward and backward: milliseconds, TFLOP/s and TB/s counted by hand
 (`scan_work`, `modify_work`) beside what a matrix product and a copy reach on this GPU, and how many
-times longer the same takes in torch ("eager"), under torch.compile and in flash-linear-attention
-("fla") where it is installed. Then tokens/s of training steps, beside a Transformer's. What fails
-(out of memory, a compiler) is printed on stderr and shown as "-". --out is written after every row.
+times longer the same takes in torch ("eager") and in flash-linear-attention ("fla") where it is
+installed. Then training steps as train.py takes them on a GPU (kernels where
+they pass, blocks compiled; without the optimizer): tokens/s, the part of the peak, peak memory,
+beside a Transformer's. What fails (out of memory, a compiler) is printed on stderr and shown as
+"-". --out is written after every row.
 """
 
 import itertools
@@ -16,29 +19,34 @@ import math
 import statistics
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from functools import partial
 from importlib import metadata
+from types import SimpleNamespace
 
 import torch
 
 import fused
 import memory
+import selfcheck
 from bench.cells import numbers, spec_config, split_specs, write_result
-from bench.speed import build, training_step
+from hope import Hope
+from support import plan
 from support.checkpoint import first_line
+from support.config import TrainConfig
 from support.flags import whole_number
-from support.run import device_for
+from support.run import device_for, precision, settle_kernels
+from train import parallel
 
 WIDTH = 64  # of a head
-RIVALS = ("eager", "compiled", "fla")
+RIVALS = ("eager", "fla")
 SLOW = 4096  # tokens: rivals that launch kernels chunk by chunk are measured up to here
-STEP_TOKENS = 16384  # of a training step
-STEP_LENGTHS = (4096, 32768)
 
 
 def add_flags(parser) -> None:
-    parser.add_argument("--heads", default="128,256", help="batch x heads, multiples of 16")
+    heads = "batch x heads, multiples of 16; none: leave the kernels out"
+    parser.add_argument("--heads", default="128,256", help=heads)
     lengths = "2048,4096,8192,16384,32768"
     parser.add_argument("--lengths", default=lengths, help="tokens in a row")
     chunk = "tokens that self-modifying memories generate at once"
@@ -46,7 +54,9 @@ def add_flags(parser) -> None:
     preset = "size of the models whose training steps are timed; none: leave them out"
     parser.add_argument("--preset", default="340m", help=preset)
     models = "comma-separated; transformer is always measured"
-    parser.add_argument("--models", default="hope", help=models)
+    parser.add_argument("--models", default="hope,hope:cms_updates=off", help=models)
+    steps = "rows x tokens of the training steps"
+    parser.add_argument("--steps", default="8x4096,1x32768", help=steps)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", default="results/kernels.json", help="file of the result, as JSON")
 
@@ -79,6 +89,12 @@ def forward_and_backward(f, args) -> float:
     with torch.no_grad():
         weights = torch.randn_like(f(*args))
     return milliseconds(lambda: torch.autograd.grad(f(*args), args, weights))
+
+
+def forward_alone(f, args) -> float:
+    """Milliseconds of f on args without a graph."""
+    with torch.no_grad():
+        return milliseconds(lambda: f(*args))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -134,21 +150,9 @@ def scan_calls(N: int, T: int, device) -> dict:
     def run(backend, k, q, u, eta, alpha):
         return memory.scan(W, k, u, eta, alpha, q, delta=alpha, backend=backend)[0]
 
-    tile = torch.compile(memory._tile, dynamic=False)
-
-    def compiled(k, q, u, eta, alpha):
-        state = W
-        y = []
-        streams = (x.split(64, 1) for x in (k.float(), u.float(), eta, alpha, q.float()))
-        for parts in zip(*streams, strict=True):
-            now, state, _ = tile(state, None, *parts, None, parts[3])
-            y.append(now)
-        return torch.cat(y, 1)
-
     calls = {"fused": (partial(run, "triton"), args)}
     if T <= SLOW:
         calls["eager"] = partial(run, "torch"), args
-        calls["compiled"] = compiled, args
     with suppress(ImportError):
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
@@ -206,7 +210,10 @@ def kernel_row(what: str, N: int, T: int, chunk: int, peak: dict, device) -> dic
     for rival, call in (calls or {}).items():
         ms[rival] = measured(f"{name}, {rival}", forward_and_backward, *call)
     row = {"what": what, "heads": N, "T": T, "chunk": None if what == "scan" else chunk}
+    row["forward"] = None
     time = ms.get("fused")
+    if calls:
+        row["forward"] = measured(f"{name}, forward", forward_alone, *calls["fused"])
     row["ms"] = time
     row["tflops"] = flops / time / 1e9 if time else None
     row["tbytes"] = moved / time / 1e9 if time else None
@@ -219,13 +226,13 @@ def kernel_row(what: str, N: int, T: int, chunk: int, peak: dict, device) -> dic
 
 
 COLUMNS = [  # key, title, width, digits
+    ("forward", "forward", 9, 3),
     ("ms", "ms", 9, 3),
     ("tflops", "TFLOP/s", 9, 1),
     ("of_tflops", "of peak", 9, 3),
     ("tbytes", "TB/s", 7, 2),
     ("of_tbytes", "of peak", 9, 3),
     ("eager", "eager/", 8, 1),
-    ("compiled", "compiled/", 11, 1),
     ("fla", "fla/", 7, 2),
 ]
 
@@ -245,16 +252,69 @@ def kernel_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def tokens_per_second(spec: str, preset: str, T: int, device) -> float:
-    """Median speed of training steps of a model whose mixers insist on the kernels."""
-    rows = max(1, STEP_TOKENS // T)
-    model, inputs, targets = build(spec_config(spec, preset), rows, T, device)
-    for module in model.modules():
-        if hasattr(module, "backend"):
-            module.backend = "triton"
-    training_step(model, inputs, targets)
-    seconds = [training_step(model, inputs, targets) for _ in range(5)]
-    return inputs.numel() / statistics.median(seconds)
+def training_row(spec: str, preset: str, rows: int, T: int, device) -> dict:
+    """A training step of `rows` rows of T tokens: tokens/s, the part of the peak, peak memory."""
+    config = spec_config(spec, preset)
+    torch.manual_seed(0)
+    with device:
+        model = Hope(config)
+        tokens = torch.randint(256, (rows, T + 1))
+    settle_kernels(model, device)
+    train = TrainConfig(seq_len=T, batch_size=rows)
+    run = SimpleNamespace(model=model, config=train, device=device)
+    forward = parallel(run)
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        with precision(device):
+            loss = forward(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    first = step()
+    torch.cuda.reset_peak_memory_stats()
+    speed = rows * T / statistics.median(step() for _ in range(5))
+    gb = torch.cuda.max_memory_allocated() / 1e9
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        step()
+    launched = [event for event in profiled.events() if event.device_type.name == "CUDA"]
+    peak = plan.peak_flops(device)
+    return {
+        "model": spec,
+        "preset": preset,
+        "rows": rows,
+        "T": T,
+        "compiled": plan.compiles(model, train, device),
+        "tokens_per_s": speed,
+        "mfu": plan.flops_per_token(config, T) * speed / peak if peak else None,
+        "gb": gb,
+        "launches": len(launched),
+        "first_s": first,
+    }
+
+
+def training_rows(args, device, found: list):
+    """Add a row for each step and model to `found`; yields after each, None where it failed."""
+    specs = dict.fromkeys(["transformer", *split_specs(args.models)])
+    for step, spec in itertools.product(args.steps.split(","), specs):
+        rows, T = (int(n) for n in step.split("x"))
+        row = measured(f"{spec}, {step}", training_row, spec, args.preset, rows, T, device)
+        if row is None:
+            row = {"model": spec, "preset": args.preset, "rows": rows, "T": T, "tokens_per_s": None}
+        own = row["tokens_per_s"]
+        found.append(row)
+        base = next(r["tokens_per_s"] for r in found if (r["rows"], r["T"]) == (rows, T))
+        row["ratio"] = own / base if own and base else None
+        yield f"{spec}, {step}: " + (training_line(row) if own else "not measured")
+
+
+def training_line(row: dict) -> str:
+    used = f", {row['mfu']:.1%} of the peak" if row["mfu"] else ""
+    ratio = "" if row["ratio"] is None else f", {row['ratio']:.2f} of transformer's"
+    return f"{row['tokens_per_s']:,.0f} tokens/s{ratio}{used}, {row['gb']:.1f} GB, {row['launches']:,} launches"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -286,36 +346,29 @@ def kernel_speed(args) -> dict:
         why = "tests/test_kernels.py checks the kernels without one"
         raise ValueError(f"device must be a CUDA GPU, got {device} ({why})")
     torch.cuda.set_device(device.index or 0)  # events are recorded on the current one
-    heads = numbers(args.heads, int)
+    heads = [] if args.heads == "none" else numbers(args.heads, int)
     lengths = numbers(args.lengths, int)
     for N in heads:
         if N < 16 or N % 16:
             raise ValueError(f"heads must be multiples of 16, got {N}")
     if min(lengths) < 1:
         raise ValueError(f"lengths must be at least 1 token, got {min(lengths)}")
-    torch._dynamo.config.cache_size_limit = 64
-    peak = ceilings(device)
+    like = torch.empty(0, dtype=torch.bfloat16, device=device)
+    selfcheck.why_not("self_modify", like, WIDTH, args.chunk)  # settles how kernels are compiled
+    peak = ceilings(device) if heads else {"tflops": None, "tbytes": None}
     rows = []
     steps = []
     result = {"versions": versions(), "ceilings": peak, "rows": rows, "training": steps}
-    reached = f"matrix product {peak['tflops']:.0f} TFLOP/s, copy {peak['tbytes']:.2f} TB/s"
-    print(f"{torch.cuda.get_device_name(device)}: {reached}\n")
+    print(torch.cuda.get_device_name(device))
+    if heads:
+        print(f"matrix product {peak['tflops']:.0f} TFLOP/s, copy {peak['tbytes']:.2f} TB/s\n")
     for what, N, T in itertools.product(("scan", "self-modifying"), heads, lengths):
         rows.append(kernel_row(what, N, T, args.chunk, peak, device))
         write_result(args, result)
         lines = kernel_table(rows[-1:]).splitlines()
         print("\n".join(lines if len(rows) == 1 else lines[1:]), flush=True)
-    if args.preset == "none":
-        return result
-    specs = ("transformer", *split_specs(args.models))
-    for T, spec in itertools.product(STEP_LENGTHS, specs):
-        speed = measured(f"{spec}, T {T}", tokens_per_second, spec, args.preset, T, device)
-        steps.append({"model": spec, "T": T, "tokens_per_s": speed})
-        base = next(step["tokens_per_s"] for step in steps if step["T"] == T)
-        ratio = speed / base if base and speed else None
-        steps[-1]["ratio"] = ratio
-        write_result(args, result)
-        shown = "not measured" if speed is None else f"{speed:,.0f} tokens/s"
-        where = f"training step, {args.preset}, T {T}"
-        print(f"{where}: {spec} {shown}, ratio {ratio or math.nan:.2f}", flush=True)
+    if args.preset != "none":
+        for line in training_rows(args, device, steps):
+            write_result(args, result)
+            print(line, flush=True)
     return result

@@ -214,11 +214,12 @@ def test_digits_are_learned_with_every_optimizer(here, capsys):
 
 def test_the_table_of_kernels_shows_what_was_not_measured_as_a_dash():
     row = {"what": "scan", "heads": 128, "T": 2048, "chunk": None, "ms": 1.5, "tflops": 20.0}
+    row["forward"] = 0.5
     row |= {"tbytes": 0.5, "of_tflops": 0.025, "of_tbytes": 0.12}
-    row |= {"eager": 31.25, "compiled": None, "fla": 0.8}
+    row |= {"eager": 31.25, "fla": 0.8}
     missing = {name: None if type(x) is float else x for name, x in row.items()}
     head, first, second = kernel_table([row, missing]).splitlines()
-    measured = "1.500 20.0 0.025 0.50 0.120 31.2 - 0.80"
+    measured = "0.500 1.500 20.0 0.025 0.50 0.120 31.2 0.80"
     assert first.split() == ["scan", "128", "2048", "-", *measured.split()]
     assert second.split() == ["scan", "128", "2048", *"-" * 9]
     assert len(head) == len(first) == len(second)
