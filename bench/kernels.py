@@ -314,7 +314,8 @@ def training_rows(args, device, found: list):
 def training_line(row: dict) -> str:
     used = f", {row['mfu']:.1%} of the peak" if row["mfu"] else ""
     ratio = "" if row["ratio"] is None else f", {row['ratio']:.2f} of transformer's"
-    return f"{row['tokens_per_s']:,.0f} tokens/s{ratio}{used}, {row['gb']:.1f} GB, {row['launches']:,} launches"
+    cost = f"{row['gb']:.1f} GB, {row['launches']:,} launches"
+    return f"{row['tokens_per_s']:,.0f} tokens/s{ratio}{used}, {cost}"
 
 
 # --------------------------------------------------------------------------------------------------
