@@ -170,9 +170,11 @@ def parallel(run: Run) -> nn.Module:
         from torch._functorch import config as functorch  # torch itself does not import it
 
         functorch.donated_buffer = not learns  # the inner gradients use a graph twice
+        learners = model.learners if learns else []
         for block in model.blocks:  # alike, so that the first one's graphs serve them all
-            block.mix = torch.compile(block.mix, fullgraph=True, dynamic=False)
-            if not (learns and block in model.learners):  # whose weights are views, then their own
+            if block not in learners[1:]:  # which read chunk by chunk: a graph for each position
+                block.mix = torch.compile(block.mix, fullgraph=True, dynamic=False)
+            if block not in learners:  # whose weights are views at first, later their own
                 block.cms.compile(fullgraph=True, dynamic=False)
     if config.fsdp:
         units = (nn.Linear, MLP)
