@@ -1035,5 +1035,6 @@ _differentiable(_modify, _modify_backward)
 if __name__ == "__main__":  # apart, as the interpreter must be chosen before Triton is imported
     import subprocess
     import sys
+    from pathlib import Path
 
-    sys.exit(subprocess.call([sys.executable, __file__.replace("kernels", "selfcheck")]))
+    sys.exit(subprocess.call([sys.executable, Path(__file__).with_name("selfcheck.py")]))

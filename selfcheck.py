@@ -7,7 +7,7 @@ matrix instruction where its operands lie, once in a few launches and only where
 full, so that self-modification of heads of 64 crashes on an H100. Tests elsewhere cannot tell. So
 each kind of kernel, in the data type, head width and chunk of the model, is compared with torch on
 the GPU at hand, once, in a process of its own (a crash leaves a process without a GPU) and with a
-time limit. The verdict is kept in ~/.cache/nested_learning for this GPU, driver, torch, Triton and
+time limit. The verdict is kept in ~/.cache/nested_learning for this GPU, torch, CUDA, Triton and
 kernels.py. What fails is tried again with another ptxas, if the CUDA toolkit has one, then without
 Hopper's matrix instructions; then torch computes it.
 
@@ -115,33 +115,38 @@ def modify_problem(seed, N, heads, T, d, dtype=torch.float32):
     return [x, q, W, W0, normal(N), normal(N) - 2.2, normal(N).exp()]  # b_eta, b_alpha, A
 
 
-def functions(case: Case):
-    """(by the kernels, by torch): functions of the arguments of a problem, as a list."""
+def modify_by(backend, chunk, step):
+    """The chunk step as a function of `modify_problem`'s arguments, by "triton" or "torch"."""
     import fused
     import kernels
+
+    if backend == "triton":
+        return lambda *args: kernels.self_modify(*args, chunk, step)
+
+    def in_torch(x, q, W, W0, *gates):
+        W0 = W0.repeat(len(x) // len(W0), 1, 1)
+        gates = [gate[:, None] for gate in gates]
+        return fused.self_modify(x, q, W, W0, *gates, chunk, step)[:3]
+
+    return in_torch
+
+
+def scan_by(backend, tile):
+    """The learning rule as a function of `scan_problem`'s arguments, by "triton" or "torch"."""
     import memory
 
-    if case.kernel == "self_modify":
-        step = 0.9
+    def scan(W, k, u, eta, alpha, q, theta, S, delta):
+        options = dict(theta=theta, S=S, delta=delta, tile=tile, backend=backend)
+        return memory.scan(W, k, u, eta, alpha, q, **options)
 
-        def ours(*args):
-            return kernels.self_modify(*args, case.chunk, step)
+    return scan
 
-        def torchs(x, q, W, W0, *gates):
-            W0 = W0.repeat(len(x) // len(W0), 1, 1)
-            gates = [gate[:, None] for gate in gates]
-            return fused.self_modify(x, q, W, W0, *gates, case.chunk, step)[:3]
 
-        return ours, torchs
-
-    def by(backend):
-        def f(W, k, u, eta, alpha, q, theta, S, delta):
-            options = dict(theta=theta, S=S, delta=delta, tile=64, backend=backend)
-            return memory.scan(W, k, u, eta, alpha, q, **options)
-
-        return f
-
-    return by("triton"), by("torch")
+def functions(case: Case):
+    """(by the kernels, by torch): functions of a problem's arguments, as a list."""
+    if case.kernel == "scan":
+        return scan_by("triton", 64), scan_by("torch", 64)
+    return modify_by("triton", case.chunk, 0.9), modify_by("torch", case.chunk, 0.9)
 
 
 def results(f, args) -> dict:
@@ -213,18 +218,17 @@ def compare(case: Case, device: torch.device, copies: int, T: int) -> tuple[floa
     if case.kernel == "scan":
         sizes = (PROBLEMS, T, case.width, case.width)
         problem = scan_problem(0, *sizes, case.momentum, case.delta, dtype=dtype).values()
-        shared = ()
+        shared = None
     else:
         problem = modify_problem(0, PROBLEMS, PROBLEMS, T, case.width, dtype)
-        shared = ("gradient 3",)  # W0's, summed over the copies
+        shared = 3  # W0, of all copies: its gradient is summed over them
     problem = [x.to(device) if torch.is_tensor(x) else x for x in problem]
     ours, torchs = functions(case)
 
-    def copied(i, x):
-        whole = not torch.is_tensor(x) or (shared and i == 3)
-        return x if whole else x.repeat(copies, *[1] * (x.ndim - 1))
-
-    many = [copied(i, x) for i, x in enumerate(problem)]
+    many = list(problem)
+    for i, x in enumerate(problem):
+        if torch.is_tensor(x) and i != shared:
+            many[i] = x.repeat(copies, *[1] * (x.ndim - 1))
     with poisoned(), short_spans():
         found = results(ours, many)
         again = [results(ours, many)]
@@ -240,7 +244,7 @@ def compare(case: Case, device: torch.device, copies: int, T: int) -> tuple[floa
         gate = wanted.ndim == 1  # one number a head, a sum over all tokens that may cancel
         if not all(torch.equal(x, run[name]) for run in again):
             wrong.append(f"{name} changes from run to run, or is not written")
-        if name in shared:
+        if name == f"gradient {shared}":
             x = x / copies
         else:
             each = x.unflatten(0, (copies, PROBLEMS))
@@ -318,9 +322,11 @@ def conditions(case: Case, device: int, way: dict) -> str:
 
 
 def known() -> dict:
+    """The verdicts of the cache, by their conditions; none where it is missing or damaged."""
     try:
-        return json.loads(cache_file().read_text())
-    except (OSError, ValueError):
+        found = json.loads(cache_file().read_text())
+        return {key: Verdict(**verdict) for key, verdict in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
@@ -330,7 +336,7 @@ def keep(key: str, verdict: Verdict) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps(known() | {key: asdict(verdict)}))
+        beside.write_text(json.dumps(known() | {key: verdict}, default=asdict))
         beside.replace(path)
 
 
@@ -367,14 +373,13 @@ def judge(case: Case, device: int) -> str | None:
             say(f"{name} is compared with torch on this GPU, once ...")
             verdict = check_apart(case, device, way)
             keep(key, verdict)
-            verdict = asdict(verdict)
         how = "".join(f", with {variable}={value}" for variable, value in way.items())
         gpu = torch.cuda.get_device_name(device)
-        if not verdict["wrong"]:
+        if not verdict.wrong:
             os.environ.update(way)  # what is compiled from here on is what was checked
-            say(f"{name} passed on {gpu} ({verdict['seconds']:.0f} s), in use{how}")
+            say(f"{name} passed on {gpu} ({verdict.seconds:.0f} s), in use{how}")
             return None
-        say(f"{name} failed on {gpu}{how}: {'; '.join(verdict['wrong'][:3])}")
+        say(f"{name} failed on {gpu}{how}: {'; '.join(verdict.wrong[:3])}")
     return "they failed the comparison with torch on this GPU"
 
 
