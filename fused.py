@@ -241,10 +241,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dx, dtable, None, None
 
 
-def linear_cross_entropy(x, table, targets, at_once=2**25):
+MANY_LOGITS = 2**25  # more are not held at once: 128 MiB in float32
+
+
+def linear_cross_entropy(x, table, targets, at_once=MANY_LOGITS):
     """Mean cross-entropy in nats of the logits x table^T: a scalar in float32 at least.
 
-    x [N, d], table [V, d], targets [N] int64. At most about `at_once` logits are held at a time.
+    x [N, d], table [V, d], targets [N] int64. at_once: about as many logits are held at a time.
     First derivatives only.
     """
     return _LinearCrossEntropy.apply(x, table, targets, at_once)

@@ -42,7 +42,7 @@ from baselines import (
     TitansMAL,
 )
 from cms import CMS, Level
-from fused import linear_cross_entropy
+from fused import MANY_LOGITS, linear_cross_entropy
 from layers import component, count, one_of, recomputed
 from memory import full_precision
 from titans import NeuralMemory, SelfModifyingTitans
@@ -372,7 +372,7 @@ class Hope(nn.Module):
 
     def loss(self, tokens, targets):
         """`forward`'s loss of targets. Large logits are never held whole, if no level learns."""
-        small = targets.numel() * len(self.table) <= 2**25
+        small = targets.numel() * len(self.table) <= MANY_LOGITS
         if small or self.config.cms_updates != "off":
             return loss_fn(self.unchecked(tokens)[0], targets)
         x, _ = self.through(self.blocks, self.embedding(tokens))

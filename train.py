@@ -13,12 +13,12 @@
     python train.py --help                                  # every flag, with its default
 
 A token's way: corpus.documents -> corpus.join -> corpus.batch -> micro_batches -> LossModule ->
-learn.read_and_update -> loss_fn -> update. A run is a folder (support/run.py). The presets from
+Hope.loss -> learn.read_and_update -> update. A run is a folder (support/run.py). The presets from
 30m up bring a training set-up (support/config.py). metrics.jsonl has, per step: step, tokens,
 bits_per_byte, lr, grad_norm, tokens_per_s and mfu (of all processes; mfu: fraction of a known
 GPU's peak), data_s (seconds spent on the batch), every 100 steps eta and alpha (per layer: mean
-step size and retention of its memories); per validation: val_bits_per_byte, val_tokens,
-cms_updates; for a step that was left out: skipped, why.
+step size and retention of its memories), every --check-kernels steps kernel_gap; per validation:
+val_bits_per_byte, val_tokens, cms_updates; for a step that was left out: skipped, why.
 
 Resuming gives the losses of a run that was never stopped, bit for bit on CPU: a batch depends on
 (seed, step) alone and the optimizer's state is saved. (More --tokens stretch the cosine.) Nor does
@@ -142,7 +142,7 @@ def kernel_gap(model: nn.Module, inputs, targets) -> float:
 
 
 class LossModule(nn.Module):
-    """(inputs, targets) -> the loss of a micro-batch: what DDP must see, and one compiled graph."""
+    """(inputs, targets) -> the loss of a micro-batch: what DDP must see."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

@@ -8,10 +8,10 @@ For the learning rule (`scan`, as a gated delta rule) and the self-modifying chu
 width 64 in bfloat16, forward and backward: milliseconds, TFLOP/s and TB/s counted by hand
 (`scan_work`, `modify_work`) beside what a matrix product and a copy reach on this GPU, and how many
 times longer the same takes in torch ("eager") and in flash-linear-attention ("fla") where it is
-installed. Then training steps as train.py takes them on a GPU (kernels where
-they pass, blocks compiled; without the optimizer): tokens/s, the part of the peak, peak memory,
-beside a Transformer's. What fails (out of memory, a compiler) is printed on stderr and shown as
-"-". --out is written after every row.
+installed. Then training steps as train.py takes them on a GPU (kernels where they pass, blocks
+compiled; without the optimizer): tokens/s, the part of the peak, peak memory and launches, beside
+a Transformer's. What fails (out of memory, a compiler) is printed on stderr and shown as "-".
+--out is written after every row.
 """
 
 import itertools
@@ -19,7 +19,6 @@ import math
 import statistics
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from functools import partial
 from importlib import metadata
@@ -31,12 +30,12 @@ import fused
 import memory
 import selfcheck
 from bench.cells import numbers, spec_config, split_specs, write_result
-from hope import Hope
+from bench.speed import build, training_step
 from support import plan
 from support.checkpoint import first_line
 from support.config import TrainConfig
 from support.flags import whole_number
-from support.run import device_for, precision, settle_kernels
+from support.run import device_for, settle_kernels
 from train import parallel
 
 WIDTH = 64  # of a head
@@ -255,25 +254,11 @@ def kernel_table(rows: list[dict]) -> str:
 def training_row(spec: str, preset: str, rows: int, T: int, device) -> dict:
     """A training step of `rows` rows of T tokens: tokens/s, the part of the peak, peak memory."""
     config = spec_config(spec, preset)
-    torch.manual_seed(0)
-    with device:
-        model = Hope(config)
-        tokens = torch.randint(256, (rows, T + 1))
+    model, *batch = build(config, rows, T, device)
     settle_kernels(model, device)
     train = TrainConfig(seq_len=T, batch_size=rows)
     run = SimpleNamespace(model=model, config=train, device=device)
-    forward = parallel(run)
-
-    def step():
-        model.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        with precision(device):
-            loss = forward(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-        torch.cuda.synchronize()
-        return time.perf_counter() - began
-
+    step = partial(training_step, parallel(run), *batch)
     first = step()
     torch.cuda.reset_peak_memory_stats()
     speed = rows * T / statistics.median(step() for _ in range(5))
@@ -297,7 +282,7 @@ def training_row(spec: str, preset: str, rows: int, T: int, device) -> dict:
 
 
 def training_rows(args, device, found: list):
-    """Add a row for each step and model to `found`; yields after each, None where it failed."""
+    """Adds a row for each step and model to `found`; yields a line that tells it, after each."""
     specs = dict.fromkeys(["transformer", *split_specs(args.models)])
     for step, spec in itertools.product(args.steps.split(","), specs):
         rows, T = (int(n) for n in step.split("x"))

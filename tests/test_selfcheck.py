@@ -10,9 +10,10 @@ import torch
 
 import fused
 import selfcheck
-from hope import HopeConfig
+from hope import Hope, HopeConfig
 from selfcheck import Case, compare
 from support import run as runs
+from train import kernel_gap
 
 CPU = torch.device("cpu")
 MODIFY = Case("self_modify", "float32", 16, chunk=8)
@@ -254,3 +255,15 @@ def test_opening_a_run_on_a_gpu_asks_for_what_its_mixers_need(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *shape, device, **kw: zeros(*shape, **kw))
     runs.settle_kernels(model, gpu)
     assert asked_for == [("self_modify", 16, {"chunk": 8})]
+
+
+def test_the_gap_between_kernels_and_torch_is_that_of_their_gradients():
+    """On a CPU both are torch; of a mixer that insists on the kernels it is rounding."""
+    torch.manual_seed(0)
+    model = Hope(HopeConfig(d_model=32, n_layers=1, n_heads=2, chunk=8, levels=[None]))
+    tokens = torch.randint(257, (1, 18))
+    assert kernel_gap(model, tokens[:, :-1], tokens[:, 1:]) == 0
+    model.blocks[0].mixer.backend = "triton"
+    assert 0 < kernel_gap(model, tokens[:, :-1], tokens[:, 1:]) < 1e-4
+    assert model.blocks[0].mixer.backend == "triton"
+    assert all(p.grad is None for p in model.parameters())
