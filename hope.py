@@ -67,6 +67,7 @@ MIXERS = {
         c.gate, c.mode, c.dgd, c.retention, c.out_scale, c.window_reset,
     ),
     "hope_attention": lambda c: Attention(*c.sizes, c.conv_width, c.rope_base, c.out_scale),
+    "ttt_e2e": lambda c: Attention(*c.sizes, c.conv_width, c.rope_base, c.out_scale, c.window),
     "titans": lambda c: NeuralMemory(
         *c.sizes, c.chunk, c.depth, c.conv_width, c.window_reset, c.out_scale,
     ),
@@ -85,6 +86,8 @@ MIXERS = {
         lambda c: Attention(*c.sizes, out_scale=c.out_scale, window=c.window),
     ),
 }
+
+LEARNING = ("hope", "hope_attention", "ttt_e2e")  # their CMS learns in context by default
 
 
 def layer_kinds(model):
@@ -134,16 +137,16 @@ class HopeConfig:
     gate: bool = True  # output gate
     depth: int = 2  # layers of Titans' memory
     expand: int | None = None  # value width / key width; None: 2 for RetNet, else 1
-    window: int = 128  # tokens that attention sees in Samba, MAG, MAL; a segment of MAC
+    window: int = 128  # tokens attention sees in Samba, TTT-E2E, MAG, MAL; a segment of MAC
     window_reset: int | None = None  # tokens, whole chunks, after which Titans' memories begin anew
     norm_eps: float = 1e-6
     tied: bool = True  # one table for tokens in and out
-    rope_base: float = 10000.0  # of hope_attention
+    rope_base: float = 10000.0  # of hope_attention, ttt_e2e
 
     def __post_init__(self):
         one_of("model", self.model, MIXERS)
         if self.levels is None:
-            self.levels = [64, None] if self.model.startswith("hope") else [None]
+            self.levels = [64, None] if self.model in LEARNING else [None]
         for f in dataclasses.fields(self):
             setattr(self, f.name, _of_kind(f.name, getattr(self, f.name), f.type))
         if self.cms_updates is None:
@@ -199,7 +202,7 @@ class HopeConfig:
         if name != "nano":
             own["window"] = 2048  # as published; nano is trained on shorter rows
         layers = overrides.get("n_layers", own["n_layers"])
-        if model.startswith("hope") and type(layers) is int:
+        if model in LEARNING and type(layers) is int:
             # nano: three of five blocks learn as much as all five, in two thirds of the time
             own["cms_blocks"] = max(1, layers * 3 // 5)
             if name != "nano":
@@ -227,7 +230,7 @@ class HopeConfig:
         """Width of the short convolution in tokens, 0 for none."""
         if self.conv is not None:
             return self.conv
-        without = ("transformer", "hope_attention", "linear_attention", "retnet")
+        without = ("transformer", "hope_attention", "ttt_e2e", "linear_attention", "retnet")
         return 0 if self.model in without else 4
 
     @property

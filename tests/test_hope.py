@@ -133,7 +133,7 @@ def test_rows_of_a_batch_never_see_each_other(name):
 
 @each_variant
 def test_every_parameter_gets_a_gradient_and_owns_its_memory(name):
-    levels = {"levels": [4, 8, None]} if name.startswith("hope") else {}
+    levels = {"levels": [4, 8, None]} if name.startswith(("hope", "ttt_e2e")) else {}
     model, x = Hope(config(name, **levels)), tokens(2, 13)
     model(x)[0].square().mean().backward()
     for label, p in model.named_parameters():
@@ -323,7 +323,7 @@ def test_a_seed_reproduces_a_sample():
     "name", [*RECURRENT, "hope, mlp", "hope, momentum", "hope, k v q", "hope, windows"]
 )
 def test_generation_needs_constant_memory(name):
-    model = build(name, **({"levels": [4, 8, None]} if name.startswith("hope") else {}))
+    model = build(name, **({"levels": [4, 8, None]} if name.startswith(("hope", "ttt_e2e")) else {}))
     with torch.no_grad():
         _, short = model(tokens(1, 9))
         _, long = model(tokens(1, 401))
