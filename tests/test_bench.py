@@ -9,11 +9,12 @@ import pytest
 
 import bench.ablation
 from bench.__main__ import COMMANDS, main
-from bench.ablation import ABLATION
+from bench.ablation import ABLATION, FROM_PUBLISHED
 from bench.cells import ROOT, Record, parse_spec, spec_config, split_specs
 from bench.kernels import kernel_table, modify_work, scan_work
 from bench.quality import cell_key, corpus_of, current_key
 from bench.tables import published
+from hope import HopeConfig
 from support.config import TrainConfig
 
 TINY = ":d_model=32:n_layers=1:n_heads=2:conv=4"
@@ -177,11 +178,19 @@ def test_optimizers_are_compared_on_every_model(here, capsys):
     assert {key["train"]["optimizer"] for key in keys} == {"adamw", "m3"}
 
 
-def test_the_ablation_changes_one_field_of_hope_at_a_time():
-    hope = spec_config("hope").to_dict()
+@pytest.mark.parametrize(
+    "base, parts",
+    [
+        ("hope", ABLATION),
+        ('hope:memory=mlp:adaptive=["k","v","q"]:momentum=true', FROM_PUBLISHED),
+    ],
+)
+def test_the_ablation_changes_one_field_of_hope_at_a_time(base, parts):
+    hope = spec_config(base).to_dict()
+    assert parts is ABLATION or hope == HopeConfig.preset("nano", published=True).to_dict()
     published_rows = {line["model"] for line in published("table6")["rows"]}
-    for fields, (_, row) in ABLATION.items():
-        other = spec_config(f"hope:{fields}" if fields else "hope").to_dict()
+    for fields, (_, row) in parts.items():
+        other = spec_config(f"{base}:{fields}" if fields else base).to_dict()
         changed = {name for name, value in other.items() if value != hope[name]}
         assert changed - {"hidden"} == ({fields.partition("=")[0]} if fields else set())
         assert row is None or row in published_rows

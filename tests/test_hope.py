@@ -17,13 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import layers
 from fused import linear_cross_entropy
-from hope import MIXERS, PRESETS, Hope, HopeConfig, loss_fn
+from hope import LEARNING, MIXERS, PRESETS, Hope, HopeConfig, loss_fn
 from layers import map_state, tensors
 from support.checkpoint import load_state, save_state
 from support.plan import flops_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(vocab_size=11, d_model=16, n_layers=2, n_heads=2, hidden=24, chunk=4, window=8)
+LEARNS = {"levels": [4, 8, None]}
 RECURRENT = [name for name in MIXERS if name not in ("transformer", "hope_attention")]
 VARIANTS = {
     **{name: dict(model=name) for name in MIXERS},
@@ -133,7 +134,7 @@ def test_rows_of_a_batch_never_see_each_other(name):
 
 @each_variant
 def test_every_parameter_gets_a_gradient_and_owns_its_memory(name):
-    levels = {"levels": [4, 8, None]} if name.startswith(("hope", "ttt_e2e")) else {}
+    levels = LEARNS if name.startswith(LEARNING) else {}
     model, x = Hope(config(name, **levels)), tokens(2, 13)
     model(x)[0].square().mean().backward()
     for label, p in model.named_parameters():
@@ -323,7 +324,7 @@ def test_a_seed_reproduces_a_sample():
     "name", [*RECURRENT, "hope, mlp", "hope, momentum", "hope, k v q", "hope, windows"]
 )
 def test_generation_needs_constant_memory(name):
-    model = build(name, **({"levels": [4, 8, None]} if name.startswith(("hope", "ttt_e2e")) else {}))
+    model = build(name, **(LEARNS if name.startswith(LEARNING) else {}))
     with torch.no_grad():
         _, short = model(tokens(1, 9))
         _, long = model(tokens(1, 401))
