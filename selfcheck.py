@@ -7,9 +7,9 @@ matrix instruction where its operands lie, once in a few launches and only where
 full, so that self-modification of heads of 64 crashes on an H100. Tests elsewhere cannot tell. So
 each kind of kernel, in the data type, head width and chunk of the model, is compared with torch on
 the GPU at hand, once, in a process of its own (a crash leaves a process without a GPU) and with a
-time limit. The verdict is kept in ~/.cache/nested_learning for this GPU, torch, CUDA, Triton and
-kernels.py. What fails is tried again with another ptxas, if the CUDA toolkit has one, then without
-Hopper's matrix instructions; then torch computes it.
+time limit. The verdict is kept in ~/.cache/nested_learning for this GPU, its driver, torch, CUDA,
+Triton and kernels.py. What fails is tried again with another ptxas, if the CUDA toolkit has one,
+then without Hopper's matrix instructions; then torch computes it.
 
 The comparison: a few problems, copied over twice as many programs as the GPU runs at once and a
 few more, with more tiles than the backward holds at once and a ragged last one. Buffers start as
@@ -19,6 +19,7 @@ here. Then each problem's outputs and gradients, one by one, against torch in fl
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -309,6 +310,15 @@ def cache_file() -> Path:
     return Path(home) / "nested_learning" / "kernels.json"
 
 
+@functools.cache
+def driver() -> str | None:
+    """The version of NVIDIA's driver, which has a compiler of its own."""
+    with contextlib.suppress(OSError):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
+    return None
+
+
 def conditions(case: Case, device: int, way: dict) -> str:
     """What a verdict holds for, as a key of the cache."""
     import triton
@@ -317,7 +327,7 @@ def conditions(case: Case, device: int, way: dict) -> str:
     gpu = torch.cuda.get_device_properties(device)
     code = b"".join((ROOT / name).read_bytes() for name in ("kernels.py", "selfcheck.py"))
     parts = [asdict(case), chosen | way, gpu.name, gpu.major, gpu.minor, torch.__version__]
-    parts += [torch.version.cuda, triton.__version__, hashlib.sha256(code).hexdigest()]
+    parts += [driver(), torch.version.cuda, triton.__version__, hashlib.sha256(code).hexdigest()]
     return json.dumps(parts)
 
 

@@ -17,7 +17,6 @@ a Transformer's. What fails (out of memory, a compiler) is printed on stderr and
 import itertools
 import math
 import statistics
-import subprocess
 import sys
 from contextlib import suppress
 from functools import partial
@@ -307,16 +306,10 @@ def training_line(row: dict) -> str:
 # The command
 
 
-def driver() -> str | None:
-    with suppress(OSError):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
-
-
 def versions() -> dict:
     import triton
 
-    found = {"driver": driver(), "cuda": torch.version.cuda, "triton": triton.__version__}
+    found = {"driver": selfcheck.driver(), "cuda": torch.version.cuda, "triton": triton.__version__}
     with suppress(ImportError, metadata.PackageNotFoundError):
         found["fla"] = metadata.version("flash-linear-attention")
     return found
