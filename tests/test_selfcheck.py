@@ -140,6 +140,7 @@ def gpu(monkeypatch, tmp_path):
         return answer
 
     monkeypatch.setattr(subprocess, "run", answered)
+    monkeypatch.setattr(selfcheck, "driver", lambda: "580")
     return answers
 
 
@@ -173,8 +174,11 @@ def test_a_verdict_is_asked_for_once_and_kept_for_other_processes(gpu, caplog):
     assert asked() is None
 
 
-def test_a_change_of_the_kernels_or_the_chunk_asks_again(gpu, monkeypatch, tmp_path):
-    gpu += [says(), says(), says()]
+def test_a_change_of_the_kernels_the_chunk_or_the_driver_asks_again(gpu, monkeypatch, tmp_path):
+    gpu += [says(), says(), says(), says()]
+    assert asked() is None
+    selfcheck.VERDICTS.clear()
+    monkeypatch.setattr(selfcheck, "driver", lambda: "590")
     assert asked() is None
     assert selfcheck.why_not("self_modify", Like(), 64, chunk=32) is None
     for name in ("kernels.py", "selfcheck.py"):
