@@ -34,6 +34,7 @@ Newton-Schulz have a root mean square of 0.2, as AdamW's usually have, so that o
 """
 
 import math
+from collections import ChainMap
 from functools import partial
 
 import torch
@@ -44,6 +45,56 @@ from layers import one_of
 from memory import OBJECTIVES, full_precision, scan, surprise
 
 RMS = 0.2  # of AdamW's update / lr in usual training; Newton-Schulz reads are scaled to it
+
+# --------------------------------------------------------------------------------------------------
+# Scale: squares of float32 are 0 below 1e-23 and infinite above 1e19, and a memory without new
+# gradients decays to 0. Powers of two, which are exact, are taken out before.
+
+
+def magnitude(x):
+    """floor(log2) of the largest entry, a scalar; -inf where all are 0."""
+    top = x.abs().amax()
+    return getattr(top, "full_tensor", lambda: top)().log2().floor()  # of shards: FSDP2
+
+
+def times_2_to(x, e):
+    """x 2^e, exact, also where 2^e by itself is out of range."""
+    half = (e / 2).floor()
+    return x * half.exp2() * (e - half).exp2()
+
+
+def normal(x):
+    """(x 2^-e [..., m, n] with its largest entry in [1, 2), e [..., 1, 1]); 0 stays 0, e is 0."""
+    e = x.abs().amax((-2, -1), keepdim=True).log2().floor().nan_to_num(neginf=0.0)
+    return times_2_to(x, -e), e
+
+
+def in_units(state, name, g, e=0.0):
+    """(memory, g 2^e), both in the memory's own unit 2^state[name + "_exponent"].
+
+    The unit is 1 as long as the larger of the two is within 2^-32 .. 2^32.
+    """
+    M = tensor(state, name, g)
+    old = state.get(f"{name}_exponent", torch.zeros((), device=g.device))
+    sizes = magnitude(M) + old, magnitude(g) + e
+    new = torch.maximum(*sizes)
+    new = torch.where(new.isinf() | (new.abs() < 32), 0.0, new)
+    state[f"{name}_exponent"] = new
+    shift_M = torch.where(sizes[0].isinf(), 0.0, old - new)  # zeros stay in any unit
+    shift_g = torch.where(sizes[1].isinf(), 0.0, e - new)
+    return M.copy_(times_2_to(M, shift_M)), times_2_to(g, shift_g)
+
+
+def root_of_squares(state, g, decay, weight):
+    """The root of H <- decay H + weight g^2, in state["R"]; no square is formed."""
+    R = tensor(state, "R", g)
+    return R.copy_(torch.hypot(R * decay**0.5, g * weight**0.5))
+
+
+def quotient(a, b):
+    """a / b, and 0 / 0 = 0."""
+    return a / b.masked_fill(b == 0, 1.0)
+
 
 # --------------------------------------------------------------------------------------------------
 # How a memory of gradients is read: lists of matrices in, lists of updates out
@@ -58,8 +109,8 @@ def newton_schulz(G, steps=5, coefficients=QUINTIC):
     else in G's precision. Invariant to the scale of G; zero stays zero.
     """
     a, b, c = coefficients
-    G = full_precision(G)
-    O = G / G.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(G.dtype).tiny)
+    G, _ = normal(full_precision(G))
+    O = quotient(G, G.norm(dim=(-2, -1), keepdim=True))
     wide = G.shape[-2] <= G.shape[-1]
     if not wide:
         O = O.mT
@@ -94,7 +145,8 @@ def orthogonal_to_rms(memories, steps=5):
 
 def to_rms(M, rms):
     """M scaled to a root mean square of rms; zero stays zero."""
-    return M * (rms / M.square().mean().sqrt().clamp(min=torch.finfo(M.dtype).tiny))
+    M, _ = normal(M)
+    return quotient(M, M.square().mean().sqrt() / rms)
 
 
 def unit(g):
@@ -102,14 +154,19 @@ def unit(g):
     return to_rms(g, g.numel() ** -0.5)
 
 
+def unit_and_scale(g):
+    g, e = normal(g)
+    return unit(g), g.norm(), e
+
+
 READS = {"linear": lambda memories, steps: memories, "newton_schulz": orthogonal_to_rms}
 
-# Feature maps of gradients (NL eq. 51) -> features, and the scale that was taken away: the update
-# is multiplied by it again
+# Feature maps of gradients (NL eq. 51) -> features, and the scale s 2^e that was taken away: the
+# update is multiplied by it again
 FEATURES = {
-    "linear": lambda g: (g, 1.0),
-    "sign": lambda g: (g.sign(), 1.0),
-    "unit": lambda g: (unit(g), g.norm()),
+    "linear": lambda g: (g, 1.0, None),
+    "sign": lambda g: unit_and_scale(g.sign()),
+    "unit": unit_and_scale,
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -144,6 +201,20 @@ LEGAL = {  # hyper-parameter: its range in words, and the check
 }
 
 
+def check(name, value, n_betas=2):
+    """ValueError for a hyper-parameter out of its range."""
+    legal, fine = LEGAL[name]
+    try:
+        good = fine(value)
+        if name == "betas":
+            legal = f"{n_betas} {legal}"
+            good = good and len(value) == n_betas
+    except TypeError:
+        good = False
+    if not good:
+        raise ValueError(f"{name} must be {legal}, got {value!r}")
+
+
 class GradientDescent(torch.optim.Optimizer):
     """W <- W - lr g: no memory but W itself (NL eq. 1-9). Also the step of every optimizer below.
 
@@ -161,7 +232,7 @@ class GradientDescent(torch.optim.Optimizer):
     def add_param_group(self, group):
         for name, value in (self.defaults | group).items():
             if name in LEGAL:
-                self._check(name, value)
+                check(name, value, self.n_betas)
         super().add_param_group(group)
         added = self.param_groups[-1]
         if not (self.matrices or added.get("output") == "newton_schulz"):
@@ -171,18 +242,6 @@ class GradientDescent(torch.optim.Optimizer):
                 self.param_groups.pop()
                 got = f"got a parameter of shape {tuple(p.shape)}: see split_parameters"
                 raise ValueError(f"{type(self).__name__} takes matrices, {got}")
-
-    def _check(self, name, value):
-        legal, check = LEGAL[name]
-        try:
-            fine = check(value)
-            if name == "betas":
-                legal = f"{self.n_betas} {legal}"
-                fine = fine and len(value) == self.n_betas
-        except TypeError:
-            fine = False
-        if not fine:
-            raise ValueError(f"{name} must be {legal}, got {value!r}")
 
     def write(self, g, state, group):
         """Write one gradient into the memory `state` (a dict of tensors, changed in place).
@@ -271,7 +330,14 @@ class Momentum(GradientDescent):
         super().__init__(params, lr, weight_decay, momentum=momentum, output=output)
 
     def write(self, g, state, group):
-        return tensor(state, "M", g).mul_(group["momentum"]).add_(g)
+        M, g = self.memory(g, state, group)
+        return M.mul_(group["momentum"]).add_(g)
+
+    def memory(self, g, state, group):
+        """M and g; where the read takes the scale away, in M's unit."""
+        if group["output"] == "newton_schulz":
+            return in_units(state, "M", g)
+        return tensor(state, "M", g), g
 
 
 class PreconditionedMomentum(Momentum):
@@ -279,7 +345,8 @@ class PreconditionedMomentum(Momentum):
 
     P^-1 is a memory of its own, of the gradient's size: H = P^-2 learns g^2 by gradient descent on
     |H - g^2|^2 / 2 with step 1 - beta (NL eq. 38-41), and is divided by the weight of what it has
-    seen. With momentum 0 it equals Adam with betas (0, beta).
+    seen. With momentum 0 it equals Adam with betas (0, beta). The state holds H's root "R", as in
+    all optimizers here that sum squares: the square of a float32 is soon infinite or 0.
     """
 
     def __init__(self, params, lr=1e-3, momentum=0.9, beta=0.999, eps=1e-8, weight_decay=0.0,
@@ -290,9 +357,9 @@ class PreconditionedMomentum(Momentum):
     def write(self, g, state, group):
         beta = group["beta"]
         state["step"] = state.get("step", 0) + 1
-        H = tensor(state, "H", g).lerp_(g.square(), 1 - beta)  # deviation 15: a diagonal
-        P_inverse = (H / (1 - beta ** state["step"])).sqrt_().add_(group["eps"])
-        return super().write(g / P_inverse, state, group)
+        R = root_of_squares(state, g, beta, 1 - beta)  # deviation 15: a diagonal
+        P_inverse = R / (1 - beta ** state["step"]) ** 0.5 + group["eps"]
+        return super().write(quotient(g, P_inverse), state, group)
 
 
 class DeltaMomentum(Momentum):
@@ -309,7 +376,7 @@ class DeltaMomentum(Momentum):
         GradientDescent.__init__(self, params, lr, weight_decay, **rates, output=output)
 
     def write(self, g, state, group):
-        M = tensor(state, "M", g)
+        M, g = self.memory(g, state, group)
         # deviation 17: c = delta / |g|^2 (Frobenius norm) keeps the decay in [momentum - delta,
         # momentum]. With the print's c = 1 it turns over and diverges once |g|^2 > 1 + momentum.
         u = unit(g)
@@ -326,8 +393,8 @@ class DeepMomentum(GradientDescent):
     that retention leads back to the identity. depth 1: the matrix A; with features "linear" and
     eta 1 it is Momentum. A g with more rows than columns is transposed.
 
-    A and B feed each other; features "unit" and eta <= 1 - momentum keep them bounded, whatever the
-    gradients.
+    A and B feed each other; features of unit length, "unit" and "sign", and eta <= 1 - momentum
+    keep them bounded, whatever the gradients. "linear" is for depth 1 and "dot" or "huber" only.
     """
 
     matrices = True
@@ -337,10 +404,20 @@ class DeepMomentum(GradientDescent):
         network = {"depth": depth, "objective": objective, "features": features, "output": output}
         super().__init__(params, lr, weight_decay, momentum=momentum, eta=eta, **network)
 
+    def add_param_group(self, group):
+        network = self.defaults | group
+        depth = network["depth"]
+        objective = network["objective"]
+        bounded = depth == 1 and objective in ("dot", "huber")
+        if network["features"] == "linear" and not bounded:
+            wanted = f"features must be unit or sign at depth {depth} with objective {objective}"
+            raise ValueError(f"{wanted}, got 'linear', whose memory grows without bound")
+        super().add_param_group(group)
+
     def write(self, g, state, group):
         momentum = group["momentum"]
         tall = g.shape[0] > g.shape[1]
-        u, scale = FEATURES[group["features"]](g.mT if tall else g)
+        u, scale, e = FEATURES[group["features"]](g.mT if tall else g)
         identity = torch.eye(len(u), dtype=u.dtype, device=u.device)
         layers = [tensor(state, "A", u)]
         if group["depth"] == 2:
@@ -354,6 +431,8 @@ class DeepMomentum(GradientDescent):
             state["B"] = layer.sub_(identity, alpha=momentum)  # retention acts on what was learned
             M = silu_derivative(u @ A.mT).mean(0).unsqueeze(1) * M
             M = M + state["B"] @ M
+        if e is not None and group["output"] == "linear":
+            M = times_2_to(M, e)
         return M.mT if tall else M
 
 
@@ -375,7 +454,8 @@ class Muon(GradientDescent):
         super().__init__(params, lr, weight_decay, momentum=momentum, **how)
 
     def write(self, g, state, group):
-        M = tensor(state, "M", g).lerp_(g, 1 - group["momentum"])
+        M, g = in_units(state, "M", g)
+        M.lerp_(g, 1 - group["momentum"])
         return g.lerp(M, group["momentum"]) if group["nesterov"] else M
 
 
@@ -408,37 +488,45 @@ class M3(Muon):
         beta1, beta2, beta3 = group["betas"]
         frequency = group["frequency"]
         state["step"] = state.get("step", 0) + 1
-        recent = tensor(state, "recent", g).add_(g)  # the sum since the slow memory's last tick
-        M2 = tensor(state, "M2", g)
+        recent, now = in_units(state, "recent", g)
+        recent.add_(now)  # the sum since the slow memory's last tick
+        tensor(state, "M2", g)
         due = state["step"] % frequency == 0
+        if due:
+            M2, total = in_units(state, "M2", recent, state["recent_exponent"])
         if group["printed"]:
-            M1 = tensor(state, "M", g).add_(g, alpha=beta1)
-            tensor(state, "V", g).addcmul_(g, g, value=beta2)
-            if due:
-                M2.add_(recent, alpha=beta3)
+            M1, g1 = in_units(state, "M", g)
+            M1.add_(g1, alpha=beta1)
+            root_of_squares(state, g, 1.0, beta2)
+            if due:  # as printed the next sum begins with this gradient once more
+                M2.add_(total, alpha=beta3)
+                recent.copy_(now)
         else:  # deviation 16: means, which forget, and V of what is divided
             M1 = super().write(g, state, group | {"momentum": beta1})
             if due:
-                M2.lerp_(recent / frequency, 1 - beta3)
-        if due:
-            recent.zero_()
+                M2.lerp_(total / frequency, 1 - beta3)
+                recent.zero_()
         return M1
 
     def read(self, memories, states, group):
+        slow = [tensor(state, "O2", M) for M, state in zip(memories, states, strict=True)]
         due = [state for state in states if state["step"] % group["frequency"] == 0]
-        slow = orthogonal([state["M2"] for state in due], group["steps"])
-        for state, O2 in zip(due, slow, strict=True):
+        new = orthogonal([state["M2"] for state in due], group["steps"])
+        for state, O2 in zip(due, new, strict=True):
             state["O2"] = O2.contiguous()
+        if not group["printed"]:  # which reads the new one from the next step on
+            slow = [state["O2"] for state in states]
         updates = []
-        for O1, state in zip(orthogonal(memories, group["steps"]), states, strict=True):
-            O = O1.add(tensor(state, "O2", O1), alpha=group["alpha"])
+        fast = orthogonal(memories, group["steps"])
+        for O1, O2, state in zip(fast, slow, states, strict=True):
+            O = O1.add(O2, alpha=group["alpha"])
             if group["printed"]:
-                update = O / (state["V"].sqrt() + group["eps"])
+                update = quotient(O, state["R"] + group["eps"])
             elif group["second_moment"]:
                 beta2 = group["betas"][1]
                 V = tensor(state, "V", O).lerp_(O.square(), 1 - beta2)
                 V = V / (1 - beta2 ** state["step"])
-                update = to_rms(O / (V.sqrt_() + group["eps"]), RMS)
+                update = to_rms(quotient(O, V.sqrt_() + group["eps"]), RMS)
             else:
                 update = O * (RMS * max(O.shape) ** 0.5)
             updates.append(update)
@@ -469,8 +557,8 @@ class AdamMemory(GradientDescent):
         state["step"] = t
         # deviation 15: sums that decay, with Adam's bias correction
         M = tensor(state, "M", g).lerp_(g, 1 - beta1) / (1 - beta1**t)
-        H = tensor(state, "H", g).lerp_(g.square(), 1 - beta2) / (1 - beta2**t)
-        return M / (H.sqrt() + group["eps"])
+        R = root_of_squares(state, g, beta2, 1 - beta2) / (1 - beta2**t) ** 0.5
+        return quotient(M, R + group["eps"])
 
 
 class AdaGradMemory(GradientDescent):
@@ -485,9 +573,9 @@ class AdaGradMemory(GradientDescent):
         super().__init__(params, lr, weight_decay, retention=retention, eps=eps)
 
     def write(self, g, state, group):
-        H = tensor(state, "H", g).mul_(group["retention"])
-        H.addcmul_(g, g)  # deviation 15: the diagonal of the paper's outer products
-        return g / (H.sqrt() + group["eps"])
+        # deviation 15: the diagonal of the paper's outer products
+        R = root_of_squares(state, g, group["retention"], 1.0)
+        return quotient(g, R + group["eps"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -502,7 +590,8 @@ class DGD(GradientDescent):
     follow one another (`scan`), with dL/dy taken at the weights before the batch. A bias is one
     more column, whose input is 1.
 
-    model: its nn.Linear layers are taken, other parameters are not (see `param_groups`). Hooks
+    model: its nn.Linear layers are taken, other parameters are not (see `param_groups`); what
+    requires no gradient does not move, and W x - u is then a problem of the rest alone. Hooks
     record x and dL/dy of every forward pass with gradients, until `step` or `zero_grad`. The loss
     must be a *sum* over tokens: a mean makes u smaller, yet W forgets along x just as much. Raises
     ValueError for a model without linear layers, and in `step`, before anything has changed, for
@@ -520,7 +609,7 @@ class DGD(GradientDescent):
             layer.register_forward_hook(self._record)
 
     def _record(self, layer, inputs, y):
-        if y.requires_grad:
+        if any(p.requires_grad for p in layer.parameters()) and y.requires_grad:
             x = inputs[0].detach()
             y.register_hook(lambda gradient: self.seen[layer].append((x, gradient.detach())))
 
@@ -545,18 +634,23 @@ class DGD(GradientDescent):
         (group,) = self.param_groups
         lr = group["lr"]
         for layer, (x, gradient) in tokens.items():
-            W = layer.weight
-            k = x
-            if layer.bias is not None:
-                W = torch.cat([W, layer.bias[:, None]], 1)  # [d_out, d_in + 1]
-                k = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+            u = -gradient
+            weights = []  # of what moves, [d_out, d_in] and [d_out, 1], and their inputs
+            keys = []
+            columns = None if layer.bias is None else layer.bias[:, None]
+            for W, k in ((layer.weight, x), (columns, torch.ones_like(x[:, :1]))):
+                if W is not None and W.requires_grad:
+                    weights.append(W)
+                    keys.append(k)
+                elif W is not None:  # frozen: its part of W x is no error of what moves
+                    u = u - k @ W.mT
+            k = torch.cat(keys, 1)
             # deviation 19: exact for any |x| (NL eq. 57 is |x| = 1); appendix C has eta for 1/eta
             eta = lr / (1 + lr * full_precision(k).square().sum(-1))
-            W = W * (1 - lr * group["weight_decay"])
-            _, W, _ = scan(W, k, -gradient, eta, torch.ones_like(eta))
-            layer.weight.copy_(W[:, : layer.in_features])
-            if layer.bias is not None:
-                layer.bias.copy_(W[:, -1])
+            W = torch.cat(weights, 1) * (1 - lr * group["weight_decay"])
+            _, W, _ = scan(W, k, u, eta, torch.ones_like(eta))
+            for own, new in zip(weights, W.split([w.shape[1] for w in weights], 1), strict=True):
+                own.copy_(new)
             self.seen[layer].clear()
         return loss
 
@@ -604,9 +698,11 @@ def optimizer_by_name(model, name="adamw", lr=3e-3, weight_decay=0.1, betas=(0.9
 
     AdamW, or one of MATRIX_OPTIMIZERS for its matrices and AdamW (whose betas these are) for the
     rest. Weight decay acts on matrices, heads and convolutions alone. Raises ValueError for an
-    unknown name.
+    unknown name and for hyper-parameters out of range.
     """
     one_of("optimizer", name, OPTIMIZERS)
+    for rate, value in {"lr": lr, "weight_decay": weight_decay, "betas": betas}.items():
+        check(rate, value)
     matrices, decayed, plain = split_parameters(model)
     if name == "adamw":
         not_decayed = set(map(id, plain))
@@ -635,23 +731,51 @@ def _keep(how, optimizer):
         group.update({"fused": None, "foreach": None} | how)
 
 
-class CombinedOptimizer:
-    """Optimizers of different parameters as one, as far as a training loop needs it."""
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer made of others, whose groups and states are theirs: a scheduler, a closure, a
+    GradScaler find in it what they look for."""
 
     def __init__(self, *optimizers):
         self.optimizers = optimizers
+        self.__setstate__({"defaults": {}})  # not torch's __init__, which would add groups again
+
+    def __getstate__(self):
+        """Without what torch puts in: hooks, and the `step` that a scheduler has replaced."""
+        own = vars(self).items()
+        return {name: value for name, value in own if name != "step" and name[0] != "_"}
 
     @property
     def param_groups(self):
         return sum((optimizer.param_groups for optimizer in self.optimizers), [])
 
-    def step(self):
-        for optimizer in self.optimizers:
-            optimizer.step()
+    @property
+    def state(self):
+        return ChainMap(*(optimizer.state for optimizer in self.optimizers))
 
     def zero_grad(self, set_to_none=True):
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, group):
+        """The last optimizer takes it. ValueError for a parameter that another one has."""
+        params = group["params"]
+        params = [params] if torch.is_tensor(params) else list(params)
+        have = {id(p) for own in self.param_groups for p in own["params"]}
+        for p in params:
+            if id(p) in have:
+                shape = tuple(p.shape)
+                raise ValueError(f"a parameter of shape {shape} is in a parameter group already")
+        self.optimizers[-1].add_param_group(group | {"params": params})
+
+
+class CombinedOptimizer(Wrapper):
+    """Optimizers of different parameters as one."""
+
+    def step(self, closure=None):
+        loss = loss_of(closure)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
 
     def state_dict(self):
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
@@ -683,7 +807,7 @@ def scale_rates(optimizer, model, scales):
         each.param_groups[:] = groups
 
 
-class LevelOptimizer:
+class LevelOptimizer(Wrapper):
     """The step clock: NL eq. 71 with training steps as ticks, so every level has its own period.
 
     A level accumulates gradients and steps every `chunk` steps. It hands the *sum* of its gradients
@@ -693,7 +817,7 @@ class LevelOptimizer:
         levels = {"mlps.0": 1, "mlps.1": 8, "": 16}
         optimizer = LevelOptimizer(AdamW(model.parameters()), model, levels)
 
-    optimizer: any of torch, or a `CombinedOptimizer`, of parameters of `model`. levels: {part of a
+    optimizer: any of torch or of this file, of parameters of `model`. levels: {part of a
     parameter's name: chunk in steps, or None = never steps}; the first part found in a name
     decides, and "" is found in every name. Mixers and embeddings deserve levels of their own,
     slower than most, because they forget first. `state_dict` holds the sums, so that a run resumes
@@ -708,56 +832,68 @@ class LevelOptimizer:
             if chunk is not None and (type(chunk) is not int or chunk < 1):
                 wanted = "at least 1 step, or None (never steps)"
                 raise ValueError(f"chunk of level {part!r} must be {wanted}, got {chunk!r}")
+        super().__init__(optimizer)
         self.optimizer = optimizer
+        self.model = model
         self.levels = dict(levels)
         self.ticks = 0
         self.parameters = {}  # by name
         self.level = {}  # of a parameter, by name
         self.sums = {}  # gradients since the level's last step, by name
-        names = {id(p): name for name, p in model.named_parameters()}
         for group in optimizer.param_groups:
-            for p in group["params"]:
-                self._add(names.get(id(p)), p)
+            self._take(group["params"])
         for part in levels:
             if part and part not in self.level.values():
                 some = ", ".join(list(self.parameters)[:4])
                 raise ValueError(f"level {part!r} has no parameter, among {some}, ...")
 
-    def _add(self, name, p):
-        if name is None:
-            shape = list(p.shape)
-            raise ValueError(f"the optimizer has a parameter of shape {shape}, not of the model")
-        for part in self.levels:
-            if part in name:
-                self.parameters[name] = p
-                self.level[name] = part
-                return
-        hint = f"the levels are {list(self.levels)}; '' takes all the others"
-        raise ValueError(f"parameter {name!r} has no level: {hint}")
+    def _take(self, params, then=None):
+        """Find the levels of params; if all have one, go on with `then` and keep them."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        level = {}
+        for p in params:
+            name = names.get(id(p))
+            if name is None:
+                shape = list(p.shape)
+                raise ValueError(f"the optimizer has a parameter of shape {shape}, not the model's")
+            level[name] = next((part for part in self.levels if part in name), None)
+            if level[name] is None:
+                hint = f"the levels are {list(self.levels)}; '' takes all the others"
+                raise ValueError(f"parameter {name!r} has no level: {hint}")
+        if then is not None:
+            then()
+        self.level |= level
+        self.parameters |= dict(zip(level, params, strict=True))
 
-    @property
-    def param_groups(self):
-        return self.optimizer.param_groups
+    def add_param_group(self, group):
+        params = group["params"]
+        params = [params] if torch.is_tensor(params) else list(params)
+        self._take(params, partial(super().add_param_group, group | {"params": params}))
 
     def due(self, tick):
         """The levels that step at the end of training step `tick` (the first is 1)."""
         return [part for part, chunk in self.levels.items() if chunk and tick % chunk == 0]
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         """Take p.grad of every parameter, None afterwards; the levels that are due step."""
+        loss = loss_of(closure)
         self.ticks += 1
         due = self.due(self.ticks)
         for name, p in self.parameters.items():
             level = self.level[name]
             if p.grad is not None and self.levels[level]:
-                self.sums[name] = self.sums[name].add_(p.grad) if name in self.sums else p.grad
+                if name in self.sums:
+                    self.sums[name].add_(p.grad)
+                else:  # a copy: DDP writes the next gradient into the same memory
+                    self.sums[name] = p.grad.clone()
             p.grad = self.sums.pop(name, None) if level in due else None
         self.optimizer.step()
         self.zero_grad()
+        return loss
 
     def zero_grad(self, set_to_none=True):
-        self.optimizer.zero_grad(set_to_none=True)
+        super().zero_grad(set_to_none=True)
 
     def state_dict(self):
         return {

@@ -6,6 +6,7 @@ Bit for bit, or in float64 to 1e-10 unless a test says otherwise.
 import copy
 import io
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ from optimizers import (
     newton_schulz,
     optimizer_by_name,
     split_parameters,
+    to_rms,
+    unit,
 )
 
 SHAPES = [(6, 4), (3, 8), (4, 6), (5, 5)]
@@ -330,6 +333,21 @@ def test_tall_gradients_are_transposed_in_deep_momentum():
     assert difference([tall.detach()], [wide.detach().mT]) < 1e-12
 
 
+@pytest.mark.parametrize("features", ["unit", "sign"])
+def test_features_of_unit_length_keep_a_deep_momentum_bounded(features):
+    w = nn.Parameter(torch.zeros(16, 24))
+    optimizer = DeepMomentum([w], features=features)
+    for _ in range(300):
+        step_with(optimizer, [w], [torch.ones(16, 24)])
+    assert max(M.abs().max() for M in optimizer.state[w].values()) < 3
+
+
+@pytest.mark.parametrize("network", [{}, {"depth": 1, "objective": "l2"}])
+def test_linear_features_are_refused_where_nothing_bounds_the_memory(network):
+    with pytest.raises(ValueError, match="features must be .* at depth .*, got 'linear'"):
+        DeepMomentum([nn.Parameter(torch.zeros(3, 4))], features="linear", **network)
+
+
 def test_sign_features_compress_only_signs():
     big, small = (run(lambda w: DeepMomentum(w, features="sign"), scale=s) for s in (1.0, 1e-6))
     assert difference(big, small) < 1e-12
@@ -346,7 +364,7 @@ def test_the_preconditioner_learns_by_gradient_descent():
         H.requires_grad_()
         (slope,) = torch.autograd.grad((H - g**2).square().sum() / 2, H)
         H = H.detach() - 0.1 * slope
-    assert (optimizer.state[w]["H"] - H).abs().max() < 1e-12
+    assert (optimizer.state[w]["R"].square() - H).abs().max() < 1e-12
 
 
 def test_adam_s_memory_is_the_least_squares_map_from_gradients_to_their_root_mean_square():
@@ -427,11 +445,11 @@ def test_m3_as_printed_is_algorithm_1():
     M1, M2, V, O2 = torch.zeros(4, 4, 6)
     for t, g in enumerate(grads, 1):
         step_with(optimizer, [p], [g])
+        if t > 1 and (t - 1) % 4 == 0:  # before the steps kf + 1 .. (k + 1) f: of (k - 1) f .. kf
+            M2 = M2 + 0.7 * sum(grads[max(0, t - 6) : t - 1])
+            O2 = singular_values_by_polynomial(M2)
         M1 = M1 + 0.9 * g
         V = V + 0.8 * g**2
-        if t % 4 == 0:
-            M2 = M2 + 0.7 * sum(grads[t - 4 : t])
-            O2 = singular_values_by_polynomial(M2)
         W = W - 0.1 * (singular_values_by_polynomial(M1) + 0.5 * O2) / (V.sqrt() + 1e-3)
     assert (p - W).abs().max() < 1e-10
 
@@ -447,6 +465,123 @@ def test_a_larger_model_s_matrices_share_one_stack_without_changing_anything():
         step_with(of_all, together, grads)
         step_with(of_each, alone, grads)
     assert difference([w.detach() for w in together], [w.detach() for w in alone]) < 1e-12
+
+
+# --------------------------------------------------------------------------------------------------
+# The scale of gradients
+
+
+def newton_schulz_read(make, **options):
+    return lambda w, **lr: make(w, output="newton_schulz", **options, **lr)
+
+
+# scale-free optimizers, and those whose update has the gradient's scale
+FREE = {
+    "Muon": Muon,
+    "M3": M3,
+    "M3 without second moment": partial(M3, second_moment=False, eps=0.0),
+    "momentum": newton_schulz_read(Momentum),
+    "preconditioned": newton_schulz_read(PreconditionedMomentum, eps=0.0),
+    "delta momentum": newton_schulz_read(DeltaMomentum),
+    "deep momentum": newton_schulz_read(DeepMomentum),
+    "Adam": partial(AdamMemory, eps=0.0),
+    "AdaGrad": partial(AdaGradMemory, eps=0.0),
+    "preconditioned, linear": partial(PreconditionedMomentum, eps=0.0),
+}
+SCALED = {
+    "descent": GradientDescent,
+    "momentum, linear": Momentum,
+    "delta momentum, linear": DeltaMomentum,
+    "deep momentum, linear": DeepMomentum,
+}
+SCALES = [1.0, 1e-38, 1e-30, 1e-23, 1e-15, 1e15, 1e19, 1e30, 1e38]
+
+
+def moved(name, scales, plan, **rates):
+    """Weights that were 0 before the gradients of `plan`, for each scale of these: [scales, 4, 6].
+
+    rates: those of them that the optimizer has.
+    """
+    params = [nn.Parameter(torch.zeros(4, 6, dtype=torch.float32)) for _ in scales]
+    groups = []
+    for p, scale in zip(params, scales, strict=True):
+        lr = 1e-3 / scale if name in SCALED else 1e-3
+        groups.append({"params": [p], "lr": lr})
+    optimizer = (FREE | SCALED)[name](groups)
+    for group in optimizer.param_groups:
+        group.update({key: rates[key] for key in rates.keys() & group.keys()})
+    for g in plan:
+        step_with(optimizer, params, [(g * scale).float() for scale in scales])
+    return torch.stack([p.detach() for p in params])
+
+
+def assert_alike(expected, *others):
+    assert expected.isfinite().all()
+    for got in others:  # at 1e-38 entries of a gradient have few digits
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-2 * expected.abs().max().item())
+
+
+def ordinary(n):
+    torch.manual_seed(3)
+    g = torch.randn(n, 4, 6)
+    return list(g / g.abs().max())
+
+
+@pytest.mark.parametrize("name", [*FREE, *SCALED])
+def test_no_optimizer_depends_on_the_scale_of_gradients(name):
+    assert_alike(*moved(name, SCALES, ordinary(12)))
+
+
+FAST = {"momentum": 0.5, "frequency": 2}  # 300 steps are as long as 2,000 of the usual 0.9
+
+
+@pytest.mark.parametrize("name", [*FREE, *SCALED])
+@pytest.mark.parametrize(
+    "steps, rates", [(300, FAST), pytest.param(2000, {}, marks=pytest.mark.slow)]
+)
+def test_zeros_after_one_gradient_are_the_same_at_every_scale(name, steps, rates):
+    first, last = ordinary(2)
+    if name.startswith("M3"):
+        rates = rates and rates | {"betas": (0.5, 0.95, 0.5)}
+    plan = [first, *[torch.zeros(4, 6)] * steps, last]
+    assert_alike(*moved(name, [1.0, 1e-38, 1e38], plan, **rates))
+
+
+def test_a_memory_of_orthogonal_reads_keeps_its_direction_through_zeros():
+    """Muon's steps along one gradient are equal, though M is 1e-60 of it at the end."""
+    (w,) = weights(shapes=[(4, 6)], dtype=torch.float32)
+    optimizer = Muon([w], lr=1e-3, momentum=0.5)
+    (g,) = ordinary(1)
+    steps = []
+    for t in range(200):
+        before = w.detach().clone()
+        step_with(optimizer, [w], [g.float() if t == 0 else torch.zeros_like(w)])
+        steps.append(w.detach() - before)
+    torch.testing.assert_close(steps[-1], steps[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*FREE, *SCALED])
+def test_weights_without_any_gradient_stay(name):
+    assert not moved(name, [1.0], [torch.zeros(4, 6)] * 12).any()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_newton_schulz_and_unit_lengths_do_not_depend_on_scale(scale):
+    (g,) = ordinary(1)
+    G = (g * scale).float()
+    for f in (newton_schulz, unit, partial(to_rms, rms=0.2)):
+        torch.testing.assert_close(f(G), f(g.float()), rtol=1e-4, atol=1e-5)
+        assert not f(torch.zeros_like(G)).any()
+
+
+def test_a_tiny_gradient_after_an_ordinary_one_leaves_delta_momentum_s_weights_in_place():
+    (w,) = weights(shapes=[(4, 6)], dtype=torch.float32)
+    optimizer = DeltaMomentum([w])
+    first, then = ordinary(2)
+    start = w.detach().clone()
+    for g in (first, 1e-23 * then):
+        step_with(optimizer, [w], [g.float()])
+    assert (w - start).abs().max() < 0.1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -514,6 +649,33 @@ def test_dgd_follows_the_tokens_of_a_batch_one_by_one():
     before = last.weight.detach().clone()
     optimizer.step()  # nothing new was recorded
     assert torch.equal(last.weight, before)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "both"])
+def test_dgd_moves_only_what_requires_a_gradient(frozen):
+    """The rest takes the steps of its own problem, W x - u with what is frozen as a part of u."""
+    lr = 0.3
+    layer = nn.Linear(4, 3)
+    model = nn.Sequential(nn.Linear(4, 4), layer, nn.Tanh())
+    for name, p in layer.named_parameters():
+        p.requires_grad_(frozen not in (name, "both"))
+    optimizer = DGD(model, lr=lr)
+    W, b = layer.weight.detach().clone(), layer.bias.detach().clone()
+    x = torch.randn(5, 4)
+    inputs = model[0](x).detach()
+    first = model[0].weight.detach().clone()
+    y = layer(inputs).detach().requires_grad_()
+    torch.tanh(y).square().sum().backward()
+    model(x).square().sum().backward()
+    optimizer.step()
+    for k, slope in zip(inputs, y.grad, strict=True):
+        error = W @ k + b + slope
+        if frozen == "weight":
+            b = b - lr / (1 + lr) * error
+        if frozen == "bias":
+            W = W - lr / (1 + lr * k @ k) * torch.outer(error, k)
+    assert difference([layer.weight.detach(), layer.bias.detach()], [W, b]) < 1e-10
+    assert not torch.equal(model[0].weight, first)  # gradients pass through what is frozen
 
 
 def test_dgd_recovers_gradient_descent_for_small_inputs():
@@ -728,6 +890,96 @@ def test_a_level_moves_at_multiples_of_its_chunk_and_at_no_other_step():
         assert optimizer.due(tick) == ["fast", *slow] + [""] * (tick % 2 == 0)
 
 
+def test_the_step_clock_keeps_no_gradient_that_the_next_backward_overwrites():
+    """DDP with gradient_as_bucket_view writes all gradients into the same memory."""
+    net = network()
+    plain = copy.deepcopy(net)
+    grads = random_steps(net, 9)
+    take(clocked(plain), plain, grads)
+    optimizer = clocked(net)
+    buckets = [torch.empty_like(p) for p in net.parameters()]
+    for step in grads:
+        for p, bucket, g in zip(net.parameters(), buckets, step, strict=True):
+            p.grad = bucket.copy_(g)
+        optimizer.step()
+    assert_equal(net, plain)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "combined", "combined alone"])
+def test_optimizers_of_optimizers_are_torch_s(kind):
+    """A scheduler, a closure, a GradScaler, hooks, copies: as the optimizer inside by itself."""
+
+    def build(net, wrap):
+        inside = UNDER_THE_CLOCK[kind.split()[0]](list(net.parameters()))
+        if wrap and kind != "combined alone":
+            return LevelOptimizer(inside, net, {"": 1})
+        parts = inside.optimizers if isinstance(inside, CombinedOptimizer) else (inside,)
+        return inside if wrap else parts
+
+    net = network()
+    alone = copy.deepcopy(net)
+    optimizer = build(net, True)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5**t)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    others = build(alone, False)
+    plain = [torch.optim.lr_scheduler.LambdaLR(other, lambda t: 0.5**t) for other in others]
+    called = []
+    optimizer.register_step_post_hook(lambda *_: called.append(1))
+
+    def loss(net, t):
+        x = torch.full((2, 3), 0.3 * (t + 1))
+        return sum(part(x).square().sum() for part in net.values())
+
+    for t in range(3):
+        scaler.scale(loss(net, t)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        loss(alone, t).backward()
+        for other, schedule in zip(others, plain, strict=True):
+            other.step()
+            other.zero_grad()
+            schedule.step()
+        optimizer.zero_grad()
+    assert difference(list(net.parameters()), list(alone.parameters())) < 1e-12
+    assert called == [1, 1, 1]
+    first = next(net.parameters())
+    assert optimizer.state[first].keys() == others[0].state[next(alone.parameters())].keys()
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(net, 3)
+        value.backward()
+        return value
+
+    expected = loss(net, 3)
+    assert optimizer.step(closure) == expected != loss(net, 3)
+    twin, copied = copy.deepcopy((net, optimizer))
+    for which, own in ((net, optimizer), (twin, copied)):
+        own.zero_grad()
+        loss(which, 1).backward()
+        own.step()
+    assert_equal(net, twin)
+
+
+def test_a_group_that_is_added_to_the_step_clock_has_a_level():
+    net = network()
+    optimizer = LevelOptimizer(torch.optim.SGD(net["fast"].parameters(), lr=0.1), net, {"": 2})
+    optimizer.add_param_group({"params": net["slow"].parameters(), "lr": 0.5})
+    with pytest.raises(ValueError, match=r"shape \(3, 3\) is in a parameter group already"):
+        optimizer.add_param_group({"params": net["slow"].weight})
+    with pytest.raises(ValueError, match=r"shape \[4\], not the model's"):
+        optimizer.add_param_group({"params": nn.Parameter(torch.zeros(4))})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.5]
+    before = net["slow"].weight.detach().clone()
+    for _ in range(2):
+        net["slow"](torch.ones(1, 3)).sum().backward()
+        assert torch.equal(net["slow"].weight, before)
+        optimizer.step()
+    torch.testing.assert_close(before - net["slow"].weight, torch.full((3, 3), 1.0))
+
+
 @pytest.mark.parametrize("kind", UNDER_THE_CLOCK)
 def test_the_step_clock_resumes_in_the_middle_of_a_period(kind, tmp_path):
     net = network()
@@ -760,7 +1012,7 @@ def test_bad_levels_of_the_step_clock_are_named():
         with pytest.raises(ValueError, match=message):
             clocked(net, levels=levels)
     foreign = nn.Parameter(torch.zeros(4))
-    with pytest.raises(ValueError, match=r"shape \[4\], not of the model"):
+    with pytest.raises(ValueError, match=r"shape \[4\], not the model"):
         LevelOptimizer(torch.optim.SGD([*net.parameters(), foreign], lr=0.1), net, {"": 1})
 
 
@@ -770,7 +1022,7 @@ def test_bad_levels_of_the_step_clock_are_named():
 WITH_MOMENTUM = [Momentum, PreconditionedMomentum, DeltaMomentum, DeepMomentum, Muon]
 BAD = {
     "lr": (ALL, [0, -1.0, math.nan, math.inf, "fast"]),
-    "weight_decay": (ALL, [-0.1, math.nan]),
+    "weight_decay": (ALL, [-0.1, math.nan, math.inf]),
     "momentum": (WITH_MOMENTUM, [1, -0.1, None]),
     "betas": ([AdamMemory, M3], [(0.9, 1.0, 0.9), (-0.1, 0.9), (0.9,), 0.9]),
     "beta": ([PreconditionedMomentum], [1.0]),
@@ -857,6 +1109,16 @@ def test_dgd_refuses_bad_input():
     with pytest.raises(ValueError, match="not finite"):
         optimizer.step()
     assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "bad", [{"weight_decay": math.inf}, {"lr": math.inf}, {"betas": (0.9, math.nan)}]
+)
+def test_bad_rates_of_a_model_s_optimizer_are_refused(kind, bad):
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got "):
+        optimizer_by_name(Model(), kind, **bad)
 
 
 def test_an_unknown_optimizer_is_named():
