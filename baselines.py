@@ -213,6 +213,11 @@ def with_one(x):
     return F.pad(x, (0, 1), value=1.0)
 
 
+def phi(x, shift=0.0):
+    """(elu(x) + 1) e^-shift, for a shift where all x <= 0; of elu nothing is left below x = -17."""
+    return torch.where(x > 0, x + 1, (x.clamp(max=0) - shift).exp())
+
+
 class LinearAttention(Recurrent):
     """Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236): exp(q k) is phi(q) phi(k).
 
@@ -227,10 +232,12 @@ class LinearAttention(Recurrent):
         self.norm = nn.Identity()
 
     def remember(self, q, k, v, rates, state):
-        q = F.elu(q) + 1
-        k = F.elu(k) + 1
+        q = phi(q, q.detach().amax(-1, keepdim=True).clamp(max=0))  # y is blind to phi(q)'s length
+        k = phi(k)
         y, W, _ = linear_attention(q, k, with_one(v), state["W"], self.backend)
-        return y[..., :-1] / y[..., -1:], {"W": W}
+        weight = y[..., -1:]
+        weight = weight.masked_fill(weight < 1e-30, 1.0)  # all keys so far have underflowed: y is 0
+        return y[..., :-1] / weight, {"W": W}
 
     def products(self, T):
         d = self.width
@@ -315,8 +322,14 @@ class GatedDeltaNet(Recurrent):
 # A network as memory
 
 
+def gelu(z):
+    """z Phi(z), by erfc: of torch's 1 + erf nothing is left below z = -6."""
+    return z * (0.5 * torch.erfc(z * -(0.5**0.5)))
+
+
 def gelu_derivative(z):
-    return 0.5 * (1 + torch.erf(z * 0.5**0.5)) + z * torch.exp(-0.5 * z * z) * (2 * math.pi) ** -0.5
+    density = torch.exp(-0.5 * z * z) * (2 * math.pi) ** -0.5
+    return 0.5 * torch.erfc(z * -(0.5**0.5)) + z * density
 
 
 class TTT(Recurrent):
@@ -373,11 +386,11 @@ class TTT(Recurrent):
         for W in boundary[:-1]:
             z = inputs[-1] @ W.mT
             slopes.append(gelu_derivative(z))
-            inputs.append(with_one(F.gelu(z)))
+            inputs.append(with_one(gelu(z)))
         z = inputs[-1] @ boundary[-1].mT
         # gradient of |k + LN(z) - v|^2 / 2 at z: a layer norm is blind to z's mean and length
         z = z - z.mean(-1, keepdim=True)
-        r = torch.rsqrt(z.square().mean(-1, keepdim=True) + EPS)
+        r = (z.square().mean(-1, keepdim=True) + EPS).sqrt().reciprocal()
         z = z * r
         g = (k + z * self.scale + self.shift - v) * self.scale
         gradients = [r * (g - g.mean(-1, keepdim=True) - z * (g * z).mean(-1, keepdim=True))]
@@ -390,7 +403,7 @@ class TTT(Recurrent):
         new = []
         for i, (W, x, g) in enumerate(zip(running, inputs, gradients, strict=True)):
             step = eta / x.square().sum(-1)
-            read_at = with_one(F.gelu(h) if i else h)
+            read_at = with_one(gelu(h) if i else h)
             h, W, _ = scan(W, x, -g, step, alpha, read_at, delta=0.0, backend=self.backend)
             new.append(W)
         return q + F.layer_norm(h, h.shape[-1:], eps=EPS) * self.scale + self.shift, new

@@ -222,7 +222,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = F.linear(part, table)  # under autocast narrower than the rest
             narrow = logits.dtype
             logits = logits.to(torch.promote_types(narrow, torch.float32))
-            top = torch.logsumexp(logits, 1, keepdim=True)
+            logits = logits - logits.amax(1, keepdim=True)  # first: a small loss keeps its digits
+            top = logits.exp().sum(1, keepdim=True).log_()
             loss = loss + (top - logits.gather(1, target)).sum()
             p = logits.sub_(top).exp_()
             p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
@@ -416,7 +417,7 @@ class _SelfModify(torch.autograd.Function):
         q = torch.empty_like(x) if adaptive else q
         y = torch.empty_like(x)
         nothing = x.new_zeros(())
-        theta = p = P_theta = zg = z = e = g2 = shrink = X2 = r2 = y1 = None
+        theta = rest = p = P_theta = zg = z = e = g2 = shrink = X2 = r2 = y1 = None
         saved = []
         for i in range(0, T, chunk):
             xc = x[:, i : i + chunk]
@@ -443,8 +444,10 @@ class _SelfModify(torch.autograd.Function):
             eta = step * (1 + alpha) * sig
             c = P = decay_forward(alpha)  # [N, C+1, C+1]
             if momentum:
-                theta = torch.sigmoid(g[..., m * d + 2] + b_theta)
-                eta.mul_(1 - theta)
+                z_theta = g[..., m * d + 2] + b_theta
+                theta = torch.sigmoid(z_theta)
+                rest = torch.sigmoid(-z_theta)  # 1 - theta, with all its digits
+                eta.mul_(rest)
                 P_theta = decay_forward(theta)
                 p = P_theta[:, C]
                 c = torch.cat([P[..., :1], P[..., 1:] @ P_theta[..., 1:, :]], -1)  # [N, C+1, C+2]
@@ -478,8 +481,8 @@ class _SelfModify(torch.autograd.Function):
                 yc.baddbmm_(hq, W02[::n].mT)
             y[:, i : i + chunk] = yc
             if any(ctx.needs_input_grad):
-                saved += [*start, kv, norm, X, r, P, c, alpha, sig, eta, z_alpha, theta, P_theta]
-                saved += [p, zg, z, e, g2, shrink, X2, r2, y1]
+                saved += [*start, kv, norm, X, r, P, c, alpha, sig, eta, z_alpha, theta, rest]
+                saved += [P_theta, p, zg, z, e, g2, shrink, X2, r2, y1]
         ctx.save_for_backward(x, q, W0, A, W02, *saved)
         ctx.options = (chunk, step, adaptive)
         # copies: the first boundary is an input
@@ -512,7 +515,7 @@ class _SelfModify(torch.autograd.Function):
         for i in range((T - 1) // chunk * chunk, -1, -chunk):
             j = i // chunk * per_chunk
             W, S, W2, S2, kv, norm, X, r, P, c, alpha, sig, *more = saved[j : j + per_chunk]
-            eta, z_alpha, theta, P_theta, p, zg, z, e, g2, shrink, X2, r2, y1 = more
+            eta, z_alpha, theta, rest, P_theta, p, zg, z, e, g2, shrink, X2, r2, y1 = more
             xc = x[:, i : i + chunk]
             qc = q[:, i : i + chunk]
             dyc = dy[:, i : i + chunk]
@@ -578,8 +581,8 @@ class _SelfModify(torch.autograd.Function):
                 later[:, -1].add_(dp[0])
                 later = P_theta[:, 1:, 1:].mT @ later
                 d_theta = (later * P_theta[:, :-1]).sum(-1)
-                dzc = [theta * ((1 - theta) * d_theta - deta * eta)]
-                deta.mul_(1 - theta)
+                dzc = [theta * (rest * d_theta - deta * eta)]
+                deta.mul_(rest)
             d_alpha.addcmul_(deta, sig, value=step).mul_(alpha)  # of log alpha
             dze = step * deta * (1 + alpha) * sig * (1 - sig)
             dza = -step * A * d_alpha * torch.sigmoid(z_alpha)

@@ -57,7 +57,7 @@ def full_precision(t):
 
 def l2norm(x, eps=EPS):
     """x [..., d] scaled to unit length (vectors far below sqrt(eps) stay small)."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+    return x / (x.square().sum(-1, keepdim=True) + eps).sqrt()  # rsqrt's gradient has a cube
 
 
 # --------------------------------------------------------------------------------------------------

@@ -207,8 +207,10 @@ class SelfModifyingTitans(nn.Module):
         eta = eta * (1 + alpha) if self.dgd else eta / self.chunk
         theta = None
         if self.momentum:
-            theta = torch.sigmoid(gates[..., 2] + self.b_theta[:, None])
-            eta = eta * (1 - theta)  # deviation 9: a lasting surprise is written at the same rate
+            z_theta = gates[..., 2] + self.b_theta[:, None]
+            theta = torch.sigmoid(z_theta)
+            # deviation 9: 1 - theta, with all its digits; a lasting surprise is written at one rate
+            eta = eta * torch.sigmoid(-z_theta)
         rates = {"eta": eta, "alpha": alpha, "theta": theta}
         rule = {"delta": float(self.dgd), "backend": self.backend}
         # every memory chooses its target
@@ -347,9 +349,9 @@ class NeuralMemory(Recurrent):
         k = l2norm(k, EPS)
         v = l2norm(v, EPS)
         eta, theta, alpha = rates + self.bias[:, None, :, None]  # [B, H, T] each
+        eta = torch.sigmoid(eta) * torch.sigmoid(-theta) / self.chunk  # 1 - theta, all its digits
         theta = torch.sigmoid(theta)
         alpha = retention_of(alpha, 1.0)
-        eta = torch.sigmoid(eta) * (1 - theta) / self.chunk
 
         def one_chunk(now, boundary, running, momentum):
             return write(boundary, **now, delta=0.0, momentum=momentum, running=running,
