@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layers import one_of
+from layers import at_least_1, one_of
 
 VARIANTS = ("sequential", "nested", "independent")
 
@@ -44,8 +44,7 @@ class Level:
         if self.chunk is not None and (type(self.chunk) is not int or self.chunk < 1):
             wanted = "an integer of at least 1 tick, or None (never updates)"
             raise ValueError(f"chunk of a level must be {wanted}, got {self.chunk!r}")
-        if self.hidden < 1:
-            raise ValueError(f"hidden of a level must be at least 1, got {self.hidden}")
+        at_least_1(**{"hidden of a level": self.hidden})
 
 
 class MLP(nn.Module):
@@ -141,6 +140,8 @@ class CMS(nn.Module):
             self._check(state, x)
             fast = state["fast"]
             state = state | {"position": state["position"] + x.shape[1]}
+            if self.log_step is not None:  # a gradient of rows without a step: DDP waits for it
+                x = x + 0 * self.log_step.sum()
         if self.variant == "independent":
             y = x
             for mix, mlp, w in zip(self.mix, self.mlps, fast, strict=True):

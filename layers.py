@@ -34,17 +34,20 @@ def one_of(what, value, choices):
 
 
 def at_least_1(**numbers):
-    """ValueError for a number below 1, by its name."""
+    """ValueError for a number that is no integer or below 1, by its name."""
     for name, value in numbers.items():
+        if type(value) is not int:
+            raise ValueError(f"{name} must be an integer, got {value!r}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def whole_chunks(window_reset, chunk):
     """ValueError for a window that does not end with a chunk. None: no windows."""
-    if window_reset is not None and (window_reset < 1 or window_reset % chunk):
+    whole = type(window_reset) is int and window_reset > 0 and window_reset % chunk == 0
+    if not (window_reset is None or whole):
         wanted = f"a positive multiple of chunk, {chunk} tokens, or None"
-        raise ValueError(f"window_reset must be {wanted}, got {window_reset}")
+        raise ValueError(f"window_reset must be {wanted}, got {window_reset!r}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -59,8 +62,7 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, dim, width=4):
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width of a convolution must be at least 1 token, got {width}")
+        at_least_1(**{"width of a convolution": width})
         self.weight = nn.Parameter(torch.randn(width, dim) * width**-0.5)
 
     def forward(self, x, tail=None):
@@ -87,8 +89,9 @@ def heads(x, n):
 
 def head_width(d_model, n_heads):
     """d_model / n_heads. Raises ValueError where that is no positive integer."""
-    if n_heads < 1 or d_model < 1 or d_model % n_heads:
-        raise ValueError(f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}")
+    whole = type(d_model) is type(n_heads) is int
+    if not whole or n_heads < 1 or d_model < 1 or d_model % n_heads:
+        raise ValueError(f"d_model must be a multiple of n_heads, got {d_model!r} and {n_heads!r}")
     return d_model // n_heads
 
 

@@ -201,6 +201,9 @@ def test_a_nested_level_takes_the_same_number_of_steps_from_every_start():
         (lambda: Level(0, 4), r"chunk of a level must be .*at least 1.*got 0"),
         (lambda: Level(-3, 4), r"chunk of a level must be .*at least 1.*got -3"),
         (lambda: Level(4, 0), r"hidden of a level must be at least 1, got 0"),
+        (lambda: Level(4, 2.5), r"hidden of a level must be an integer, got 2.5"),
+        (lambda: Level(2.5, 4), r"chunk of a level must be an integer.*got 2.5"),
+        (lambda: Level(True, 4), r"chunk of a level must be an integer.*got True"),
         (lambda: CMS(D, []), r"levels must have chunks.*got \[\]"),
         (
             lambda: CMS(D, LEVELS, "parallel"),

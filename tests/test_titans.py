@@ -573,6 +573,38 @@ def test_a_token_repeated_4096_times_stays_finite_with_its_gradients(name):
 
 
 # --------------------------------------------------------------------------------------------------
+# Rows that end with their first chunk
+
+SHORT = {
+    "hope": {},
+    "levels without a step": dict(cms_updates="first_order", levels=[8, 16, None]),
+    "independent levels": dict(cms_updates="full", levels=[8, None], variant="independent"),
+    "boundary": dict(mode="boundary"),
+    "boundary, mlp, momentum, plain": dict(
+        mode="boundary", memory="mlp", momentum=True, adaptive=["k", "v", "q"], dgd=False
+    ),
+    "boundary, windows, static": dict(mode="boundary", window_reset=8, adaptive=[]),
+    "no retention": dict(mode="boundary", retention=False),
+    **{model: dict(model=model) for model in ("titans", "titans_mac", "ttt_mlp", "ttt_e2e")},
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_rows_of_one_chunk_give_every_parameter_a_gradient(name):
+    """DDP waits for all of them, and stops at the second step where one has none."""
+    sizes = dict(vocab_size=17, d_model=8, n_layers=1, n_heads=2, hidden=24, chunk=8, window=8)
+    options = {"cms_updates": "off", "levels": [None]} | SHORT[name]
+    if name == "ttt_e2e":
+        options |= {"cms_updates": None, "levels": [8, None]}
+    m = Hope(HopeConfig(**sizes | options))
+    for T in (1, 8):
+        m.zero_grad()
+        tokens = torch.zeros(1, T, dtype=torch.int64)
+        m(tokens, targets=tokens).backward()
+        assert [name for name, p in m.named_parameters() if p.grad is None] == []
+
+
+# --------------------------------------------------------------------------------------------------
 # Bad input
 
 
@@ -592,6 +624,10 @@ def test_bad_input_is_named_with_its_value_and_the_legal_range():
         (lambda: NeuralMemory(8, 2, conv=-1), r"width.*at least 1.*got -1"),
         (lambda: SelfModifyingTitans(8, 2, window_reset=100), r"multiple of chunk.*64.*got 100"),
         (lambda: NeuralMemory(8, 2, window_reset=0), r"window_reset.*multiple of chunk.*got 0"),
+        (lambda: NeuralMemory(8, 2, window_reset=64.0), r"window_reset.*multiple.*got 64.0"),
+        (lambda: SelfModifyingTitans(8, 2, chunk=2.5), r"chunk must be an integer, got 2.5"),
+        (lambda: SelfModifyingTitans(8, 2, conv=2.5), r"width.*must be an integer, got 2.5"),
+        (lambda: SelfModifyingTitans(8.0, 2), r"d_model must be a multiple.*got 8.0 and 2"),
     ]
     for make, message in refused:
         with pytest.raises(ValueError, match=message):
