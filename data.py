@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from support.checkpoint import atomic_write, first_line
+from support.checkpoint import atomic_write, first_line, locked
 from support.corpus import (
     HELD_OUT,
     HELD_OUT_BYTES,
@@ -42,13 +43,16 @@ from support.corpus import (
     PLAN,
     Shards,
     batch,
+    check_shards,
     held_out_start,
     load_corpus,
+    manifest_of,
     mapped,
     n_held_out,
     open_shard,
     place_to_cut,
     read_text,
+    sha256_of,
     shuffled,
     source_name,
 )
@@ -78,6 +82,7 @@ FINEWEB = {
     "sample-350BT": 350e9,
     "default": math.inf,
 }
+LOCK = "lock.tmp"  # of a folder that is written: killed, it leaves what is no other's
 HUB = {"path": "HuggingFaceFW/fineweb-edu"}
 
 
@@ -100,15 +105,26 @@ class Part:
         return f"{self.split}-{self.number:05d}.npy"
 
 
-def plan_text(sources: list[str]) -> tuple[dict, list[Part]]:
-    """(what the source is, parts) of files, folders, 'stdlib'; split as `load_corpus` does."""
+def plan_text(sources: list[str], rows: Path, field: str = "text") -> tuple[dict, list[Part]]:
+    """(what the source is, parts) of files, folders, 'stdlib'; split as `load_corpus` does.
+
+    rows: the file to write texts to that are no whole files, as the rows of a .jsonl; the parts
+    refer to it. field: which of a row's fields is its text.
+    """
     found = []
-    for source in sources:
-        for name, path, text in read_text(source):
-            found.append((name, str(path), len(text), zlib.crc32(text)))
+    seen = set()
+    with open(rows, "wb") as file:
+        for source in sources:
+            for name, path, text in read_text(source, field, seen):
+                begin = 0
+                if isinstance(text, bytes):  # not a whole file
+                    path = rows
+                    begin = file.tell()
+                    file.write(text)
+                found.append((name, str(path), begin, len(text), zlib.crc32(text)))
     files = shuffled(found)
-    sizes = [size for _, _, size, _ in files]
-    ranges = [(path, 0, size) for _, path, size, _ in files]
+    sizes = [size for *_, size, _ in files]
+    ranges = [(path, begin, begin + size) for _, path, begin, size, _ in files]
     if len(files) == 1:
         path, _, size = ranges[0]
         with mapped(path) as text:
@@ -122,7 +138,7 @@ def plan_text(sources: list[str]) -> tuple[dict, list[Part]]:
     total = sum(sizes)
     most = min(MAX_SHARD, max(MIN_SHARD, total // 256))
     parts = _parts("val", val, math.inf) + _parts("train", train, most)
-    checked = json.dumps([(name, size, crc32) for name, _, size, crc32 in files])
+    checked = json.dumps([(name, size, crc32) for name, *_, size, crc32 in files])
     source = {"name": source_name(sources), "documents": len(files), "bytes": total}
     return source | {"sha256": hashlib.sha256(checked.encode()).hexdigest()}, parts
 
@@ -228,7 +244,7 @@ def _make(part: Part, out: Path, tick: Callable[[int], None]) -> dict:
     encoding = tokenizer(str(out / TOKENIZER))
     path = out / part.file
     try:
-        array = open_shard(path)
+        array = open_shard(path, dtype_of(encoding))
         tick(part.size)
     except ValueError:  # none, or one torn by a power cut
         array = _encode(part, encoding, tick)
@@ -239,8 +255,9 @@ def _make(part: Part, out: Path, tick: Callable[[int], None]) -> dict:
         "split": part.split,
         "tokens": len(array),
         "bytes": n_bytes(array, encoding),
+        "largest": max((int(block.max()) for block in blocks(array)), default=0),
         "documents": ends + (part.number == 0),
-        "sha256": _sha256(path),
+        "sha256": sha256_of(path),
     }
 
 
@@ -265,14 +282,6 @@ def _save_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
-def _sha256(path: Path) -> str:
-    checksum = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**24):
-            checksum.update(block)
-    return checksum.hexdigest()
-
-
 # --------------------------------------------------------------------------------------------------
 # All shards
 
@@ -294,33 +303,35 @@ def make_shards(
         (out / PLAN).unlink(missing_ok=True)
         return begun
     out.mkdir(parents=True, exist_ok=True)
-    for torn in out.glob("*.tmp"):
-        torn.unlink()
-    if not (out / TOKENIZER).is_file():
-        if not ready:
-            print(f"training a vocabulary of {vocab:,} symbols ...", flush=True)
-        encoding = ready or train_tokenizer(_training_text(parts), vocab)
-        atomic_write(out / PLAN, lambda beside: beside.write_text(json.dumps(plan)))
-        save_tokenizer(encoding, out)
-    encoding = tokenizer(str(out / TOKENIZER))
-    affinity = hasattr(os, "sched_getaffinity")
-    cpus = len(os.sched_getaffinity(0)) if affinity else os.cpu_count()
-    jobs = min(jobs or cpus, len(parts))
-    shards = _make_all(parts, out, jobs, "B" if parts[0].texts else " tokens")
-    manifest = plan | {
-        "tokenizer": {
-            "name": encoding.name,
-            "sha256": tokenizer_hash(encoding),
-            "n_vocab": encoding.n_vocab,
-        },
-        "train": _totals(shards, "train"),
-        "val": _totals(shards, "val"),
-        "shards": shards,
-    }
-    text = json.dumps(manifest, indent=1) + "\n"
-    atomic_write(out / MANIFEST, lambda beside: beside.write_text(text))
-    (out / PLAN).unlink()
-    return manifest
+    with locked(out / LOCK):
+        for torn in out.glob("*.tmp"):
+            if torn.name != LOCK:
+                torn.unlink()
+        if not (out / TOKENIZER).is_file():
+            if not ready:
+                print(f"training a vocabulary of {vocab:,} symbols ...", flush=True)
+            encoding = ready or train_tokenizer(_training_text(parts), vocab)
+            atomic_write(out / PLAN, lambda beside: beside.write_text(json.dumps(plan)))
+            save_tokenizer(encoding, out)
+        encoding = tokenizer(str(out / TOKENIZER))
+        affinity = hasattr(os, "sched_getaffinity")
+        cpus = len(os.sched_getaffinity(0)) if affinity else os.cpu_count()
+        jobs = min(jobs or cpus, len(parts))
+        shards = _make_all(parts, out, jobs, "B" if parts[0].texts else " tokens")
+        manifest = plan | {
+            "tokenizer": {
+                "name": encoding.name,
+                "sha256": tokenizer_hash(encoding),
+                "n_vocab": encoding.n_vocab,
+            },
+            "train": _totals(shards, "train"),
+            "val": _totals(shards, "val"),
+            "shards": shards,
+        }
+        text = json.dumps(manifest, indent=1) + "\n"
+        atomic_write(out / MANIFEST, lambda beside: beside.write_text(text))
+        (out / PLAN).unlink()
+        return manifest
 
 
 def _begun(out: Path, plan: dict) -> dict:
@@ -330,12 +341,12 @@ def _begun(out: Path, plan: dict) -> dict:
     """
     for name in (MANIFEST, PLAN):
         if (out / name).is_file():
-            begun = json.loads((out / name).read_text())
-            for key, value in plan.items():
-                if begun.get(key) != value:
-                    wrong = f"was begun with {key} {begun.get(key)}, not {value}"
-                    raise ValueError(f"out {str(out)!r} {wrong}: name a new folder")
-            return begun
+            with manifest_of(out, name) as begun:
+                for key, value in plan.items():
+                    if begun.get(key) != value:
+                        wrong = f"was begun with {key} {begun.get(key)}, not {value}"
+                        raise ValueError(f"{wrong}: name a new folder")
+                return begun
     if out.exists() and not (out.is_dir() and all(path.suffix == ".tmp" for path in out.iterdir())):
         raise ValueError(f"out {str(out)!r} exists and holds something else: name a new folder")
     return {}
@@ -439,7 +450,7 @@ def show(source: str = "stdlib") -> None:
         except ValueError as error:
             line += f"; GPT-2's for comparison: {error}"
         print(line)
-        check(source)
+        print(f"sha256 of {check_shards(source, 'train', 'val')} shards: as the manifest says")
     inputs, _ = batch(corpus.train, 3, min(240, len(corpus.train) - 1), seed=0, step=0)
     print("\na batch of 3 rows, seed 0, step 0:")
     for row in inputs:
@@ -450,16 +461,6 @@ def _show_part(name: str, tokens, size: int, files: tuple[str, ...]) -> None:
     shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
     counts = f"{len(files):,} files, {size:,} bytes, {len(tokens):,} tokens"
     print(f"{name:>9}: {counts} ({shown})")
-
-
-def check(folder: str) -> None:
-    """Compare every shard with the manifest. ValueError names the first that differs."""
-    shards = json.loads((Path(folder) / MANIFEST).read_text())["shards"]
-    for shard in tqdm(shards, desc="sha256", dynamic_ncols=True, leave=False, disable=None):
-        if _sha256(Path(folder) / shard["file"]) != shard["sha256"]:
-            wrong = f"{shard['file']} is not the file of the manifest: its sha256 differs"
-            raise ValueError(f"data {folder!r}: {wrong}")
-    print(f"sha256 of {len(shards)} shards: as the manifest says")
 
 
 def _vocab(text: str) -> int | str:
@@ -476,7 +477,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", metavar="[SOURCE | text | fineweb-edu]")
     text = commands.add_parser("text", help="token shards of local text")
-    text.add_argument("paths", nargs="+", help="text files, folders of text files, 'stdlib'")
+    paths = "text files, .txt.gz, .jsonl, .jsonl.gz, .parquet, folders of them, 'stdlib'"
+    text.add_argument("paths", nargs="+", help=paths)
+    field = "field of a row of .jsonl, .jsonl.gz or .parquet that is its text (default: text)"
+    text.add_argument("--field", default="text", help=field)
     web = commands.add_parser("fineweb-edu", help="token shards of FineWeb-Edu (needs datasets)")
     number = {"type": whole_number, "metavar": "N"}
     web.add_argument("--tokens", **number, default=15 * 10**9, help="to train on (default: 15e9)")
@@ -497,8 +501,10 @@ def main(argv: list[str] | None = None) -> None:
         return show(argv[0])
     args = _parser().parse_args(argv)
     web = args.command == "fineweb-edu"
-    source, parts = plan_fineweb(args.tokens) if web else plan_text(args.paths)
-    manifest = make_shards(source, parts, args.vocab, args.out, args.jobs)
+    with tempfile.TemporaryDirectory() as folder:  # in TMPDIR
+        rows = Path(folder, "rows")
+        plan = plan_fineweb(args.tokens) if web else plan_text(args.paths, rows, args.field)
+        manifest = make_shards(*plan, args.vocab, args.out, args.jobs)
     for split in ("train", "val"):
         n = manifest[split]
         counts = f"{n['documents']:,} documents, {n['bytes']:,} bytes, {n['tokens']:,} tokens"

@@ -71,22 +71,30 @@ LOCAL_NOTES = {
 def evaluate(
     folder: str, data: str | None = None, device: str = "auto", cms_updates: str | None = None
 ) -> dict:
-    """Scores of a run on its held-out text, or on all of `data`; also written to eval.json.
+    """`score` of a run by its folder, also written to eval.json.
+
+    cms_updates: see Run.open. Raises FileNotFoundError or ValueError for a folder that is no run, a
+    damaged checkpoint, bad data, a device that is not there; NonFinite.
+    """
+    run = Run.open(folder, device, cms_updates)
+    result = score(run, data)
+    run.record(result)
+    return result
+
+
+def score(run: Run, data: str | None = None) -> dict:
+    """Scores of a run on its held-out text, or on all of `data`.
 
     Every token is scored once, in windows as long as the training rows, memories starting afresh in
     each. Bits per byte divide by the bytes of the text, so models of any tokenizers compare.
-    cms_updates: see Run.open.
-    Raises FileNotFoundError or ValueError for a folder that is no run, a damaged checkpoint, bad
-    data, a device that is not there; NonFinite.
     """
-    run = Run.open(folder, device, cms_updates)
     text, tokens, size = run.text(data)
     config = run.config
     rows = 4 * (config.micro_batch or config.batch_size)  # no graph, so there is room
     start = run.encoding.eot_token
     nats, count = validate(run.model, tokens, rows, config.seq_len, run.device, start, show=True)
     bits = nats / math.log(2) / size
-    result = {
+    return {
         "text": text,
         "bits_per_byte": bits,
         "byte_perplexity": 2**bits,
@@ -96,8 +104,6 @@ def evaluate(
         "seq_len": config.seq_len,
         "cms_steps_in_context": run.model.config.cms_updates,
     }
-    run.record(result)
-    return result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -256,13 +262,13 @@ def run_tasks(args) -> None:
             if name in names:
                 bar.set_description(name)
                 made, text = table(run, scorer, args)
-                run.record({name: made | facts | settings})
                 tqdm.write(f"\n{text}")
+                run.record({name: made | facts | settings})
         if others:
             bar.set_description("others")
             made, text = tasks_by_name(others, run, scorer, args)
-            run.record({task: values | facts | settings for task, values in made.items()})
             tqdm.write(f"\n{text}")
+            run.record({task: values | facts | settings for task, values in made.items()})
 
 
 def parser() -> Parser:
@@ -298,7 +304,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.tasks is not None:
             run_tasks(args)
             return 0
-        result = evaluate(args.run, args.data, args.device, args.cms_updates)
+        run = Run.open(args.run, args.device, args.cms_updates)
+        result = score(run, args.data)
     except (ValueError, OSError, NonFinite, torch.OutOfMemoryError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         return 2
@@ -308,6 +315,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{result['bits_per_byte']:>10.4f} bits per byte")
     print(f"{result['byte_perplexity']:>10.4f} perplexity per byte")
     print(f"{result['token_perplexity']:>10.4f} perplexity per token")
+    run.record(result)
     return 0
 
 

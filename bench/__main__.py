@@ -76,8 +76,7 @@ def measure(command: str, flags: list[str]) -> int:
     args = parser.parse_args(flags)
     args.line = shlex.join(["python", "-m", "bench", command, *flags])
     result = getattr(module, function)(args)
-    if result:
-        write_result(args, result)
+    if result and write_result(args, result):
         print(f"\nin {args.out}")
     return 0
 

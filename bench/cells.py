@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from hope import Hope, HopeConfig
-from support.checkpoint import first_line
+from support.checkpoint import first_line, json_lines, warned
 from support.config import json_or_text
 from support.flags import whole_number
 from support.run import write_json
@@ -95,26 +95,16 @@ class Record:
 
     def __init__(self, path: Path, current: Callable[[str], str] = str):
         self.path = path
-        self.finished = {}
-        lost = 0
-        lines = path.read_text().splitlines() if path.exists() else []
-        for line in filter(None, lines):
-            try:
-                cell = json.loads(line)
-                self.finished[current(cell["key"])] = cell
-            except (ValueError, KeyError, TypeError):
-                lost += 1
-        if lost:
-            why = "torn, or with settings that this version does not know"
-            print(f"note: {lost} lines of {path} do not count: {why}")
+        self.finished = dict(json_lines(path, lambda cell: (current(cell["key"]), cell)))
 
     def add(self, key: str, line: dict) -> dict:
-        """A finished cell, at once on the disk."""
+        """A finished cell, at once on the disk; a warning where that is full."""
         line = {**line, "key": key}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
-        with open(self.path, "a") as log:
-            log.write("\n" * torn + json.dumps(line) + "\n")
+        with warned():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
+            with open(self.path, "a") as log:
+                log.write("\n" * torn + json.dumps(line) + "\n")
         self.finished[key] = line
         return line
 
@@ -243,8 +233,8 @@ def without_key(line: dict) -> dict:
     return {name: value for name, value in line.items() if name != "key"}
 
 
-def write_result(args, result: dict) -> None:
-    """--out: the result, and with what and where it was measured."""
+def write_result(args, result: dict) -> bool:
+    """--out: the result, and with what and where it was measured. False where it is not written."""
     machine = {
         "cpu": processor(),
         "cores": cores(),
@@ -252,6 +242,9 @@ def write_result(args, result: dict) -> None:
         "python": platform.python_version(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     about = {"command": args.line, "machine": machine, "commit": commit()}
-    write_json(Path(args.out), about | result)
+    with warned():
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.out), about | result)
+        return True
+    return False

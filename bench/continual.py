@@ -50,7 +50,7 @@ from bench.learners import (
 )
 from bench.streams import WORDS, banking77, clinc150, domains, joined, texts
 from layers import one_of
-from support.checkpoint import atomic_write, first_line
+from support.checkpoint import atomic_write, first_line, warned
 from support.flags import Parser
 from train import NonFinite
 
@@ -249,7 +249,8 @@ def plot(lines, command, path):
         figure = draw_stream(lines)
     else:
         figure = draw_matrices(lines, command == "classes")
-    atomic_write(path, lambda beside: figure.savefig(beside, dpi=120, format="png"))
+    with warned():
+        atomic_write(path, lambda beside: figure.savefig(beside, dpi=120, format="png"))
 
 
 def draw_stream(lines):

@@ -25,7 +25,7 @@ import torch
 from bench.cells import machine_flags, parameters, spec_config, split_specs, where
 from bench.tables import markdown
 from hope import Hope, HopeConfig
-from support.checkpoint import atomic_write
+from support.checkpoint import atomic_write, warned
 from support.config import TrainConfig
 from support.flags import whole_number, whole_numbers
 from support.plan import peak_memory
@@ -227,5 +227,6 @@ def draw(path: Path, specs: list[str], lengths: list[int], rows: list[dict]) -> 
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
+    with warned():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, lambda beside: figure.savefig(beside, format="png", dpi=120))

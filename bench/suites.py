@@ -58,7 +58,7 @@ from bench.small_tasks import GRIDS, Cell, data_sets, protocol, train_cell
 from bench.tables import cell as shown
 from bench.tables import markdown, published, short
 from layers import one_of
-from support.checkpoint import atomic_write
+from support.checkpoint import atomic_write, warned
 from support.config import TrainConfig
 from support.flags import whole_number
 from support.run import device_for
@@ -285,5 +285,6 @@ def draw(path: Path, suite: str, tasks: list[str], rows: list[dict]) -> None:
     axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set_title("accuracy %")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda beside: figure.savefig(beside, dpi=120, format="png"))
+    with warned():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, lambda beside: figure.savefig(beside, dpi=120, format="png"))

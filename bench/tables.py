@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.checkpoint import atomic_write
+from support.checkpoint import atomic_write, warned
 
 
 def published(table: str) -> dict:
@@ -84,7 +84,8 @@ def draw(path: Path, paper: dict, values: list, facts: dict) -> None:
     red = f"red: {facts['model']}, {_size(facts)}"
     others = "black: published Hope; grey: other published rows"
     figure.suptitle(f"{paper['title']}\n{red}; {others}")
-    atomic_write(path, lambda target: figure.savefig(target, format="png", dpi=120))
+    with warned():
+        atomic_write(path, lambda target: figure.savefig(target, format="png", dpi=120))
 
 
 def draw_position(run, made: dict) -> None:
@@ -114,7 +115,8 @@ def draw_position(run, made: dict) -> None:
     top.set(xscale="log", ylabel="bits per token", title=f"{facts['model']}, {_size(facts)}")
     bottom.set(xlabel="position (tokens)", ylabel=f"worse if begun\nafresh every {length}")
     path = run.folder / "position.png"
-    atomic_write(path, lambda target: figure.savefig(target, format="png", dpi=120))
+    with warned():
+        atomic_write(path, lambda target: figure.savefig(target, format="png", dpi=120))
 
 
 def _size(facts: dict) -> str:

@@ -2,20 +2,27 @@
 
     runs/x/checkpoints/step-200/
         .metadata, __0_0.distcp, __1_0.distcp, ...    tensors, by torch.distributed.checkpoint
-        rest.pt    everything that is no tensor, and the size of each of those files
+        rest.pt    everything that is no tensor, the size of each of those files, and the CRC-32 of
+                   .metadata; the others have one for each tensor, which torch writes as it saves
 
 A checkpoint is written as step-200.tmp, flushed to the disk and renamed, so a kill or a full disk
-leaves the earlier ones as they were. Reading takes the newest that is complete and warns of those
-that it passes over. Several machines need a shared file system.
+leaves the earlier ones as they were. Reading takes the newest that is complete and unaltered, and
+warns of those that it passes over. Several machines need a shared file system.
 """
 
 import contextlib
+import fcntl
+import io
+import json
 import os
 import pickle
 import re
 import shutil
+import socket
 import sys
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -25,7 +32,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from support import distributed
-from support.distributed import agreed, gather, rank
+from support.distributed import agreed, gather, rank, world
 
 # --------------------------------------------------------------------------------------------------
 # One file
@@ -33,6 +40,8 @@ from support.distributed import agreed, gather, rank
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; the name of its class where it says nothing."""
+    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
+        return "it holds more than plain data"  # torch advises to run the file's code
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -53,14 +62,90 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         raise OSError(f"could not write {path} ({_reason(error, path)}); {kept}") from error
 
 
+@contextlib.contextmanager
+def warned():
+    """Within, a disk that cannot be written is a warning: what was computed is not lost with it."""
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: {first_line(error)}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = False):
+    """Within, no other process has this lock: a file with host and process, removed in the end.
+
+    wait: until it is free; else ValueError names the owner. That of a dead process is free, because
+    the lock is the system's, not the file; where a file system has none, it is not locked.
+    """
+    while True:
+        file = open(path, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB * (not wait))
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read() or "another process"
+            file.close()
+            raise ValueError(f"{path.parent} is written by {owner}: wait until it ends") from None
+        except OSError as error:
+            print(f"warning: {path} cannot be locked ({first_line(error)})", file=sys.stderr)
+        if os.fstat(file.fileno()).st_nlink:  # else its owner has just removed it
+            break
+        file.close()
+    with file:
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def parse_json(text: str | bytes):
+    """The value of a JSON text. ValueError for any that is none, also for one nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def json_lines(path: Path, made: Callable) -> list:
+    """made(value) of each line of a .jsonl; [] where there is no file.
+
+    Lines that are torn, or for which it raises KeyError, TypeError or ValueError, are left out with
+    a warning.
+    """
+    found = []
+    lost = 0
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            found += [made(parse_json(line))] if line.strip() else []
+        except (KeyError, TypeError, ValueError):
+            lost += 1
+    if lost:
+        why = "torn, foreign, or with settings that this version does not know"
+        print(f"warning: {lost} lines of {path} do not count: {why}", file=sys.stderr)
+    return found
+
+
 def load_file(path):
     """What torch.save wrote (plain data), on the CPU. ValueError where it is missing or damaged."""
+    if not Path(path).is_file():  # a named pipe would wait for ever
+        raise ValueError(f"{path} does not exist, or is no file")
     try:
+        _check(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
     except Exception as error:  # torch has a different kind for every sort of damage
         raise ValueError(f"{path} is truncated or damaged ({first_line(error)})") from None
+
+
+def _check(file) -> None:
+    """ValueError where what torch.save wrote is not what its CRC-32s say: torch ignores them."""
+    with zipfile.ZipFile(file) as parts:
+        wrong = parts.testzip()
+    if wrong:
+        raise ValueError(f"the checksum of {wrong} differs")
 
 
 def save_state(state, path) -> None:
@@ -150,13 +235,13 @@ def folder(run: Path, step: int) -> Path:
 
 def saved_steps(run: Path) -> list[int]:
     """Steps of the checkpoints of a run, complete or damaged, in order."""
-    names = [path.name for path in Path(run, "checkpoints").glob("step-*")]
-    found = [re.fullmatch(r"step-(\d+)", name) for name in names]
+    names = [path.name for path in Path(run, "checkpoints").glob("step-*") if path.is_dir()]
+    found = [re.fullmatch("step-(0|[1-9][0-9]*)", name) for name in names]
     return sorted(int(match[1]) for match in found if match)
 
 
 def save(run: Path, model: nn.Module, optimizer, step: int, keep: int = 1) -> None:
-    """Write the checkpoint of a step, then delete all but the `keep` newest.
+    """Write the checkpoint of a step, then delete all but the `keep` newest that are complete.
 
     Called by all processes. OSError where it cannot be written; the earlier ones stay.
     """
@@ -189,7 +274,7 @@ def save(run: Path, model: nn.Module, optimizer, step: int, keep: int = 1) -> No
 
 def _clear(checkpoints: Path) -> None:
     """Remove what a killed run or a full disk has left."""
-    for left in checkpoints.glob("*.tmp"):
+    for left in checkpoints.glob("step-*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -198,16 +283,25 @@ def _finish(run: Path, step: int, rest, keep: int) -> None:
     path = folder(run, step)
     beside = _beside(path)
     sizes = {file.name: file.stat().st_size for file in beside.iterdir()}
-    torch.save({"rest": rest, "sizes": sizes}, beside / "rest.pt")
+    checksum = zlib.crc32((beside / ".metadata").read_bytes())
+    kept = {"rest": rest, "sizes": sizes, "metadata_crc32": checksum}
+    torch.save(kept, beside / "rest.pt")
     _flush(beside / "rest.pt")
     _flush(beside)
     if path.exists():  # damaged, or the run would have resumed from it
         shutil.rmtree(path)
     beside.rename(path)
     _flush(path.parent)
-    for old in saved_steps(run)[:-keep]:
-        gone = folder(run, old)
+    # a later one did not load, or the run would have resumed from it
+    earlier = [folder(run, old) for old in saved_steps(run) if old <= step]
+    for gone in [old for old in earlier if _is_whole(old)][:-keep]:
         shutil.rmtree(gone.rename(_beside(gone)))
+
+
+def _is_whole(path: Path) -> bool:
+    with contextlib.suppress(CorruptCheckpoint):
+        return bool(_rest(path))
+    return False
 
 
 def _call(work: Callable, tensors: dict, **options) -> None:
@@ -226,6 +320,9 @@ def _call(work: Callable, tensors: dict, **options) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # Reading
+
+
+OTHER = "of another model than config.json's"
 
 
 class CorruptCheckpoint(RuntimeError):
@@ -251,28 +348,47 @@ def load(run: Path, model: nn.Module, optimizer=None) -> int:
     raise ValueError(why)
 
 
+def check_sizes(run: Path, config, made: Callable) -> None:
+    """ValueError where a checkpoint of a run is of another model than made(config).
+
+    Before that is allocated, which takes minutes or all memory where a size in a file is wrong.
+    """
+    for path in (folder(run, step) for step in reversed(saved_steps(run))):
+        with contextlib.suppress(CorruptCheckpoint):
+            with _damage(path):
+                _rest(path)
+                saved = _metadata(path / ".metadata").state_dict_metadata
+            numbers = {name.split(".")[1] for name in saved if name.startswith("model/blocks.")}
+            if len(numbers) != config.n_layers:
+                what = f"n_layers is {len(numbers)}, not {config.n_layers}"
+                raise ValueError(f"checkpoint {path} is {OTHER}: {what}")
+            with torch.device("meta"):
+                _tensors_of(made(config), saved, path)
+            return
+
+
 def _read(path: Path, model, optimizer) -> int:
     """One checkpoint. CorruptCheckpoint, or ValueError where it is of another model."""
     import torch.distributed.checkpoint as dcp
 
+    kept = _rest(path)
     reader = dcp.FileSystemReader(path)
     reader.read_metadata = lambda *_, **__: _metadata(path / ".metadata")
-    try:
-        kept = load_file(path / "rest.pt")
-        for name, size in kept["sizes"].items():
-            have = (path / name).stat().st_size
-            if have != size:
-                raise CorruptCheckpoint(f"{name} has {have} bytes of {size}")
-        saved = reader.read_metadata().state_dict_metadata
-    except Exception as error:
-        raise CorruptCheckpoint(f"checkpoint {path} is damaged ({first_line(error)})") from None
+    with _damage(path):
+        metadata = reader.read_metadata()
+        saved = metadata.state_dict_metadata
     tensors = _tensors_of(model, saved, path)
     if optimizer is not None:
         tensors |= _room_for(optimizer, saved)
-    try:
+    parts = [part for name, part in metadata.storage_data.items() if name.fqn in tensors]
+    with agreed(), _damage(path):
+        for part in parts[rank() % world() :: world()]:
+            kept["sizes"][part.relative_path]  # raises for a file elsewhere
+            with open(path / part.relative_path, "rb") as file:
+                file.seek(part.offset)
+                _check(io.BytesIO(file.read(part.length)))
+    with _damage(path):
         _call(dcp.load, tensors, storage_reader=reader)  # into the tensors
-    except (OSError, RuntimeError) as error:
-        raise CorruptCheckpoint(f"checkpoint {path} is damaged ({first_line(error)})") from None
     if optimizer is not None:
         try:
             optimizer.load_state_dict(unflatten(kept["rest"], tensors)["optimizer"])
@@ -280,6 +396,31 @@ def _read(path: Path, model, optimizer) -> int:
             why = f"is of another optimizer ({first_line(error)})"
             raise ValueError(f"checkpoint {path} {why}") from None
     return kept["rest"]["step"]
+
+
+@contextlib.contextmanager
+def _damage(path: Path):
+    """Any error within is a CorruptCheckpoint: damage has many kinds."""
+    try:
+        yield
+    except Exception as error:
+        raise CorruptCheckpoint(f"checkpoint {path} is damaged ({first_line(error)})") from None
+
+
+def _rest(path: Path) -> dict:
+    """rest.pt of a checkpoint whose files are all there. CorruptCheckpoint where they are not."""
+    with _damage(path):
+        kept = load_file(path / "rest.pt")
+        for name, size in {".metadata": 0, **kept["sizes"]}.items():
+            have = (path / name).stat().st_size
+            if have != size or Path(name).name != name:
+                raise ValueError(f"{name} has {have} bytes of {size}")
+        checksum = zlib.crc32((path / ".metadata").read_bytes())
+        if kept.get("metadata_crc32", checksum) != checksum:  # older ones have none
+            raise ValueError("the checksum of .metadata differs")
+        if path.name != f"step-{kept['rest']['step']}":
+            raise ValueError(f"rest.pt is of step {kept['rest']['step']}")
+        return kept
 
 
 def _tensors_of(model: nn.Module, saved: dict, path: Path) -> dict:
@@ -294,7 +435,7 @@ def _tensors_of(model: nn.Module, saved: dict, path: Path) -> dict:
             have = tuple(theirs[name]) if name in theirs else "nothing"
             want = tuple(ours[name]) if name in ours else "nothing"
             what = f"{name.removeprefix('model/')} is {have}, not {want}"
-            raise ValueError(f"checkpoint {path} is of another model than config.json's: {what}")
+            raise ValueError(f"checkpoint {path} is {OTHER}: {what}")
     return tensors
 
 

@@ -197,6 +197,9 @@ class TrainConfig:
 def _convert(name: str, kind: type, value):
     """`value`, maybe the text of a flag, as the field's type; 2e6 is an int."""
     wanted = {int: "a whole number, as 2000000 or 2e6", float: "a number", dict: "field=value"}
+    for known, what in {str: "a text that is not empty", bool: "true or false"}.items():
+        if kind in (known, known | None) and (not isinstance(value, kind) or value == ""):
+            raise ValueError(f"{name} must be {what}, got {value!r}")
     try:
         if kind is int:
             return _whole(value)

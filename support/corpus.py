@@ -5,8 +5,11 @@
     for inputs, targets in windows(corpus.val, batch_size=4, seq_len=512):
         ...
 
-A corpus is two token streams. The held-out one is 5% of the *files*, so nothing of a held-out file
-is ever trained on; a single file gives its last 5%, cut at a line end. Documents are joined with
+A document is a text file (UTF-8, also .txt.gz), or a row of a .jsonl, .jsonl.gz or .parquet. Each
+file counts once, however many names, links and folders lead to it.
+
+A corpus is two token streams. The held-out one is 5% of the documents, so nothing of a held-out one
+is ever trained on; a single one gives its last 5%, cut at a line end. Documents are joined with
 <|endoftext|> between them:
 
     train:  doc_7 <|endoftext|> doc_2 <|endoftext|> doc_9 ...
@@ -30,12 +33,15 @@ Shards are token arrays on the disk, for text that does not fit into memory:
 
 import codecs
 import contextlib
-import json
+import gzip
+import hashlib
 import mmap
 import sys
 import sysconfig
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -44,14 +50,16 @@ import numpy as np
 import tiktoken
 import torch
 
-from support.checkpoint import first_line
-from support.vocabulary import TOKENIZER, dtype_of, encode, tokenizer, tokenizer_hash
+from support.checkpoint import first_line, parse_json
+from support.distributed import rank, world
+from support.vocabulary import TOKENIZER, dtype_of, encode, n_bytes, tokenizer, tokenizer_hash
 
 HELD_OUT = 0.05  # fraction of the files (of the bytes, for a single file)
 HELD_OUT_BYTES = 2**25  # and of a large corpus not much more than this: validation must end
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 MANIFEST = "manifest.json"
 PLAN = "plan.json"  # of shards that are not finished
+AGAIN = "other names of a file"  # that is read under its first name
 
 
 # --------------------------------------------------------------------------------------------------
@@ -61,53 +69,123 @@ PLAN = "plan.json"  # of shards that are not finished
 def documents(source: str = "stdlib") -> list[tuple[str, bytes]]:
     """(name, text) of every document of a source, shuffled by a fixed seed.
 
-    source: "stdlib", a text file, or a folder, of which every non-empty UTF-8 file counts; hidden
-    and binary files are passed over. ValueError names what is missing, empty or binary.
+    source: "stdlib", a file, or a folder, of which every file with text counts; what else is in it
+    is passed over and counted in one line. ValueError names what is missing, empty or binary.
     """
     return shuffled([(name, text[:]) for name, _, text in read_text(source)])
 
 
-def read_text(source: str) -> Iterator[tuple[str, Path, mmap.mmap]]:
-    """(name, path, contents mapped into memory) of every document. ValueError as in `documents`."""
+def read_text(
+    source: str, field: str = "text", seen: set | None = None
+) -> Iterator[tuple[str, Path, bytes | mmap.mmap]]:
+    """(name, path, text) of every document; text that is a whole file is mapped into memory.
+
+    field: what is read of a row. seen: files of earlier sources, to which those of this one are
+    added. ValueError as in `documents`, and for rows without text in that field.
+    """
     single = source != "stdlib" and Path(source).is_file()
+    passed = Counter()
     empty = True
-    for name, path in _files(source):
-        if not path.stat().st_size:
-            if single:
-                raise ValueError(f"data {source!r} is empty: text is needed")
-            continue
-        with mapped(path) as text:
-            if why := _why_not_text(text):
-                if single:
-                    raise ValueError(f"data {source!r} {why}: only UTF-8 text is read")
-                continue
-            yield name, path, text
-            empty = False
-    if empty:
+    for name, path in _files(source, passed, set() if seen is None else seen):
+        for row, text in _contents(path, field):
+            why = "is empty" if not len(text) else None if row else _why_not_text(text)
+            if not why:
+                yield name + row, path, text
+                empty = False
+            elif single:
+                raise ValueError(f"data {source!r} {why}: only UTF-8 text is read")
+            elif len(text):
+                kind = path.suffix or "without suffix"
+                passed[f"{kind} ({why.split(' at ')[0].removeprefix('has a ')})"] += 1
+    if passed and rank() == 0:
+        counts = ", ".join(f"{n} {kind}" for kind, n in sorted(passed.items()))
+        print(f"note: data {source!r}: passed over {counts}", file=sys.stderr)
+    if empty and not passed[AGAIN]:
         raise ValueError(f"data {source!r} is empty: no UTF-8 text file in the folder")
 
 
-def _files(source: str) -> list[tuple[str, Path]]:
-    """(name, path) of the files that may be documents, in the order of their names."""
+def _files(source: str, passed: Counter, seen: set) -> list[tuple[str, Path]]:
+    """(name, path) of the files that may be documents, in the order of their names.
+
+    Each real file and folder once: links are followed last. seen: see `read_text`; passed: counts
+    what is left out, by kind.
+    """
     root = Path(sysconfig.get_path("stdlib") if source == "stdlib" else source)
-    if root.is_file():
-        return [(root.name, root)]
-    if not root.is_dir():
+    if not source or not (root.is_file() or root.is_dir()):
         wanted = "'stdlib', a text file, a folder of text, or of shards (python data.py --help)"
         raise ValueError(f"data {source!r} does not exist: it must be {wanted}")
     for name, shards in ((PLAN, "unfinished token shards"), (MANIFEST, "token shards")):
         if (root / name).is_file():
             raise ValueError(f"data {source!r} is a folder of {shards}, not of text")
-    found = []
-    for path in root.rglob("*.py" if source == "stdlib" else "*"):
-        parts = path.relative_to(root).parts
-        if source == "stdlib":
-            skipped = not SKIPPED_FOLDERS.isdisjoint(parts[:-1])
+    found = [(False, root.name, root)] if root.is_file() else []
+    folders = [] if found else [("", root)]
+    links = []
+    read = set()
+    while folders or links:
+        inside, folder = folders.pop() if folders else links.pop(0)
+        for path in sorted(folder.iterdir()) if is_new(folder, read) else ():
+            name = inside + path.name
+            is_link = path.is_symlink()
+            if source == "stdlib" and path.name in SKIPPED_FOLDERS:
+                continue
+            if source != "stdlib" and path.name.startswith("."):
+                passed["hidden"] += 1
+            elif path.is_dir():
+                (links if is_link else folders).append((f"{name}/", path))
+            elif not path.is_file():
+                passed["neither file nor folder"] += 1
+            elif source != "stdlib" or path.suffix == ".py":
+                found.append((is_link, name, path))
+    files = []
+    for _, name, path in sorted(found):
+        if is_new(path, seen):
+            files.append((name, path))
         else:
-            skipped = any(part.startswith(".") for part in parts)
-        if not skipped and path.is_file():
-            found.append(("/".join(parts), path))
-    return sorted(found)
+            passed[AGAIN] += 1
+    return sorted(files)
+
+
+def is_new(path: Path, seen: set) -> bool:
+    """Whether a file or folder is not in `seen` yet, whatever its name; it is afterwards."""
+    status = path.stat()
+    before = len(seen)
+    seen.add((status.st_dev, status.st_ino))
+    return len(seen) > before
+
+
+def _contents(path: Path, field: str) -> Iterator[tuple[str, bytes | mmap.mmap]]:
+    """("", text) of a file, or (":1", text), (":2", text), ... of its rows."""
+    number = 0
+    try:
+        if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+            for number, row in enumerate(_rows(path, field), 1):
+                if row[field]:
+                    yield f":{number}", row[field].encode()
+        elif path.name.endswith(".txt.gz"):
+            with gzip.open(path) as file:
+                yield "", file.read()
+        elif path.stat().st_size:
+            with mapped(path) as text:
+                yield "", text
+        else:
+            yield "", b""
+    except Exception as error:  # of the disk, of gzip, JSON, parquet
+        what = f"row {number} has no text {field!r}" if number else "could not be read"
+        raise ValueError(f"data '{path}': {what} ({error!r})") from None
+
+
+def _rows(path: Path, field: str) -> Iterator[dict]:
+    if path.suffix == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise ValueError("parquet is read by pyarrow: pip install pyarrow") from None
+        for part in parquet.ParquetFile(path).iter_batches(columns=[field]):
+            yield from part.to_pylist()
+        return
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        for line in filter(bytes.strip, file):
+            yield parse_json(line)
 
 
 def _why_not_text(data: bytes | mmap.mmap) -> str | None:
@@ -209,14 +287,20 @@ class Shards:
         return np.concatenate([self.arrays[0][:0], *pieces])
 
 
-def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard, mapped into memory. ValueError where it is not there or not whole."""
+def open_shard(path: Path, dtype: type) -> np.ndarray:
+    """The tokens of a shard, mapped into memory. ValueError where it is none, or not whole."""
     try:
+        if not path.is_file():
+            raise ValueError("no such file")
         # slices of a plain array cost less than those of a memmap
-        return np.load(path, mmap_mode="r").view(np.ndarray)
-    except (OSError, ValueError, EOFError) as error:
+        array = np.load(path, mmap_mode="r").view(np.ndarray)
+    except (OSError, ValueError, EOFError, AttributeError) as error:
         why = first_line(error)
         raise ValueError(f"{path.name} is missing, damaged or not whole ({why})") from None
+    if array.dtype != dtype or array.ndim != 1:
+        kind = f"{array.dtype}, {array.ndim} dimensions"
+        raise ValueError(f"{path.name} must be {np.dtype(dtype)}, 1 dimension, got {kind}")
+    return array
 
 
 @dataclass(frozen=True)
@@ -249,7 +333,9 @@ def load_corpus(source: str = "stdlib", encoding: tiktoken.Encoding | None = Non
     `documents`, and for shards that are unfinished, damaged or of another encoding than the run's.
     """
     if is_shards(source):
-        return _load_shards(Path(source), encoding)
+        corpus = _load_shards(Path(source), encoding)
+        check_shards(source, "val")  # train: where it is trained on, it takes a while
+        return corpus
     encoding = encoding or tokenizer()
     files = documents(source)
     if len(files) == 1:
@@ -278,19 +364,37 @@ def is_shards(source: str) -> bool:
 
 
 def _load_shards(folder: Path, encoding: tiktoken.Encoding | None) -> Corpus:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+    with manifest_of(folder) as manifest:
         own = tokenizer(str(folder / TOKENIZER))
         if tokenizer_hash(own) != manifest["tokenizer"]["sha256"]:
             raise ValueError(f"{TOKENIZER} is not the tokenizer of the manifest")
         arrays = {"train": [], "val": []}
         files = {"train": [], "val": []}
+        size = {"train": 0, "val": 0}
+        seen = set()
         for shard in manifest["shards"]:
-            array = open_shard(folder / shard["file"])
+            name = shard["file"]
+            path = folder / name
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} must be the name of a file in the folder")
+            array = open_shard(path, dtype_of(own))
             if len(array) != shard["tokens"]:
-                raise ValueError(f"{shard['file']} does not have its {shard['tokens']:,} tokens")
+                raise ValueError(f"{name} does not have its {shard['tokens']:,} tokens")
+            if not is_new(path, seen):
+                raise ValueError(f"{name} is in the manifest twice")
+            if not 0 <= shard.get("largest", 0) < own.n_vocab:
+                most = f"the largest of {own.name!r} is {own.n_vocab - 1}"
+                raise ValueError(f"{name} has the token {shard['largest']}, but {most}")
             arrays[shard["split"]].append(array)
-            files[shard["split"]].append(shard["file"])
+            files[shard["split"]].append(name)
+            size[shard["split"]] += shard["bytes"]
+        for split, theirs in size.items():
+            if not arrays[split] or (split == "val" and len(arrays[split]) > 1):
+                count = f"{len(arrays[split])} {split} shards"
+                raise ValueError(f"{MANIFEST} has {count}: one val and some train are needed")
+            if type(theirs) is not int or manifest[split]["bytes"] != theirs or theirs < 0:
+                counts = f"{manifest[split]['bytes']} bytes, its shards {theirs}"
+                raise ValueError(f"{MANIFEST} is damaged ({split} has {counts})")
         if encoding and tokenizer_hash(encoding) != tokenizer_hash(own):
             wrong = f"tokens of {own.name!r}, but the tokenizer of the run is {encoding.name!r}"
             how = f"make shards with it (data.py ... --vocab RUN/{TOKENIZER}), or name a text"
@@ -301,16 +405,58 @@ def _load_shards(folder: Path, encoding: tiktoken.Encoding | None) -> Corpus:
             encoding=encoding or own,
             train=Shards(arrays["train"]),
             val=arrays["val"][0],
-            train_bytes=manifest["train"]["bytes"],
-            val_bytes=manifest["val"]["bytes"],
+            train_bytes=size["train"],
+            val_bytes=size["val"],
             train_files=tuple(files["train"]),
             val_files=tuple(files["val"]),
             crc32=zlib.crc32(checksums.encode()),
         )
-    except (OSError, KeyError, TypeError, IndexError, ValueError) as error:
+
+
+@contextlib.contextmanager
+def manifest_of(folder: Path, name: str = MANIFEST):
+    """manifest.json, or the plan. Any error within is a ValueError that names the folder."""
+    try:
+        yield parse_json((folder / name).read_text())
+    except (OSError, KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         own_message = type(error) is ValueError  # not that of a subclass, as of json
-        why = str(error) if own_message else f"{MANIFEST} is damaged ({error!r})"
+        why = str(error) if own_message else f"{name} is damaged ({error!r})"
         raise ValueError(f"data {str(folder)!r}: {why}") from None
+
+
+def check_shards(source: str, *splits: str) -> int:
+    """Compare the shards of "train" or "val" with their manifest -> their number.
+
+    Several processes share the work. ValueError names a shard whose sha256 or number of bytes
+    differs, or that has tokens out of the vocabulary.
+    """
+    folder = Path(source)
+    encoding = tokenizer(str(folder / TOKENIZER))
+
+    def check(shard):
+        name = shard["file"]
+        if sha256_of(folder / name) != shard["sha256"]:
+            raise ValueError(f"{name} is not the file of the manifest: its sha256 differs")
+        try:
+            size = n_bytes(open_shard(folder / name, dtype_of(encoding)), encoding)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if size != shard["bytes"]:
+            wrong = f"has {size:,} bytes of text, not the {shard['bytes']:,} of the manifest"
+            raise ValueError(f"{name} {wrong}")
+
+    with manifest_of(folder) as manifest, ThreadPoolExecutor() as pool:
+        shards = [shard for shard in manifest["shards"] if shard["split"] in splits]
+        list(pool.map(check, shards[rank() % world() :: world()]))
+    return len(shards)
+
+
+def sha256_of(path: Path) -> str:
+    checksum = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            checksum.update(block)
+    return checksum.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------

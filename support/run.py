@@ -31,9 +31,16 @@ import selfcheck
 from hope import Hope, HopeConfig
 from optimizers import LevelOptimizer, optimizer_by_name, scale_rates
 from support import checkpoint, distributed
-from support.checkpoint import atomic_write, first_line
+from support.checkpoint import (
+    atomic_write,
+    first_line,
+    json_lines,
+    locked,
+    parse_json,
+    warned,
+)
 from support.config import TrainConfig, listed
-from support.corpus import Corpus, batch, documents, is_shards, join, load_corpus
+from support.corpus import Corpus, batch, check_shards, documents, is_shards, join, load_corpus
 from support.distributed import agreed, gather, rank, world
 from support.pretrained import from_pretrained
 from support.vocabulary import (
@@ -56,6 +63,8 @@ class Run:
     corpus: Corpus | None = None  # None: opened to read, see `text`
     saved: dict | None = None  # config.json of a run that exists
     begun: bool = False  # whether there is something to continue
+    step: int = 0  # of the checkpoint that was read
+    lock: contextlib.AbstractContextManager = contextlib.nullcontext()  # while it is written
 
     @classmethod
     def start(cls, config: TrainConfig, keep: bool = True) -> "Run":
@@ -81,6 +90,9 @@ class Run:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         model_config = parts.pop("model_config")
+        if begun:
+            with agreed():
+                checkpoint.check_sizes(folder, model_config, Hope)
         model = parts.pop("model") or Hope(model_config)
         model = model.to(device=device, dtype=torch.float32).train()
         settle_kernels(model, device)
@@ -100,13 +112,14 @@ class Run:
         model_config = saved_model_config(folder, saved)
         if cms_updates is not None:
             model_config = replace(model_config, cms_updates=cms_updates)
+        check_vocabulary(f"{folder} has", model_config, encoding)
+        checkpoint.check_sizes(folder, model_config, Hope)
         model = Hope(model_config)
-        check_vocabulary(f"{folder} has", model.config, encoding)
-        checkpoint.load(folder, model)
+        step = checkpoint.load(folder, model)
         device = device_for(device)
         model = model.to(device).eval()
         settle_kernels(model, device)
-        return cls(config, model, encoding, device, Path(folder), saved=saved)
+        return cls(config, model, encoding, device, Path(folder), saved=saved, step=step)
 
     # What training does with a run
 
@@ -114,26 +127,36 @@ class Run:
         return optimizer_for(self.model, self.config)
 
     def restore(self, optimizer) -> int:
-        """Make the folder, or fill model and optimizer from its newest checkpoint -> its step."""
+        """Make the folder, or fill model and optimizer from its newest checkpoint -> its step.
+
+        The folder is this process's until `logging` ends. ValueError where it is another's.
+        """
         folder = self.folder
         start = 0
-        if self.begun:
-            start = checkpoint.load(folder, self.model, optimizer)
-            if self.config.steps < start:
-                done = start * self.config.tokens_per_step
-                wanted = f"more than the {done} that {folder} has trained on"
-                raise ValueError(f"tokens must be {wanted}, got {self.config.tokens}")
-        with agreed():
-            if rank() == 0 and self.saved is None:
+        made = rank() == 0 and self.saved is None
+        with agreed(), contextlib.ExitStack() as lock:
+            if made:
                 folder.mkdir(parents=True)
+            if rank() == 0:
+                lock.enter_context(locked(folder / "lock"))
+            self.lock = lock.pop_all()
         try:
+            if self.begun:
+                start = checkpoint.load(folder, self.model, optimizer)
+                if self.config.steps < start:
+                    done = start * self.config.tokens_per_step
+                    wanted = f"more than the {done} that {folder} has trained on"
+                    raise ValueError(f"tokens must be {wanted}, got {self.config.tokens}")
+            elif self.saved and rank() == 0:
+                print(f"{folder} has no checkpoint: starting over", flush=True)
             with agreed():
                 if rank() == 0:
                     self._write_folder(start)
             if not self.begun:
                 self.save(optimizer, 0)  # a full disk shows now, not after the first hour
-        except OSError:
-            if rank() == 0 and not self.begun:
+        except BaseException:
+            self.lock.close()
+            if made:
                 shutil.rmtree(folder)
             raise
         return start
@@ -162,7 +185,8 @@ class Run:
         """A function that appends a record to metrics.jsonl, shows it to on_step and to wandb."""
         first = rank() == 0
         wandb = _wandb(self.folder, self.config) if self.config.wandb and first else None
-        with open(self.folder / "metrics.jsonl", "a") if first else contextlib.nullcontext() as log:
+        path = self.folder / "metrics.jsonl"
+        with self.lock, open(path, "a") if first else contextlib.nullcontext() as log:
 
             def report(record: dict) -> None:
                 if log:
@@ -176,12 +200,14 @@ class Run:
             yield report
 
     def metrics(self) -> list[dict]:
-        """The lines of metrics.jsonl; a last line torn by a kill is left out."""
-        records = []
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            for line in (self.folder / "metrics.jsonl").read_text().splitlines():
-                records.append(json.loads(line))
-        return records
+        """The lines of metrics.jsonl, without those that are torn or no records."""
+
+        def record(line):
+            if not isinstance(line["step"] + line["tokens"], int):
+                raise TypeError
+            return line
+
+        return json_lines(self.folder / "metrics.jsonl", record)
 
     @property
     def title(self) -> str:
@@ -213,19 +239,19 @@ class Run:
         return {
             "model": f"{self.config.model} ({self.config.preset})",
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "training_tokens": max((r["tokens"] for r in self.metrics()), default=0),
+            "training_tokens": self.step * self.config.tokens_per_step,
             "trained_on": self.saved["corpus"]["name"],
             "cms_steps_in_context": self.model.config.cms_updates,
         }
 
     def record(self, result: dict) -> None:
-        """Add to eval.json, keeping what other commands wrote there."""
+        """Add to eval.json, keeping what other commands wrote there; a warning where that fails."""
         path = self.folder / "eval.json"
-        try:
-            kept = json.loads(path.read_text())
-        except (OSError, ValueError):
+        with warned(), locked(path.with_suffix(".lock"), wait=True):
             kept = {}
-        write_json(path, kept | result)
+            with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+                kept = dict(parse_json(path.read_text()))
+            write_json(path, kept | result)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -271,6 +297,8 @@ def _prepare(config: TrainConfig, folder: Path | None) -> dict:
     if saved and corpus.fingerprint() != saved["corpus"]:
         theirs = f"{folder} was trained on {saved['corpus']}"
         raise ValueError(f"data {config.data!r} is {corpus.fingerprint()}, but {theirs}")
+    if is_shards(config.data):
+        check_shards(config.data, "train")
     batch(corpus.train, 1, config.seq_len, config.seed, 0)  # raises for rows that are too long
     parts = {"corpus": corpus, "encoding": encoding, "folder": folder, "saved": saved}
     return parts | {"model": model, "model_config": model_config}
@@ -313,10 +341,13 @@ def read_config(folder: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not the folder of a run: it has no config.json")
     try:
-        config = json.loads(path.read_text())
+        config = parse_json(path.read_text())
         saved = {key: config[key] for key in ("model", "train", "tokenizer", "corpus")}
         train = dict(saved["train"])
         model = dict(saved["model"])
+        for name, kind in {"train": dict, "model": dict, "tokenizer": str, "corpus": dict}.items():
+            if not isinstance(saved[name], kind):
+                raise TypeError(f"{name} is {saved[name]!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None
     saved["train"], saved["model"] = as_of_today(train, model)
@@ -451,7 +482,7 @@ def _wandb(folder: Path, config: TrainConfig):
     import wandb
 
     path = folder / "wandb.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = parse_json(path.read_text()) if path.is_file() else {}
     run = wandb.init(
         name=folder.name, dir=folder, config=asdict(config), resume="allow", **known
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from support.checkpoint import atomic_write
+from support.checkpoint import atomic_write, parse_json
 
 END = "<|endoftext|>"
 TOKENIZER = "tokenizer.json"
@@ -36,6 +36,8 @@ GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 BYTE = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
+# Characters of every kind, each beside a space: what a pattern drops, it drops of these.
+PROBE = " ".join(chr(i) for i in [*range(0x3100), *range(0x3100, 0xD800, 97), 0xFFFD, 0x1F642])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -63,16 +65,27 @@ def tokenizer(name: str = "bytes") -> tiktoken.Encoding:
         except Exception as error:  # of requests, of the disk, of a checksum
             why = type(error).__name__
             raise ValueError(f"tokenizer 'gpt2' could not be downloaded ({why})") from None
-    if not name.endswith(".json"):
+    if not (isinstance(name, str) and name.endswith(".json")):
         wanted = "'bytes', 'gpt2' or a tokenizer.json of shards or of a run"
         raise ValueError(f"tokenizer must be {wanted}, got {name!r}")
     try:
-        saved = json.loads(Path(name).read_text(encoding="utf-8"))
-        return _hugging_face(name, saved) if "model" in saved else _saved(saved)
+        if not Path(name).is_file():  # a named pipe would wait for ever
+            raise FileNotFoundError
+        saved = parse_json(Path(name).read_text(encoding="utf-8"))
+        return _checked(_hugging_face(name, saved) if "model" in saved else _saved(saved))
     except FileNotFoundError:
-        raise ValueError(f"tokenizer {name!r} does not exist") from None
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"tokenizer {name!r} does not exist, or is no file") from None
+    except Exception as error:  # of a dozen kinds
         raise ValueError(f"tokenizer {name!r} is damaged ({error!r})") from None
+
+
+def _checked(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
+    """An encoding of all text. ValueError for one that lacks a byte or drops characters."""
+    lacking = [b for b in range(256) if bytes([b]) not in encoding._mergeable_ranks]
+    if lacking:  # tiktoken would panic
+        raise ValueError(f"it has no token for {len(lacking)} of the 256 bytes, as {lacking[0]}")
+    encode(PROBE.encode(), encoding)
+    return encoding
 
 
 def _saved(saved: dict) -> tiktoken.Encoding:
@@ -96,7 +109,7 @@ def _hugging_face(path: str, saved: dict) -> tiktoken.Encoding:
     is not supported.
     """
     try:
-        eos = json.loads(Path(path).with_name("config.json").read_text())["eos_token_id"]
+        eos = parse_json(Path(path).with_name("config.json").read_text())["eos_token_id"]
         vocab = saved["model"]["vocab"]
         merges = saved["model"]["merges"]
         split = saved["pre_tokenizer"]
@@ -136,6 +149,7 @@ def encode(text: bytes, encoding: tiktoken.Encoding) -> np.ndarray:
     """Token ids [tokens] (`dtype_of`) of any bytes, which decode to the same bytes.
 
     An "<|endoftext|>" written in the text is ordinary text. Each byte that is no UTF-8 is a token.
+    ValueError where the tokenizer's pattern drops some of the text.
     """
     if encoding.name == "bytes":  # the same ids, without a loop over characters
         return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
@@ -146,7 +160,11 @@ def encode(text: bytes, encoding: tiktoken.Encoding) -> np.ndarray:
             ids.append([encoding.encode_single_token(bytes([ord(c) & 0xFF])) for c in part])
         else:
             ids += _encode(part, encoding)
-    return np.concatenate([np.asarray(some, dtype=dtype_of(encoding)) for some in ids])
+    ids = np.concatenate([np.asarray(some, dtype=dtype_of(encoding)) for some in ids])
+    dropped = len(text) - n_bytes(ids, encoding)
+    if dropped:
+        raise ValueError(f"tokenizer {encoding.name!r}: its pattern drops {dropped} bytes of text")
+    return ids
 
 
 def _encode(text: str, encoding: tiktoken.Encoding) -> list[np.ndarray]:
@@ -165,9 +183,16 @@ def blocks(tokens: np.ndarray, size: int = 2**22) -> Iterator[np.ndarray]:
 
 
 def n_bytes(tokens: np.ndarray, encoding: tiktoken.Encoding) -> int:
-    """How many bytes of text the tokens [N] stand for; special tokens stand for none."""
+    """How many bytes of text the tokens [N] stand for; special tokens stand for none.
+
+    ValueError for a token that is not in the vocabulary.
+    """
     lengths = _token_lengths(encoding)
-    return sum(int(lengths[block].sum()) for block in blocks(tokens))
+    try:
+        return sum(int(lengths[block].sum()) for block in blocks(tokens))
+    except IndexError:
+        legal = f"from 0 to {len(lengths) - 1}, the vocabulary of {encoding.name!r}"
+        raise ValueError(f"tokens must be {legal}, got {int(tokens.max())}") from None
 
 
 @lru_cache(maxsize=8)
