@@ -158,9 +158,11 @@ def _contents(path: Path, field: str) -> Iterator[tuple[str, bytes | mmap.mmap]]
     number = 0
     try:
         if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-            for number, row in enumerate(_rows(path, field), 1):
-                if row[field]:
-                    yield f":{number}", row[field].encode()
+            number = 1
+            for row in _rows(path, field):
+                if text := row[field].encode():
+                    yield f":{number}", text
+                number += 1
         elif path.name.endswith(".txt.gz"):
             with gzip.open(path) as file:
                 yield "", file.read()

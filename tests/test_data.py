@@ -4,6 +4,7 @@ Tokens give every byte back; the split is by files; batches follow from (seed, s
 token is scored; shards are the same whoever makes them, in one go or in many.
 """
 
+import gzip
 import hashlib
 import json
 import math
@@ -30,7 +31,8 @@ import eval as evaluation
 import sample
 import train
 from data import main
-from support.corpus import Shards, batch, documents, join, load_corpus, windows
+from support.checkpoint import locked
+from support.corpus import Shards, batch, documents, join, load_corpus, sha256_of, windows
 from support.run import Run
 from support.vocabulary import END, encode, n_bytes, save_tokenizer, tokenizer, train_tokenizer
 
@@ -147,6 +149,112 @@ def test_what_is_no_text_is_refused_by_name(tmp_path):
             load_corpus(str(path))
     with pytest.raises(ValueError, match="no UTF-8 text file"):
         load_corpus(str(tmp_path))
+
+
+def test_each_file_is_read_once_whatever_the_number_of_its_names(folder, tmp_path, capsys):
+    before = load_corpus(str(folder)).fingerprint()
+    elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "new.txt").write_text("file 40: new\n")
+    (folder / "0.txt").symlink_to(folder / "a/1.txt")
+    (folder / "z.txt").hardlink_to(folder / "b/2.txt")
+    (folder / "again").symlink_to(folder / "a")
+    (folder / "loop").symlink_to(folder)
+    (folder / "self").symlink_to("self")
+    assert load_corpus(str(folder)).fingerprint() == before  # links to what is there change nothing
+    (folder / "link").symlink_to(elsewhere)
+    texts = dict(documents(str(folder)))
+    assert len(texts) == len(set(texts.values())) == 41
+    assert texts["link/new.txt"] == b"file 40: new\n"
+    assert "2 other names of a file" in capsys.readouterr().err
+    # nor are sources that overlap read twice
+    paths = map(str, [folder, folder / "a", folder / "a/3.txt", elsewhere])
+    out = str(tmp_path / "out")
+    main(["text", *paths, "--vocab", "bytes", "--jobs", "1", "--out", out])
+    corpus = load_corpus(out)
+    both = tokenizer().decode([*corpus.train[:], 256, *corpus.val]).split(END)
+    assert sorted(both) == sorted(text.decode() for text in texts.values())
+
+
+def test_what_is_passed_over_is_counted_by_kind_in_one_line(folder, capsys):
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    (folder / "a/other.txt").write_bytes(b"\xff")
+    (folder / "novel.tar.gz").write_bytes(gzip.compress(bytes(100)))
+    os.mkfifo(folder / "pipe")
+    assert len(documents(str(folder))) == 40
+    kinds = "1 .gz (NUL byte), 1 .png (NUL byte), 2 .txt (is not UTF-8), 1 hidden, "
+    passed = f"note: data '{folder}': passed over {kinds}1 neither file nor folder\n"
+    assert capsys.readouterr().err == passed
+    documents(str(folder / "b"))
+    assert not capsys.readouterr().err
+
+
+def packed(folder, texts):
+    """Files whose rows are documents, three of the texts in each, and one of a whole text."""
+    folder.mkdir()
+    lines = [json.dumps({"text": text, "title": f"{i}"}) for i, text in enumerate(texts)]
+    (folder / "a.jsonl").write_text("\n\n".join(lines[:3]))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[3:6]).encode()))
+    (folder / "c.txt.gz").write_bytes(gzip.compress(texts[6].encode()))
+    (folder / "d.txt").write_text(texts[7])
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+def test_rows_of_jsonl_and_parquet_are_documents_and_gzip_is_read(tmp_path, small_shards, parquet):
+    texts = [prose(i, 9).decode() + "é\x00"[: 1 + (i < 6)] for i in range(8)]
+    packed(tmp_path / "in", texts)
+    if parquet:
+        table = pytest.importorskip("pyarrow").table({"text": texts[:3], "title": [*"012"]})
+        pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "in/a.parquet")
+        (tmp_path / "in/a.jsonl").unlink()
+    source = str(tmp_path / "in")
+    corpus = load_corpus(source)
+    first = "a.parquet:1" if parquet else "a.jsonl:1"
+    assert {first, "b.jsonl.gz:3", "c.txt.gz"} < {*corpus.train_files, *corpus.val_files}
+    make(source, tmp_path / "out", vocab="bytes")  # in parts of 3,000 bytes
+    shards = load_corpus(str(tmp_path / "out"))
+    assert len(shards.train.arrays) > 1 and np.array_equal(shards.train[:], corpus.train)
+    assert np.array_equal(shards.val, corpus.val)
+    both = tokenizer().decode([*corpus.train, 256, *corpus.val]).split(END)
+    assert sorted(both) == sorted(texts)
+    words = ["--field", "title", "--vocab", "bytes", "--jobs", "1", "--out", str(tmp_path / "t")]
+    (path,) = Path(source).glob("a.*")
+    main(["text", str(path), *words])
+    titles = load_corpus(str(tmp_path / "t"))
+    assert sorted([*titles.train[:], *titles.val]) == [*b"012", 256]
+
+
+def test_rows_that_have_no_text_are_refused_by_file_and_row(tmp_path, monkeypatch):
+    refused = {
+        b'{"text": "a"}\n{"content": "b"}': r"a.jsonl': row 2 has no text 'text' \(KeyError",
+        b'{"text": "a"}\n{"text": "b': "row 2 has no text 'text' .JSONDecodeError",
+        b'{"text": 5}': "row 1 has no text 'text' .AttributeError",
+        b'{"text": null}': "row 1 has no text 'text' .AttributeError",
+        b'{"text": "\\ud800"}': "row 1 has no text 'text' .UnicodeEncodeError",
+        b'"text"': "row 1 has no text",
+        b"[" * 100_000: "row 1 .*nested too deep",
+        b"": "is empty",
+        b'{"text": ""}': "is empty",
+    }
+    for content, message in refused.items():
+        (tmp_path / "a.jsonl").write_bytes(content)
+        for source in (tmp_path, tmp_path / "a.jsonl"):
+            with pytest.raises(ValueError, match=message) as caught:
+                documents(str(source))
+            assert "\n" not in str(caught.value)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text" * 100)[:-9])
+    with pytest.raises(ValueError, match="a.txt.gz': could not be read .EOFError"):
+        documents(str(tmp_path / "a.txt.gz"))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="pip install pyarrow"):
+        documents(str(tmp_path / "a.parquet"))
+
+
+def test_no_name_at_all_is_not_this_folder(here):
+    for command in (main, lambda words: train.TrainConfig(data=words[0])):
+        with pytest.raises(ValueError, match="data '' does not exist|must be a text .*, got ''"):
+            command([""])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -556,10 +664,69 @@ def damages(folder):
         "train-00001.npy is missing, damaged or not whole": train.unlink,
         "train-00001.npy is missing, .*": lambda: train.write_bytes(b"NUMPY"),
         "val-00000.npy does not have its": lambda: np.save(val, np.zeros(3, np.uint16)),
+        "val-00000.npy must be uint16, 1 dimension, got float64": lambda: cast(val, float),
+        "val-00000.npy must be uint16, 1 dimension, got bool": lambda: cast(val, bool),
+        "val-00000.npy must be .* got uint32": lambda: cast(val, np.uint32),
+        "val-00000.npy must be .* 2 dimensions": lambda: np.save(val, np.load(val)[None]),
+        "val-00000.npy is missing, .*NpzFile": lambda: save_npz(val),
+        "val-00000.npy is missing, .*no such file": lambda: (val.unlink(), os.mkfifo(val)),
+        "val-00000.npy is not the file of the manifest": lambda: flip(val),
         "manifest.json is damaged": lambda: (folder / "manifest.json").write_text("{"),
+        "is nested too deep": lambda: (folder / "manifest.json").write_text("[" * 100_000),
         "is not the tokenizer of the manifest": lambda: save_tokenizer(tokenizer(), folder),
         "tokenizer.json' is damaged": lambda: (folder / "tokenizer.json").write_text("{}"),
+        "manifest.json has 0 train shards": lambda: edit(folder, lambda m: m["shards"].__delitem__(
+            slice(1, None)
+        )),
+        "has 0 val shards": lambda: edit(folder, lambda m: m["shards"].pop(0)),
+        "train-00001.npy is in the manifest twice": lambda: edit(
+            folder, lambda m: m["shards"].append(m["shards"][2])
+        ),
+        "link.npy is in the manifest twice": lambda: (
+            (folder / "link.npy").hardlink_to(train),
+            edit(folder, lambda m: m["shards"].append(m["shards"][2] | {"file": "link.npy"})),
+        ),
+        "'../train-00001.npy' must be the name of a file": lambda: edit(
+            folder, lambda m: m["shards"][2].update(file="../train-00001.npy")
+        ),
+        "has the token 300, but the largest of .* is 299": lambda: edit(
+            folder, lambda m: m["shards"][2].update(largest=300)
+        ),
+        **{
+            f"train has {size} bytes": lambda size=size: edit(
+                folder, lambda m: m["train"].update(bytes=size)
+            )
+            for size in (-1, 5, math.nan)
+        },
+        "train has -5 bytes, its shards -5": lambda: edit(folder, negative),
     }
+
+
+def edit(folder, change):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def negative(manifest):
+    manifest["train"]["bytes"] = -5
+    others = sum(shard["bytes"] for shard in manifest["shards"][2:])
+    manifest["shards"][1]["bytes"] = -5 - others
+
+
+def cast(path, dtype):
+    np.save(path, np.load(path).astype(dtype))
+
+
+def save_npz(path):
+    np.savez(path.with_suffix(".npz"), np.load(path))
+    path.with_suffix(".npz").rename(path)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
 def test_damaged_shards_are_refused(shards):
@@ -568,19 +735,91 @@ def test_damaged_shards_are_refused(shards):
         shutil.copytree(shards, folder)
         message, damage = list(damages(folder).items())[number]
         damage()
-        with pytest.raises(ValueError, match=f"data .*damaged-.'.*({message})") as caught:
+        with pytest.raises(ValueError, match=f"data .*damaged-[0-9]+'.*({message})") as caught:
             load_corpus(str(folder))
         assert "\n" not in str(caught.value)
 
 
-def test_one_changed_token_is_found_by_the_checksums(shards, capsys):
+def test_one_changed_token_is_found_by_the_checksums(here, shards, capsys):
     main([str(shards)])
     assert "as the manifest says" in capsys.readouterr().out
     array = np.load(shards / "train-00002.npy")
     array[5] ^= 1
     np.save(shards / "train-00002.npy", array)
-    with pytest.raises(ValueError, match="train-00002.npy is not the file of the manifest"):
+    message = "train-00002.npy is not the file of the manifest"
+    with pytest.raises(ValueError, match=message):
         main([str(shards)])
+    assert train.main(["--data", str(shards), "--out", "run"]) == 2
+    assert message in capsys.readouterr().err and not Path("run").exists()
+
+
+def test_training_refuses_shards_of_other_bytes_or_tokens_than_the_manifest_s(here, shards, capsys):
+    path = shards / "train-00002.npy"
+
+    def ten_times(manifest):
+        for part in [manifest["train"], *manifest["shards"][1:]]:
+            part["bytes"] *= 10
+
+    def of_another_vocabulary(manifest):
+        array = np.load(path)
+        array[-1] = 300
+        np.save(path, array)
+        manifest["shards"][3]["sha256"] = sha256_of(path)
+
+    manifest = (shards / "manifest.json").read_text()
+    for change, message in {
+        ten_times: "train-0000..npy has .* bytes of text, not the .*0 of the manifest",
+        of_another_vocabulary: "train-00002.npy: tokens must be from 0 to 299, .* got 300",
+    }.items():
+        (shards / "manifest.json").write_text(manifest)
+        edit(shards, change)
+        assert train.main(["--data", str(shards), "--out", "run"]) == 2
+        error = capsys.readouterr().err
+        assert re.search(message, error) and error.count("\n") == 1
+
+
+def test_a_folder_of_shards_has_one_writer(library, tmp_path):
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out" / data.LOCK):
+        with pytest.raises(ValueError, match=f"out is written by process {os.getpid()} on"):
+            make(library, tmp_path / "out", vocab="bytes")
+    make(library, tmp_path / "out", vocab="bytes")
+
+
+def test_a_tokenizer_that_drops_text_is_refused(tmp_path):
+    ranks = {bytes([i]): i for i in range(256)}
+    lacks = {bytes([i]): i for i in range(255)} | {b"ab": 255}
+    special = {"special_tokens": {END: 256}}
+    rare = tiktoken.Encoding("x", pat_str=r"[^🙃]", mergeable_ranks=ranks, **special)
+    with pytest.raises(ValueError, match="tokenizer 'x': its pattern drops 4 bytes"):
+        encode("a🙃b".encode(), rare)
+    refused = {
+        "words": (r"\w+", ranks, "drops [0-9]+ bytes"),
+        "all but one": (r"[^\u1234]", ranks, "drops 3 bytes"),
+        "ascii": (r"[\x00-\x7f]", ranks, "drops [0-9]+ bytes"),
+        "255 bytes": (r"[\s\S]", lacks, "no token for 1 of the 256 bytes, as 255"),
+    }
+    for name, (pattern, own, message) in refused.items():
+        made = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=own, **special)
+        (tmp_path / name).mkdir()
+        save_tokenizer(made, tmp_path / name)
+        with pytest.raises(ValueError, match=f"is damaged .*{message}"):
+            tokenizer(str(tmp_path / name / "tokenizer.json"))
+
+
+def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    for number, text in enumerate(["[" * 100_000, "5", "[]", '{"tokens": 5}', '"text"']):
+        path = tmp_path / f"{number}.json"
+        path.write_text(text)
+        with pytest.raises(ValueError, match="json' is damaged") as caught:
+            tokenizer(str(path))
+        assert "\n" not in str(caught.value)
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match="pipe.json' does not exist, or is no file"):
+        tokenizer(str(tmp_path / "pipe.json"))
+    with pytest.raises(ValueError, match="tokenizer must be .*, got 5"):
+        tokenizer(5)
 
 
 def test_shards_of_another_tokenizer_than_the_run_s_are_refused(shards):

@@ -3,8 +3,16 @@
 import contextlib
 import json
 import logging
+import os
+import re
 import shutil
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +20,7 @@ from hope import Hope, HopeConfig
 from support import checkpoint, run
 from support.run import Run, precision, product_type
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = {"vocab_size": 257, "d_model": 16, "n_layers": 2, "n_heads": 2, "hidden": 24, "chunk": 4}
 
 
@@ -23,7 +32,8 @@ def run_folder(path, **changes):
     """A tiny run folder as train.py writes it -> its model."""
     model = Hope(HopeConfig(**(TINY | changes)))
     path.mkdir(exist_ok=True)
-    everything = {"model": model.config.to_dict(), "train": {}, "tokenizer": "bytes", "corpus": {}}
+    everything = {"model": model.config.to_dict(), "train": {}, "tokenizer": "bytes"}
+    everything["corpus"] = {"name": "a text"}
     (path / "config.json").write_text(json.dumps(everything))
     save_weights(path, model)
     return model
@@ -65,8 +75,12 @@ def test_opening_names_what_is_wrong_with_a_run_folder(tmp_path):
         save_weights(run, Hope(HopeConfig(**(TINY | changes))))
         with pytest.raises(ValueError, match=wrong):
             Run.open(run)
-    (run / "checkpoints/step-1/rest.pt").unlink()
+    rest = run / "checkpoints/step-1/rest.pt"
+    rest.unlink()
     with pytest.raises(ValueError, match="checkpoints/step-1 is .*rest.pt does not exist"):
+        Run.open(run)
+    os.mkfifo(rest)
+    with pytest.raises(ValueError, match="checkpoints/step-1 is .*rest.pt .* is no file"):
         Run.open(run)
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(ValueError, match="x/checkpoints has no checkpoint"):
@@ -83,11 +97,200 @@ def test_opening_names_a_damaged_config(tmp_path):
         json.dumps(saved | {"model": {"chunk": 0}}),
         json.dumps(saved | {"train": {"no_such_field": 1}}),
         json.dumps(saved | {"model": TINY | {"vocab_size": 300}}),
+        json.dumps(saved | {"tokenizer": 5}),
+        json.dumps(saved | {"tokenizer": ["bytes"]}),
+        json.dumps(saved | {"corpus": None}),
+        json.dumps(saved | {"model": []}),
+        "[" * 100_000,
+        "5",
     ]
     for text in bad:
         (tmp_path / "x/config.json").write_text(text)
-        with pytest.raises(ValueError, match="config.json|vocabulary of 300"):
+        with pytest.raises(ValueError, match="config.json|vocabulary of 300") as caught:
             Run.open(tmp_path / "x")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", ["n_layers", "d_model", "hidden"])
+def test_sizes_are_compared_with_the_checkpoint_before_anything_is_allocated(tmp_path, size):
+    run_folder(tmp_path / "x")
+    path = tmp_path / "x/config.json"
+    saved = json.loads(path.read_text())
+    saved["model"][size] = 10**6  # n_layers: minutes; d_model: 4 TB
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="step-1 is of another model than config.json's.*1000000"):
+        Run.open(tmp_path / "x")
+
+
+# What a disk, another process or a user does to a run folder
+
+
+def flipped(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << at % 8
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "rest.pt"])
+def test_no_flipped_byte_of_a_checkpoint_is_loaded(tmp_path, name):
+    model = run_folder(tmp_path)
+    path = checkpoint.folder(tmp_path, 1) / name
+    whole = path.read_bytes()
+    expected = model.state_dict()
+    refused = 0
+    places = np.random.default_rng(0).integers(len(whole), size=20)
+    for at in places:
+        flipped(path, int(at))
+        try:
+            found = Run.open(tmp_path, "cpu").model.state_dict()
+            assert all(torch.equal(found[key], tensor) for key, tensor in expected.items()), at
+        except ValueError as error:
+            assert "checkpoints/step-1 is damaged" in str(error) and "\n" not in str(error)
+            refused += 1
+        path.write_bytes(whole)
+    assert refused > 5  # the others are padding, and the names of tensors' files
+
+
+def test_no_flipped_byte_of_a_state_is_loaded(tmp_path):
+    state = {"W": torch.randn(40, 40), "step": 7}
+    path = tmp_path / "state.pt"
+    checkpoint.save_state(state, path)
+    whole = path.read_bytes()
+    refused = 0
+    for at in np.random.default_rng(0).integers(len(whole), size=60):
+        flipped(path, int(at))
+        try:
+            found = checkpoint.load_state(path)
+            assert torch.equal(found["W"], state["W"]) and found["step"] == 7, at
+        except ValueError as error:
+            assert "state.pt is truncated or damaged" in str(error) and "\n" not in str(error)
+            refused += 1
+        path.write_bytes(whole)
+    assert refused > 40
+
+
+def test_a_checkpoint_with_a_flipped_byte_is_passed_over(tmp_path, capsys):
+    model = run_folder(tmp_path)
+    with torch.no_grad():
+        model.norm.weight.add_(1)
+    save_weights(tmp_path, model, step=2)
+    checkpoint.save(tmp_path, model, torch.optim.SGD(model.parameters()), 3, keep=3)
+    flipped(checkpoint.folder(tmp_path, 3) / "__0_0.distcp", 3000)
+    assert Run.open(tmp_path, "cpu").step == 2
+    assert re.search("step-3 is damaged .the checksum of .* differs.", capsys.readouterr().err)
+
+
+def test_a_refused_pickle_does_not_advise_to_run_it(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    torch.save(Evil(), tmp_path / "state.pt")
+    message = r"state.pt is truncated or damaged \(it holds more than plain data\)$"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_state(tmp_path / "state.pt")
+
+
+def test_rest_of_another_step_or_with_files_elsewhere_is_damage(tmp_path):
+    run_folder(tmp_path)
+    path = checkpoint.folder(tmp_path, 1) / "rest.pt"
+    kept = checkpoint.load_file(path)
+    elsewhere = kept["sizes"] | {"../../config.json": (tmp_path / "config.json").stat().st_size}
+    for damage, message in [
+        ({"rest": kept["rest"] | {"step": 5}}, "rest.pt is of step 5"),
+        ({"rest": kept["rest"] | {"step": None}}, "rest.pt is of step None"),
+        ({"rest": []}, "is damaged"),
+        ({"sizes": elsewhere}, "../../config.json has"),
+        ({"sizes": {".metadata": kept["sizes"][".metadata"]}}, "is damaged .*__0_0.distcp"),
+        ({"sizes": {}}, ".metadata has .* bytes of 0"),
+    ]:
+        torch.save(kept | damage, path)
+        with pytest.raises(ValueError, match=message) as caught:
+            Run.open(tmp_path, "cpu")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_only_whole_checkpoints_count_as_kept_and_foreign_names_are_left_alone(tmp_path, keep):
+    model = run_folder(tmp_path)
+
+    def save(step, keep):
+        checkpoint.save(tmp_path, model, torch.optim.SGD(model.parameters()), step, keep)
+
+    for step in (2, 3, 4):
+        save(step, keep=3)
+    flipped(checkpoint.folder(tmp_path, 4) / "__0_0.distcp", 3000)  # of the right size
+    (checkpoint.folder(tmp_path, 3) / "rest.pt").write_bytes(b"torn")
+    foreign = ["step-999999", "step-x", "step-007", "notes", "notes.tmp"]
+    for name in foreign:
+        (tmp_path / "checkpoints" / name).mkdir()
+    (tmp_path / "checkpoints/step-5").write_text("a file")
+    assert checkpoint.load(tmp_path, model) == 2
+    save(3, keep)  # of the run that went on from there
+    assert checkpoint.load(tmp_path, model) == 3
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {*foreign, "step-5", "step-4", "step-3", *["step-2"] * (keep == 2)}
+
+
+def test_a_torn_newest_checkpoint_never_costs_the_good_ones(tmp_path):
+    model = run_folder(tmp_path)
+    for step in (2, 3):
+        checkpoint.save(tmp_path, model, torch.optim.SGD(model.parameters()), step, keep=2)
+    (checkpoint.folder(tmp_path, 3) / "__0_0.distcp").write_bytes(b"torn")
+    checkpoint.save(tmp_path, model, torch.optim.SGD(model.parameters()), 2, keep=1)
+    assert checkpoint.load(tmp_path, model) == 2
+
+
+def test_a_lock_names_its_owner_and_that_of_a_dead_process_is_free(tmp_path):
+    path = tmp_path / "lock"
+    hold = "import sys; from pathlib import Path; from support.checkpoint import locked\n"
+    hold += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    words = [sys.executable, "-c", hold, str(path)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, cwd=ROOT) as owner:
+        assert owner.stdout.readline() == b"held\n"
+        message = f"{tmp_path} is written by process {owner.pid} on {socket.gethostname()}: wait"
+        with pytest.raises(ValueError, match=message), checkpoint.locked(path):
+            pass
+        owner.kill()
+        owner.wait()
+    assert path.exists()
+    with checkpoint.locked(path):
+        assert f"process {os.getpid()} " in path.read_text()
+    assert not path.exists()
+
+
+def test_lines_of_the_log_that_are_torn_or_foreign_are_skipped_alone(tmp_path, capsys):
+    run_folder(tmp_path)
+    run = Run.open(tmp_path)
+    good = [{"step": step, "tokens": 32 * step} for step in range(4)]
+    lines = [json.dumps(record) for record in good]
+    bad = ['{"step": 1, "tok', "5", "[]", '{"note": "mine"}', '{"step": "1", "tokens": "2"}']
+    bad += ["[" * 100_000, "\xff"]
+    text = "\n".join([*lines[:2], "", *bad, *lines[2:]])
+    (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
+    assert run.metrics() == good
+    warning = f"warning: 7 lines of {tmp_path / 'metrics.jsonl'} do not count: "
+    assert capsys.readouterr().err.startswith(warning)
+
+
+def test_results_of_several_evaluations_are_all_kept_and_name_the_tokens_of_the_checkpoint(
+    tmp_path, capsys
+):
+    run_folder(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 9, "tokens": 1855488}\n')
+    run = Run.open(tmp_path)
+    assert run.facts()["training_tokens"] == 1 * run.config.tokens_per_step
+    threads = [threading.Thread(target=run.record, args=[{str(i): i}]) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert json.loads((tmp_path / "eval.json").read_text()) == {str(i): i for i in range(8)}
+    shutil.rmtree(tmp_path)  # or a disk that is full
+    run.record({"a": 1})
+    assert re.match("warning: .*eval.lock'$", capsys.readouterr().err)
 
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
