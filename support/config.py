@@ -5,7 +5,6 @@ test, and whether a resumed run may change it.
 """
 
 import argparse
-import json
 import math
 import os
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 from optimizers import OPTIMIZERS
+from support.checkpoint import parse_json
 from support.flags import Parser
 
 
@@ -226,8 +226,8 @@ def _whole(value) -> int:
 def json_or_text(text: str):
     """The value that a text is as JSON, else the text itself."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return parse_json(text)
+    except ValueError:
         return text
 
 

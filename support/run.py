@@ -93,7 +93,7 @@ class Run:
         if begun:
             with agreed():
                 checkpoint.check_sizes(folder, model_config, Hope)
-        model = parts.pop("model") or Hope(model_config)
+        model = parts.pop("model") or allocated(model_config)
         model = model.to(device=device, dtype=torch.float32).train()
         settle_kernels(model, device)
         selfcheck.agree(gather)
@@ -114,7 +114,7 @@ class Run:
             model_config = replace(model_config, cms_updates=cms_updates)
         check_vocabulary(f"{folder} has", model_config, encoding)
         checkpoint.check_sizes(folder, model_config, Hope)
-        model = Hope(model_config)
+        model = allocated(model_config)
         step = checkpoint.load(folder, model)
         device = device_for(device)
         model = model.to(device).eval()
@@ -326,6 +326,14 @@ def _model_of(config: TrainConfig, folder, saved, encoding) -> tuple:
         return None, HopeConfig.preset(config.preset, model=config.model, **own)
     except TypeError as error:  # a value of another kind than its field
         raise ValueError(f"set is {config.set}: {first_line(error)}") from None
+
+
+def allocated(model_config: HopeConfig) -> Hope:
+    """A new model. ValueError where it does not fit into memory."""
+    try:
+        return Hope(model_config)
+    except RuntimeError as error:  # torch's allocator
+        raise ValueError(f"the model does not fit into memory: {first_line(error)}") from None
 
 
 def check_vocabulary(who: str, model_config: HopeConfig, encoding) -> None:

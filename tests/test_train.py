@@ -268,13 +268,58 @@ def test_resumed_run_has_the_losses_of_an_uninterrupted_one(here, optimizer, ste
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_line_of_the_log_torn_by_a_kill_is_left_out(here):
+def test_lines_of_the_log_that_are_torn_or_foreign_are_left_out_alone(here, capsys):
     with pytest.raises(Stopped):
         train(small(out="cut"), stop_after(5))
-    with open("cut/metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "tok')
+    lines = Path("cut/metrics.jsonl").read_text().splitlines()
+    text = "\n".join([lines[0], '{"step": 2, "tok', "", "a note", *lines[1:], '{"step": 6, "tok'])
+    Path("cut/metrics.jsonl").write_text(text)
     train(resumed("cut"))
     assert list(losses("cut")) == list(range(1, 9))
+    assert capsys.readouterr().err.count("3 lines of cut/metrics.jsonl do not count") == 1
+
+
+def test_a_run_without_a_checkpoint_starts_over_and_says_so_and_keeps_what_is_not_its_own(
+    here, capsys, monkeypatch
+):
+    with pytest.raises(Stopped):
+        train(small(out="run"), stop_after(1))
+    shutil.rmtree("run/checkpoints")
+    Path("run/metrics.jsonl").write_text("")
+    Path("run/notes.txt").write_text("mine")
+    before = everything_below("run")
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        assert main(["--resume", "run"]) == 2
+        assert capsys.readouterr().err == "train.py: error: No space left on device\n"
+        assert everything_below("run") == before
+        assert main(flags(small(out="new"))) == 2
+        assert not Path("new").exists()
+    with pytest.raises(Stopped):
+        train(resumed("run"), stop_after(1))
+    assert "run has no checkpoint: starting over\n" in capsys.readouterr().out
+    assert Path("run/notes.txt").read_text() == "mine"
+
+
+def test_a_run_has_one_process_at_a_time(here, capsys):
+    with pytest.raises(Stopped):
+        train(small(out="run"), stop_after(1))
+    before = everything_below("run")
+    with checkpoint.locked(Path("run/lock")):
+        capsys.readouterr()
+        assert main(["--resume", "run"]) == 2
+        error = capsys.readouterr().err
+        assert re.match(f"train.py: error: run is written by process {os.getpid()} on", error)
+        assert error.count("\n") == 1
+        assert evaluation.main(["run"]) == 0  # which reads it
+    assert everything_below("run") == before | {"eval.json"}
+    with pytest.raises(Stopped):
+        train(resumed("run"), stop_after(1))
 
 
 @pytest.mark.slow
@@ -542,6 +587,10 @@ BAD = {
     "--save_every=0": "save_every must be at least 1, got 0",
     "--device=tpu": "device must be auto, cpu, cuda or cuda:N, got 'tpu'",
     "--device=cuda:99": "device must be auto, cpu or cuda:N with N <",
+    "--data=": "data must be a text that is not empty, got ''",
+    "--resume=": "resume must be a text that is not empty, got ''",
+    f"--set=levels={'[' * 2000}": "levels must be a list",
+    "--set=hidden=300000000000000": "the model does not fit into memory: .*can't allocate memory",
     "--data=nowhere": "does not exist",
     "--data=empty.txt": "is empty",
     "--data=binary.txt": "NUL byte",
@@ -705,7 +754,32 @@ def test_flags_become_fields_of_their_types():
     assert isinstance(config.tokens, int) and parsed("") == TrainConfig()
 
 
+@pytest.mark.parametrize("value", ["x", 1, "true"])
+def test_a_switch_is_true_or_false(value):
+    for name in ("fsdp", "wandb", "compile", "recompute"):
+        with pytest.raises(ValueError, match=f"{name} must be true or false, got {value!r}"):
+            TrainConfig(**{name: value})
+    with pytest.raises(ValueError, match="model must be a text that is not empty, got 5"):
+        TrainConfig(model=5)
+
+
 # eval.py
+
+
+def test_results_are_printed_where_they_cannot_be_saved(here, capsys):
+    with pytest.raises(Stopped):
+        train(small(out="run"), stop_after(1))
+    for name in ("eval.json", "position.png"):
+        (Path("run") / name).mkdir()  # as good as a full disk
+    capsys.readouterr()
+    assert evaluation.main(["run"]) == 0
+    shown = capsys.readouterr()
+    assert "bits per byte" in shown.out and shown.err.count("\nwarning: ") == 1
+    assert evaluation.main(["run", "--tasks", "position", "--context", "32"]) == 0
+    shown = capsys.readouterr()
+    assert "Bits per byte by position" in shown.out + shown.err
+    assert shown.err.count("warning: could not write run/position.png") == 1
+    assert shown.err.count("warning: ") == 2
 
 
 def test_eval_gives_the_run_s_own_held_out_score(here, capsys):
