@@ -39,6 +39,7 @@ from layers import (
     deep_memory,
     head_width,
     linear,
+    of_rows,
     over_chunks,
     recomputed,
     retention_of,
@@ -112,7 +113,7 @@ class Attention(nn.Module):
 
     def forward(self, x, state=None):
         T = x.shape[1]
-        state = state or {"position": 0, "conv": None}
+        state = of_rows(state, x) or {"position": 0, "conv": None}
         past = state["position"]
         after = {"position": past + T}
         qkv = self.qkv(x)
@@ -471,7 +472,7 @@ class Mamba(nn.Module):
 
     def forward(self, x, state=None):
         B, T, _ = x.shape
-        state = state or self.start_state(B)
+        state = of_rows(state, x) or self.start_state(B)
         x, gate = self.proj(x).chunk(2, -1)  # [B, T, d] each
         tail = state["conv"]
         if self.conv is not None:
@@ -573,7 +574,7 @@ class TitansMAC(nn.Module):
     def forward(self, x, state=None):
         B, T, _ = x.shape
         core = self.attention
-        state = state or self.start_state(B)
+        state = of_rows(state, x) or self.start_state(B)
         position = state["position"]
         memory = state["memory"]
         k = state["k"]

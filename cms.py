@@ -69,9 +69,21 @@ class MLP(nn.Module):
         gate, up = (self.norm(x) @ weights["w_in"].mT).chunk(2, dim=-1)
         return (F.silu(gate) * up) @ weights["w_out"].mT
 
+    def shapes(self, batch):
+        """Of fast weights of `batch` rows."""
+        return {name: (batch, *getattr(self, name).shape) for name in ("w_in", "w_out")}
+
     def start(self, batch):
         """The initial weights as fast weights of `batch` rows: views, so gradients reach them."""
         return {name: getattr(self, name).expand(batch, -1, -1) for name in ("w_in", "w_out")}
+
+
+def _check(what, weights, like):
+    """ValueError unless weights or gradients have the names and shapes {name: shape} of `like`."""
+    shapes = {name: w.shape for name, w in (weights or {}).items()}
+    if shapes != like:  # not even if they would broadcast: a batch never shares a memory
+        theirs = {name: tuple(shape) for name, shape in shapes.items()}
+        raise ValueError(f"{what} must have shapes {like}, got {theirs}")
 
 
 class CMS(nn.Module):
@@ -85,9 +97,10 @@ class CMS(nn.Module):
     then on learned, as its logarithm; None: none of its own. They are multiplied by the buffer
     `rise`, which training lets rise to 1 at first.
 
-    state is None when nothing updates in context, else {"position": ticks seen, "fast", "sums"},
-    two lists with an entry per level: its fast weights (see MLP.forward), None for a level that
-    stays at its start; the gradients collected since its last update, None where there are none.
+    state is None when nothing updates in context, else {"position": ticks seen, "updated": ticks
+    seen at the last update, "fast", "sums"}, two lists with an entry per level: its fast weights
+    (see MLP.forward), None for a level that stays at its start; the gradients collected since its
+    last update, None where there are none.
     Raises ValueError for levels that are empty or out of order, an unknown variant, a step <= 0.
     """
 
@@ -155,10 +168,9 @@ class CMS(nn.Module):
         if len(state["fast"]) != len(self.mlps):
             have = len(state["fast"])
             raise ValueError(f"state must have the CMS's {len(self.mlps)} levels, got {have}")
-        for number, w in enumerate(state["fast"]):  # a batch never shares a memory: no broadcasting
-            if w is not None and w["w_in"].shape[0] != x.shape[0]:
-                rows = f"{x.shape[0]} rows, as x, got {w['w_in'].shape[0]}"
-                raise ValueError(f"level {number} of the state must have fast weights for {rows}")
+        for number, (w, mlp) in enumerate(zip(state["fast"], self.mlps, strict=True)):
+            if w is not None:
+                _check(f"fast weights of level {number}", w, mlp.shapes(x.size(0)))
 
     def start_state(self, batch):
         """State at tick 0: each level that has a chunk carries fast weights equal to its start."""
@@ -167,7 +179,7 @@ class CMS(nn.Module):
         fast = []
         for mlp, level in zip(self.mlps, self.levels, strict=True):
             fast.append(None if level.chunk is None else mlp.start(batch))
-        return {"position": 0, "fast": fast, "sums": [None] * len(fast)}
+        return {"position": 0, "updated": 0, "fast": fast, "sums": [None] * len(fast)}
 
     def update(self, state, grads, step=None):
         """NL 71 at tick state["position"]: every level adds `grads` to its sum; the due ones step.
@@ -175,8 +187,14 @@ class CMS(nn.Module):
         grads: an entry per level, like state["fast"]: the gradient of the mean loss of the last
         chunk of the fastest level. A level steps along the mean gradient of its own chunk, so that
         a step size means the same for every chunk. step: see `steps`. Returns the new state;
-        nothing is written in place, all can be differentiated.
+        nothing is written in place, all can be differentiated. Raises ValueError for gradients of
+        other shapes than the weights, and for a tick that is not the end of the next chunk.
         """
+        chunk = self.levels[0].chunk or 0
+        end = state.get("updated", state["position"] - chunk) + chunk
+        if chunk and state["position"] != end:
+            wanted = f"come every {chunk} ticks, now at {end}"
+            raise ValueError(f"update must {wanted}, got position {state['position']}")
         due = self.due(state["position"])
         resets = self.resets(state["position"])
         steps = iter(self.steps(step))
@@ -185,6 +203,7 @@ class CMS(nn.Module):
         for number, (w, g) in enumerate(zip(state["fast"], grads, strict=True)):
             total = state["sums"][number]
             if w is not None:
+                _check(f"gradients of level {number}", g, self.mlps[number].shapes(len(w["w_in"])))
                 eta = next(steps)
                 total = g if total is None else {name: total[name] + g[name] for name in g}
                 if number in resets:  # deviation 12: straight to its start, without a last step
@@ -196,7 +215,7 @@ class CMS(nn.Module):
                     total = None
             fast.append(w)
             sums.append(total)
-        return state | {"fast": fast, "sums": sums}
+        return state | {"updated": state["position"], "fast": fast, "sums": sums}
 
     def due(self, tick):
         """Numbers of the levels that update at the end of a tick: chunk C at C, 2C, ..."""

@@ -43,7 +43,7 @@ from baselines import (
 )
 from cms import CMS, Level
 from fused import MANY_LOGITS, linear_cross_entropy
-from layers import component, count, one_of, recomputed
+from layers import component, count, one_of, recomputed, unlike
 from memory import full_precision
 from titans import NeuralMemory, SelfModifyingTitans
 
@@ -88,6 +88,9 @@ MIXERS = {
 }
 
 LEARNING = ("hope", "hope_attention", "ttt_e2e")  # their CMS learns in context by default
+
+# What may differ between the model that made a state and the one that goes on from it.
+FREE = ("cms_updates", "cms_step", "cms_clip")
 
 
 def layer_kinds(model):
@@ -298,11 +301,17 @@ class Block(nn.Module):
 
 
 class Hope(nn.Module):
-    """The language model. (tokens [B, T] int64, state) -> (logits [B, T, vocab_size], state)."""
+    """The language model. (tokens [B, T] int64, state) -> (logits [B, T, vocab_size], state).
+
+    A state is {"blocks", "model": the config's fields, "position": tokens read} and, where CMS
+    levels learn, "stream"; the first dimension of every tensor is its rows.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        fields = config.to_dict().items()
+        self.identity = {name: value for name, value in fields if name not in FREE}
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.05)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -312,7 +321,7 @@ class Hope(nn.Module):
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     def forward(self, tokens, state=None, updates=None, step=None, targets=None):
-        """Read tokens. Raises ValueError for ids out of range.
+        """Read tokens. Raises ValueError for ids out of range, a state that does not belong.
 
         targets [B, T] int64: what follows each token; then the result is the mean cross-entropy in
         nats, a scalar, of whole rows read as the config says.
@@ -329,7 +338,36 @@ class Hope(nn.Module):
             self._check_ids(tokens)
         if targets is not None:
             return self.loss(tokens, targets)
-        return self.unchecked(tokens, state, updates, step)
+        position = 0 if state is None else self._position_of(state)
+        logits, after = self.unchecked(tokens, state, updates, step)
+        after |= {"model": self.identity, "position": position + tokens.shape[1]}
+        return logits, after
+
+    def _position_of(self, state):
+        """The tokens that a state has read. ValueError, naming both sides, if it does not fit."""
+        made_by = state.get("model") if isinstance(state, dict) else None
+        if made_by is None:  # made by hand, or saved by an earlier version: its shapes must do
+            learns = isinstance(state, dict) and "stream" in state
+            token = torch.zeros(1, 1, dtype=torch.int64, device=self.embedding.weight.device)
+            like = self.unchecked(token, None, "first_order" if learns else "off")[1]
+            if wrong := unlike(state, like):
+                raise ValueError(f"state must be of this model, {self.config.model}: {wrong}")
+            made_by = self.identity
+        for name, ours in self.identity.items():
+            if made_by.get(name, ours) != ours:
+                wanted = f"a model whose {name} is {ours!r}"
+                raise ValueError(f"state must be of {wanted}, got one with {made_by[name]!r}")
+        blocks = state["blocks"]
+        if len(blocks) != len(self.blocks) or None in blocks:
+            have = f"{len(blocks)}, {blocks.count(None)} of them None"
+            raise ValueError(f"state must have {len(self.blocks)} blocks, got {have}")
+        read = {block["mixer"]["position"] if block["mixer"] else 0 for block in blocks}
+        if "stream" in state:
+            read |= {block["cms"]["position"] for block in blocks[-self.config.learners :]}
+        read |= {state["position"]} if "position" in state else set()
+        if len(read) > 1:
+            raise ValueError(f"state must be at one position in all parts, got {sorted(read)}")
+        return read.pop()
 
     def _check_ids(self, tokens):
         low = tokens.min().item()

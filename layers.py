@@ -264,6 +264,48 @@ def tensors(state):
     return found
 
 
+def of_rows(state, x):
+    """A mixer's state, if it has the rows of x [B, ...]: else one would be broadcast to many."""
+    rows = x.size(0)
+    for t in tensors(state):
+        if t.size(0) != rows:
+            raise ValueError(f"state must have {rows} rows, as its input, got {t.size(0)}")
+    return state
+
+
+# The dimension of a part of a state that grows with the text
+GROWS = {"k": 2, "v": 2, "tokens": 1, "x": 1}
+
+
+def unlike(state, like, where="state", key=None):
+    """Where a state has not the tree or the shapes of `like`, in words; None: nowhere.
+
+    Rows may differ, and what grows. None and what is learned later stand for each other.
+    """
+    if torch.is_tensor(state) and torch.is_tensor(like):
+        ours, theirs = ([*t.shape[1:]] for t in (like, state))
+        if key in GROWS and state.ndim == like.ndim:
+            ours[GROWS[key] - 1] = theirs[GROWS[key] - 1]
+        return None if ours == theirs else f"{where} has rows of shape {theirs}, not {ours}"
+    if type(state) is not type(like):
+        later = state is None and key == "mixer"
+        later = later or (like is None and key in ("cms", "sums", "mixers"))
+        kinds = f"{type(state).__name__}, not {type(like).__name__}"
+        return None if later else f"{where} is {kinds}"
+    if not isinstance(like, (dict, list)):
+        return None
+    theirs, ours = (t if isinstance(t, dict) else dict(enumerate(t)) for t in (state, like))
+    if "updated" not in theirs:  # an earlier version's
+        ours = {part: own for part, own in ours.items() if part != "updated"}
+    if theirs.keys() != ours.keys():
+        return f"{where} has the parts {[*theirs]}, not {[*ours]}"
+    for part, own in ours.items():
+        inner = part if isinstance(like, dict) else key
+        if wrong := unlike(theirs[part], own, f"{where}[{part!r}]", inner):
+            return wrong
+    return None
+
+
 # --------------------------------------------------------------------------------------------------
 # What a mixer says about itself
 
@@ -350,7 +392,7 @@ class Recurrent(nn.Module):
 
     def forward(self, x, state=None):
         B, T, _ = x.shape
-        state = state or self.start_state(B)
+        state = of_rows(state, x) or self.start_state(B)
         sizes = (sum(self.sizes[:3]), *self.sizes[3:])
         qkv, gate, rates = self.in_proj(x).split(sizes, dim=-1)
         tail = state["conv"]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layers import computed_again, map_state, tensors
+from layers import computed_again, map_state, of_rows, tensors
 from memory import full_precision
 
 UPDATES = ("off", "first_order", "full")  # of the CMS levels on the token clock
@@ -94,18 +94,24 @@ def read_and_update(model, tokens, state, full, step):
     What lies below the first CMS that learns depends on no step, so it reads all tokens at once.
     full: differentiate through the inner gradients too (second order). step: inner step sizes, see
     CMS.steps. Returns (logits [B, T, vocab], state). Raises ValueError for a state that was read
-    with updates off, or is of other rows.
+    with updates off, or is of other rows, and for a model made under torch.inference_mode().
     """
     chunk = model.config.levels[0]
     outer = torch.is_grad_enabled()
+    given = [tokens, state]
+    if torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors(given)):
+        if model.embedding.weight.is_inference():
+            made = "made outside of torch.inference_mode(), as learning in context differentiates"
+            raise ValueError(f"a model that learns in context must be {made}")
+        with torch.inference_mode(False), torch.set_grad_enabled(outer):
+            return read_and_update(model, *map_state(torch.clone, given), full, step)
     if state is None:
         state = start_stream(model, len(tokens))
     if state.get("stream") is None:
         raise ValueError("state must come from a call with updates on, got one without")
     stream = state["stream"]
-    rows, stored = stream["tokens"].shape
-    if rows != len(tokens):
-        raise ValueError(f"state must have as many rows as tokens, {len(tokens)}, got {rows}")
+    of_rows(stream, tokens)
+    stored = stream["tokens"].shape[1]
     for block in model.learners:
         block.cms.steps(step)  # raises for a bad one
     n_below = len(model.blocks) - len(model.learners)

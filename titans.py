@@ -42,6 +42,7 @@ from layers import (
     head_width,
     heads,
     linear,
+    of_rows,
     one_of,
     over_chunks,
     over_windows,
@@ -133,7 +134,7 @@ class SelfModifyingTitans(nn.Module):
         self.out_proj = linear(d_model, d_model, out_scale)
 
     def forward(self, x, state=None):
-        state = state or self.start_state(len(x))
+        state = of_rows(state, x) or self.start_state(len(x))
         # project, convolve, cut into heads: "x" and what is not self-generated, [B, H, T, d] each
         z = self.in_proj(x)
         tail = state["conv"]

@@ -195,9 +195,34 @@ def test_a_nested_level_takes_the_same_number_of_steps_from_every_start():
     assert steps == [0, 0, 6, 0]
 
 
+def updated(rows=2, ticks=2, level=None):
+    """One update after `ticks` ticks, with gradients of so many rows; `level` has none."""
+    cms = CMS(D, LEVELS, step=0.1)
+    _, state = cms(torch.randn(2, ticks, D), cms.start_state(2))
+    grads = [mlp.start(rows) for mlp in cms.mlps]
+    if level is not None:
+        grads[level] = None
+    return cms, grads, cms.update(state, grads)
+
+
+def test_every_update_comes_at_the_end_of_the_next_chunk():
+    cms, grads, state = updated()
+    assert state["position"] == state["updated"] == 2
+    _, late = cms(torch.randn(2, 4, D), state)
+    for wrong in (state, late):
+        with pytest.raises(ValueError, match="every 2 ticks, now at 4, got position"):
+            cms.update(wrong, grads)
+    old = {name: own for name, own in late.items() if name != "updated"}
+    assert cms.update(old, grads)["updated"] == 6
+
+
 @pytest.mark.parametrize(
     "make_it, message",
     [
+        (lambda: updated(rows=1), r"gradients of level 0 .*\(2, 10, 6\).*got .*\(1, 10, 6\)"),
+        (lambda: updated(level=1), r"gradients of level 1 must have shapes .*, got \{\}"),
+        (lambda: updated(ticks=3), r"every 2 ticks, now at 2, got position 3"),
+        (lambda: updated(ticks=4), r"every 2 ticks, now at 2, got position 4"),
         (lambda: Level(0, 4), r"chunk of a level must be .*at least 1.*got 0"),
         (lambda: Level(-3, 4), r"chunk of a level must be .*at least 1.*got -3"),
         (lambda: Level(4, 0), r"hidden of a level must be at least 1, got 0"),
@@ -220,7 +245,7 @@ def test_a_nested_level_takes_the_same_number_of_steps_from_every_start():
         (lambda: CMS(D, LEVELS)(torch.randn(2, 3, D + 1)), r"width 6, got 7"),
         (
             lambda: CMS(D, LEVELS)(torch.randn(2, 3, D), CMS(D, LEVELS).start_state(1)),
-            r"fast weights for 2 rows, as x, got 1",
+            r"fast weights of level 0 must have shapes .*\(2, 10, 6\).*got .*\(1, 10, 6\)",
         ),
         (
             lambda: CMS(D, LEVELS)(torch.randn(2, 3, D), CMS(D, LEVELS[:2]).start_state(2)),

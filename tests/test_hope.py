@@ -215,6 +215,98 @@ def test_a_state_is_independent_of_the_weights(name):
     assert all(torch.equal(a, b) for a, b in zip(tensors(before), tensors(state), strict=True))
 
 
+def as_of_an_earlier_version(state):
+    """A state without what states have said since of the model, the position and the updates."""
+    if not isinstance(state, dict):
+        return [as_of_an_earlier_version(own) for own in state] if type(state) is list else state
+    kept = {k: v for k, v in state.items() if k not in ("model", "updated")}
+    if "blocks" in kept:
+        del kept["position"]
+    return {name: as_of_an_earlier_version(own) for name, own in kept.items()}
+
+
+@each_variant
+def test_a_state_of_other_rows_is_refused_by_the_model_and_by_its_mixers(name):
+    model = build(name)
+    with torch.no_grad():
+        state = model(tokens(2, 9))[1]
+        for own in (state, as_of_an_earlier_version(state)):
+            with pytest.raises(ValueError, match="state must have 1 rows.*got 2"):
+                model(tokens(1, 9), own)
+        for block, own in zip(model.blocks, state["blocks"], strict=True):
+            with pytest.raises(ValueError, match="state must have 1 rows.*got 2"):
+                block.mixer(torch.randn(1, 3, 16).double(), own["mixer"])
+
+
+@pytest.mark.parametrize("name", ["hope", "transformer", "titans_mac", "samba", "hope, one level"])
+def test_a_state_goes_on_only_whole_and_at_one_position(name):
+    model = build(name)
+    x = tokens(2, 9)
+    with torch.no_grad():
+        state = model(x)[1]
+        first, second = state["blocks"]
+        assert state["position"] == 9 and model(x, state)[1]["position"] == 18
+        later = model(x, state)[1]["blocks"][1]
+        wrong = {
+            "2 blocks, got 3": state | {"blocks": [first, second, second]},
+            "2 blocks, got 1": state | {"blocks": [first]},
+            "2 blocks, got 2, 1 of them None": state | {"blocks": [first, None]},
+            r"one position in all parts, got \[9, 18\]": state | {"blocks": [first, later]},
+            r"one position in all parts, got \[0, 9\]": state
+            | {"blocks": [first, second | {"mixer": None}]},
+            r"one position in all parts, got \[7, 9\]": state | {"position": 7},
+            "state is Tensor, not dict": x,
+        }
+        for message, own in wrong.items():
+            with pytest.raises(ValueError, match=message):
+                model(x, own)
+            if isinstance(own, dict) and "7" not in message:
+                with pytest.raises(ValueError, match="state"):
+                    model(x, as_of_an_earlier_version(own))
+
+
+def test_a_state_of_another_model_is_refused_with_both_sides_named():
+    models = {name: build(name) for name in VARIANTS}
+    with torch.no_grad():
+        states = {name: model(tokens(2, 9))[1] for name, model in models.items()}
+        for model in models.values():
+            for other, state in states.items():
+                if models[other].config != model.config:
+                    with pytest.raises(ValueError, match="state must be of a model whose .* is .*"):
+                        model(tokens(2, 3), state)
+        with pytest.raises(ValueError, match="model is 'deltanet', got one with 'gated_deltanet'"):
+            build("deltanet")(tokens(2, 3), states["gated_deltanet"])
+        with pytest.raises(ValueError, match="variant is 'nested', got one with 'sequential'"):
+            nested = dict(levels=[4, 8, None], variant="nested")
+            build("hope", **nested)(tokens(2, 3), states["hope, three levels"])
+        with pytest.raises(ValueError, match=r"levels is \[4, 16, None\], got .* \[4, 8, None\]"):
+            build("hope", levels=[4, 16, None])(tokens(2, 3), states["hope, three levels"])
+        with pytest.raises(ValueError, match="this model, retnet: .*'W'.* has rows of shape"):
+            build("retnet")(tokens(2, 3), as_of_an_earlier_version(states["linear_attention"]))
+        old = as_of_an_earlier_version(states["ttt_mlp"])
+        with pytest.raises(ValueError, match=r"this model, ttt_linear: .* has the parts \[0, 1\]"):
+            build("ttt_linear")(tokens(2, 3), old)
+        with pytest.raises(ValueError, match="this model, titans: .*'k', 'v'.*not .*'running'"):
+            build("titans")(tokens(2, 3), as_of_an_earlier_version(states["transformer"]))
+        with pytest.raises(ValueError, match="this model, hope: .*NoneType, not dict"):
+            old = as_of_an_earlier_version(states["hope, three levels"])
+            old["blocks"][1]["cms"] = None
+            build("hope, three levels")(tokens(2, 3), old)
+
+
+@each_variant
+def test_a_state_of_an_earlier_version_goes_on_to_the_same_logits(name):
+    model = build(name)
+    on = tokens(2, 7)
+    with torch.no_grad():
+        for length in (1, 14):
+            state = model(tokens(2, length))[1]
+            expected, after = model(on, state)
+            logits, now = model(on, as_of_an_earlier_version(state))
+            assert torch.equal(logits, expected)
+            assert now["model"] == after["model"] and now["position"] == length + 7
+
+
 def test_map_state_applies_to_every_tensor_and_keeps_the_rest():
     state = {"a": torch.ones(2), "b": [torch.zeros(3), {"c": None, "d": 7}], "e": (torch.ones(1),)}
     twice = map_state(lambda t: t * 2, state)

@@ -519,7 +519,7 @@ def test_a_stream_that_repeats_is_learned(seed):
         (lambda x: build("hope")(x, updates="second"), r"'second'.*off, first_order, full"),
         (
             lambda x: build("hope").learn(x, build("hope").learn(x[:1])[1]),
-            r"as many rows as tokens, 2, got 1",
+            r"state must have 2 rows, as its input, got 1",
         ),
         (lambda x: build("hope").learn(x + 11), r"token ids must be in \[0, 11\)"),
     ],
@@ -527,6 +527,24 @@ def test_a_stream_that_repeats_is_learned(seed):
 def test_bad_input_is_named_with_its_value_and_the_legal_range(make_it, message):
     with pytest.raises(ValueError, match=message):
         make_it(stream(2, 5))
+
+
+def test_under_inference_mode_a_model_learns_and_writes_as_without_gradients():
+    model, x, on = build("hope"), stream(2, 19), stream(2, 9)
+    with torch.no_grad():
+        first, state = model.learn(x)
+        second, _ = model.learn(on, state)
+        written = list(model.generate(on, 6, state, temperature=0))
+    with torch.inference_mode():
+        loss, own = model.learn(x)
+        assert torch.equal(loss, first) and torch.equal(model.learn(on, own)[0], second)
+        assert all(map(torch.equal, model.generate(on.clone(), 6, own, temperature=0), written))
+        kept = map_state(torch.clone, state)  # tensors that can never be differentiated
+        made_inside = build("hope")
+        with pytest.raises(ValueError, match="must be made outside of torch.inference_mode"):
+            made_inside.learn(x)
+    loss, _ = model.learn(on, kept)
+    assert torch.equal(loss, second) and loss.requires_grad
 
 
 def test_steps_rise_with_the_buffer_that_training_sets():
