@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.scorer import Scorer
+from bench.scorer import Scorer, settings
 from support.checkpoint import first_line
 
 LOCAL_TASKS = Path(__file__).resolve().parent / "lm_eval_tasks"
@@ -86,12 +86,8 @@ def adapter(scorer: Scorer, window: int, tasks: list = ()):
             alike = defaultdict(list)  # (tokens to write, stops): (number, tokens) of requests
             for i, request in enumerate(requests):
                 context, options = request.args
-                if options.get("do_sample"):
-                    raise ValueError("the task wants sampled answers; only greedy ones are written")
-                until = options.get("until") or []
-                until = (until,) if isinstance(until, str) else tuple(until)
                 tokens = self.tok_encode(context) or [self.eot_token_id]
-                alike[options.get("max_gen_toks", 256), until].append((i, tokens))
+                alike[settings(options)].append((i, tokens))
             results = [None] * len(requests)
             for (n, until), items in alike.items():
                 texts = scorer.generate([tokens for _, tokens in items], n, until)

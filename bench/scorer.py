@@ -32,6 +32,27 @@ def token_losses(logits, targets):
     return F.cross_entropy(flat, targets.flatten(), reduction="none").view(targets.shape).cpu()
 
 
+# What a task may call the most tokens to write; the first of these that is given counts.
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+def settings(options: dict) -> tuple[int, tuple]:
+    """(most tokens, stops) of a task's generation settings, read as lm-eval reads them.
+
+    ValueError where they ask for sampled text: temperature 0 is greedy, whatever do_sample says.
+    """
+    sampled = options.get("do_sample")
+    temperature = options.get("temperature")
+    temperature = bool(sampled) if temperature is None else float(temperature)
+    if sampled is not False and temperature > 0:
+        wanted = "do_sample false or temperature 0, as only greedy answers are written"
+        raise ValueError(f"a task must have {wanted}, got {options}")
+    until = options.get("until") or []
+    until = [until] if isinstance(until, str) else until
+    lengths = (options.get(name) for name in LENGTHS)
+    return int(next((n for n in lengths if n is not None), 256)), tuple(until)
+
+
 class Scorer:
     """Log-likelihoods and greedy text of a model (tokens [B, T], state) -> (logits, state).
 
@@ -55,6 +76,8 @@ class Scorer:
         self.limit = min(most, 2**26 // encoding.n_vocab)
 
     def tokens(self, text: str) -> list[int]:
+        """Half a surrogate pair, which no UTF-8 has, is read as U+FFFD."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return encode(text.encode("utf-8"), self.encoding).tolist()
 
     def length(self, text: str) -> int:
@@ -193,8 +216,10 @@ class Scorer:
         """What the model writes greedily after each context, a list of tokens.
 
         At most n tokens, up to a string of `until` or the end of text. state: of one row; all
-        contexts go on from there.
+        contexts go on from there. ValueError for n < 0.
         """
+        if n < 0:
+            raise ValueError(f"at least 0 tokens must be asked for, got {n}")
         results = [""] * len(contexts)
         order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
         while order:

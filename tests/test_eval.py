@@ -19,7 +19,7 @@ import eval as evaluation
 from bench import harness as harness_module
 from bench.harness import adapter, harness
 from bench.long_context import needles, position
-from bench.scorer import Scorer
+from bench.scorer import Scorer, settings
 from bench.tables import published
 from eval import TABLE2
 from hope import Hope, HopeConfig
@@ -140,6 +140,48 @@ def test_writing_ends_at_a_stop_string():
     assert scorer.generate([[0]], 9, until=("\n",)) == ["abc. def"]
     assert scorer.generate([[0]], 9, until=("\n", ". ")) == ["abc"]
     assert scorer.generate([[0]], 5) == ["abc. "]
+
+
+SETTINGS = [
+    ({}, 256),
+    ({"max_gen_toks": 0, "max_new_tokens": 9}, 0),
+    ({"max_new_tokens": 9, "max_tokens": 8, "max_completion_tokens": 7}, 9),
+    ({"max_completion_tokens": 7, "max_tokens": 8}, 8),
+    ({"max_completion_tokens": "7", "max_gen_toks": None}, 7),
+    ({"do_sample": True, "temperature": 0}, 256),
+    ({"do_sample": True, "temperature": "0.0", "top_p": 1}, 256),
+    ({"do_sample": False, "temperature": 0.7}, 256),
+]
+
+
+def test_generation_settings_are_read_in_the_harness_s_order():
+    for options, n in SETTINGS:
+        assert settings(options | {"until": "\n"}) == (n, ("\n",))
+    assert settings({"until": ["a", "b"]})[1] == ("a", "b") and settings({"until": None})[1] == ()
+    for options in ({"do_sample": True}, {"temperature": 0.7}):
+        with pytest.raises(ValueError, match="do_sample false or temperature 0.*got {"):
+            settings(options)
+
+
+def test_the_adapter_writes_what_the_settings_of_a_task_say():
+    pytest.importorskip("lm_eval", reason="pip install -r requirements-eval.txt")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    scorer = Scorer(tiny(model="transformer", n_layers=1), tokenizer())
+    scorer.generate = lambda contexts, n, until: [(n, until)] * len(contexts)
+    for options, n in SETTINGS:
+        theirs = normalize_gen_kwargs(options | {"until": ["x"]})
+        assert (theirs["max_gen_toks"], theirs["until"]) == (n, ["x"])
+        asked = [Instance("generate_until", {}, ("a", options | {"until": ["x"]}), 0)]
+        assert adapter(scorer, 64).generate_until(asked) == [(n, ("x",))]
+
+
+def test_half_a_surrogate_pair_is_read_as_the_replacement_character():
+    scorer = Scorer(tiny(model="transformer", n_layers=1), tokenizer())
+    assert scorer.tokens("a\ud83db\ude00") == list("a\ufffdb\ufffd".encode())
+    assert scorer.tokens("\ud83d\ude00\u00e9") == list("\U0001f600\u00e9".encode())
+    assert scorer.length("\udcff") == 3
 
 
 # The harness
