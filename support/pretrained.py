@@ -29,6 +29,7 @@ def from_pretrained(folder, levels=(512, None), **changes) -> Hope:
     folder = Path(folder)
     llama, weights = read_checkpoint(folder)
     check_parts(folder, llama)
+    check_sizes(folder, llama, weights)
     try:
         own = {"model": "hope_attention", "levels": list(levels), "variant": "independent"}
         own["cms_step"] = 0.01
@@ -59,6 +60,9 @@ def read_checkpoint(folder: Path) -> tuple[dict, dict]:
             weights |= load_file(file)
     except Exception as error:  # safetensors has errors of its own
         raise ValueError(f"{folder} is no readable checkpoint: {first_line(error)}") from None
+    if not isinstance(llama, dict):
+        got = f"got a {type(llama).__name__}"
+        raise ValueError(f"{folder / 'config.json'} must hold names with values, {got}")
     return llama, weights
 
 
@@ -66,10 +70,23 @@ def rope_of(llama: dict) -> dict:
     return llama.get("rope_parameters") or llama.get("rope_scaling") or {}
 
 
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+SIZES += ("intermediate_size", "num_key_value_heads")
+
+
 def check_parts(folder: Path, llama: dict) -> None:
     """ValueError for a part of the checkpoint that Hope-Attention does not have."""
+    for name in SIZES:
+        value = llama.get(name)
+        missing = value is None and name == "num_key_value_heads"  # as many as heads
+        if not missing and (type(value) is not int or value < 1):
+            wanted = "an integer of at least 1"
+            raise ValueError(f"{name} of {folder} must be {wanted}, got {value!r}")
     rope = rope_of(llama)
-    width = llama.get("hidden_size", 0) // llama.get("num_attention_heads", 1)
+    theta = (rope if isinstance(rope, dict) else {}).get("rope_theta", llama.get("rope_theta", 1.0))
+    if not isinstance(rope, dict) or type(theta) not in (int, float):
+        raise ValueError(f"rope of {folder} must be names with values, rope_theta a number")
+    width = llama["hidden_size"] // llama["num_attention_heads"]
     parts = {
         "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),
         "hidden_act": (llama.get("hidden_act", "silu"), "silu"),
@@ -80,6 +97,19 @@ def check_parts(folder: Path, llama: dict) -> None:
     for name, (value, wanted) in parts.items():
         if value != wanted:
             raise ValueError(f"{name} of {folder} must be {wanted!r}, got {value!r}")
+
+
+def check_sizes(folder: Path, llama: dict, weights: dict) -> None:
+    """ValueError for sizes that the weights do not have, before a model is made of them."""
+    d = llama["hidden_size"]
+    mlp = [llama["intermediate_size"], d]
+    wanted = {"model.embed_tokens.weight": [llama["vocab_size"], d]}
+    wanted[f"model.layers.{llama['num_hidden_layers'] - 1}.mlp.gate_proj.weight"] = mlp
+    for name, shape in wanted.items():
+        have = [*weights[name].shape] if name in weights else "nothing"
+        if have != shape:
+            what = f"config.json says {name} is {shape}, the file has {have}"
+            raise ValueError(f"{folder} is no checkpoint of the Llama family: {what}")
 
 
 def sizes_of(llama: dict) -> dict:

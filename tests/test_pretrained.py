@@ -91,9 +91,27 @@ def test_what_has_no_place_is_named(tmp_path):
         ({"num_hidden_layers": 2}, "got model.layers.2.* has no place"),
         ({"num_hidden_layers": 4}, "model.layers.3"),
         ({"vocab_size": 62}, "no checkpoint of the Llama family"),
+        # what would be allocated first and then found not to fit
+        ({"num_hidden_layers": 10**7}, "layers.9999999.* is .48, 32., the file has nothing"),
+        ({"vocab_size": 10**12}, "embed_tokens.weight is .1000000000000, 32., .* has .61, 32."),
+        ({"intermediate_size": 10**12}, "gate_proj.weight is .1000000000000, 32., .*48, 32"),
+        ({"num_attention_heads": 0}, "num_attention_heads of .* integer of at least 1, got 0"),
+        ({"num_key_value_heads": "4"}, "num_key_value_heads of .* at least 1, got '4'"),
+        ({"num_key_value_heads": 3}, "no checkpoint of the Llama family"),
+        ({"hidden_size": None}, "hidden_size of .* at least 1, got None"),
+        ({"vocab_size": True}, "vocab_size of .* at least 1, got True"),
+        ({"num_attention_heads": 5, "head_dim": None}, "multiple of n_heads, got 32 and 5"),
+        ({"rope_scaling": "x", "rope_parameters": None}, "rope of .* must be names with values"),
+        ({"rope_theta": "x", "rope_parameters": {}}, "rope of .* rope_theta a number"),
+        ({"rms_norm_eps": "x"}, "norm_eps must be a number, got 'x'"),
+        ({"tie_word_embeddings": 2}, "tied must be true or false, got 2"),
     ):
         path.write_text(json.dumps(config | damage))
         with pytest.raises(ValueError, match=message):
+            from_pretrained(tmp_path)
+    for text in ("[1, 2]", '"x"', "null", "7"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="config.json must hold names with values, got a "):
             from_pretrained(tmp_path)
 
 
