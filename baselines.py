@@ -112,8 +112,8 @@ class Attention(nn.Module):
         self.out = linear(d_model, d_model, out_scale)
 
     def forward(self, x, state=None):
-        T = x.shape[1]
         state = of_rows(state, x) or {"position": 0, "conv": None}
+        T = x.shape[1]
         past = state["position"]
         after = {"position": past + T}
         qkv = self.qkv(x)
@@ -471,8 +471,8 @@ class Mamba(nn.Module):
         return {"position": 0, "conv": None, "h": h}
 
     def forward(self, x, state=None):
-        B, T, _ = x.shape
-        state = of_rows(state, x) or self.start_state(B)
+        state = of_rows(state, x) or self.start_state(len(x))
+        T = x.shape[1]
         x, gate = self.proj(x).chunk(2, -1)  # [B, T, d] each
         tail = state["conv"]
         if self.conv is not None:
@@ -572,9 +572,9 @@ class TitansMAC(nn.Module):
         return {"memory": self.memory.start_state(batch), "k": none, "v": none, "position": 0}
 
     def forward(self, x, state=None):
-        B, T, _ = x.shape
+        state = of_rows(state, x) or self.start_state(len(x))
         core = self.attention
-        state = of_rows(state, x) or self.start_state(B)
+        T = x.shape[1]
         position = state["position"]
         memory = state["memory"]
         k = state["k"]

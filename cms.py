@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from layers import at_least_1, one_of
+from memory import floats
 
 VARIANTS = ("sequential", "nested", "independent")
 
@@ -138,14 +139,16 @@ class CMS(nn.Module):
             if self.log_step is None:
                 raise ValueError("step must be given: this CMS was built without cms_step")
             return self.log_step.exp() * self.rise
-        steps = [step] * count if isinstance(step, (int, float)) else list(step)
-        if len(steps) != count or not all(0 <= s < math.inf for s in steps):
+        steps = list(step) if isinstance(step, (list, tuple)) else [step] * count
+        numbers = all(isinstance(s, (int, float)) and 0 <= s < math.inf for s in steps)
+        if len(steps) != count or not numbers:
             wanted = f"a number of at least 0, or one for each of the {count} levels that update"
             raise ValueError(f"step must be {wanted}, got {step}")
         return [float(s) for s in steps]
 
     def forward(self, x, state=None):
         """x [B, T, d_model] -> (y [B, T, d_model], state, T ticks on; None stays None)."""
+        floats(x=x)
         if x.shape[-1] != self.d_model:
             raise ValueError(f"x must have the CMS's width {self.d_model}, got {x.shape[-1]}")
         fast = [None] * len(self.mlps)
@@ -174,8 +177,8 @@ class CMS(nn.Module):
 
     def start_state(self, batch):
         """State at tick 0: each level that has a chunk carries fast weights equal to its start."""
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1 row, got {batch}")
+        if type(batch) is not int or batch < 1:
+            raise ValueError(f"batch must be an integer of at least 1 row, got {batch!r}")
         fast = []
         for mlp, level in zip(self.mlps, self.levels, strict=True):
             fast.append(None if level.chunk is None else mlp.start(batch))
@@ -190,6 +193,8 @@ class CMS(nn.Module):
         nothing is written in place, all can be differentiated. Raises ValueError for gradients of
         other shapes than the weights, and for a tick that is not the end of the next chunk.
         """
+        if not isinstance(grads, list) or len(grads) != len(self.mlps):
+            raise ValueError(f"grads must be a list of {len(self.mlps)}, one for each level")
         chunk = self.levels[0].chunk or 0
         end = state.get("updated", state["position"] - chunk) + chunk
         if chunk and state["position"] != end:

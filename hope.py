@@ -44,7 +44,7 @@ from baselines import (
 from cms import CMS, Level
 from fused import MANY_LOGITS, linear_cross_entropy
 from layers import component, count, one_of, recomputed, unlike
-from memory import full_precision
+from memory import floats, full_precision
 from titans import NeuralMemory, SelfModifyingTitans
 
 # d_model, n_layers, n_heads, vocab_size of the Transformer++ that all models of a preset equal
@@ -99,11 +99,22 @@ def layer_kinds(model):
     return makers if isinstance(makers, tuple) else (makers,)
 
 
+def check_shape(tokens):
+    """TypeError or ValueError for tokens or targets that are not [B, T] int64 with B, T >= 1."""
+    wanted = "tokens and targets must be [B, T] int64 with B, T >= 1"
+    if not torch.is_tensor(tokens):
+        raise TypeError(f"{wanted}, got a {type(tokens).__name__}")
+    if tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
+        raise ValueError(f"{wanted}, got shape {tuple(tokens.shape)} of {tokens.dtype}")
+
+
 def loss_fn(logits, targets, reduction="mean"):
     """Cross-entropy in nats, in float32 or float64, "mean" or "sum": a scalar.
 
     logits [B, T, vocab], targets [B, T] int64.
     """
+    floats(logits=logits)
+    check_shape(targets)
     flat = full_precision(logits).flatten(0, -2)  # [B T, vocab]
     return F.cross_entropy(flat, targets.flatten(), reduction=reduction)
 
@@ -330,12 +341,11 @@ class Hope(nn.Module):
         config says. step: how long, see `learn`. A state that was read on with updates "off" has
         lost its place in the chunk: from there on it can only be read so.
         """
-        if tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
-            got = f"shape {tuple(tokens.shape)} of {tokens.dtype}"
-            raise ValueError(f"tokens must be [B, T] int64 with B, T >= 1, got {got}")
-        # On a GPU the check would stall the stream; the embedding asserts there.
-        if not tokens.is_cuda and not torch.compiler.is_compiling():
-            self._check_ids(tokens)
+        for given in (tokens,) if targets is None else (tokens, targets):
+            check_shape(given)
+            # On a GPU the check would stall the stream; the embedding asserts there.
+            if not given.is_cuda and not torch.compiler.is_compiling():
+                self._check_ids(given)
         if targets is not None:
             return self.loss(tokens, targets)
         position = 0 if state is None else self._position_of(state)
@@ -448,17 +458,16 @@ class Hope(nn.Module):
         """Sample n tokens after the prompt tokens [B, T]; yields each, [B] int64, once it is known.
 
         Constant memory for recurrent mixers. temperature 0 takes the most likely token; top_k
-        samples among the k most likely; state continues an earlier call.
+        samples among the k most likely; state continues an earlier call. Raises ValueError or
+        TypeError for what is out of range.
         """
-        if n < 0:
-            raise ValueError(f"n must be at least 0 tokens, got {n}")
-        if temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
-        if tokens.ndim != 2 or tokens.shape[1] < 1:
-            shape = tuple(tokens.shape)
-            raise ValueError(f"the prompt must be [B, T] with T >= 1, got shape {shape}")
+        if type(n) is not int or n < 0:
+            raise ValueError(f"n must be an integer of at least 0 tokens, got {n!r}")
+        if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")
+        if top_k is not None and (type(top_k) is not int or top_k < 1):
+            raise ValueError(f"top_k must be an integer of at least 1, got {top_k!r}")
+        check_shape(tokens)
         self._check_ids(tokens)
         return self._generate(tokens, n, state, temperature, top_k)
 
@@ -470,11 +479,13 @@ class Hope(nn.Module):
             if temperature == 0:
                 token = logits.argmax(-1)
             else:
-                logits = logits / temperature
+                logits = full_precision(logits)
+                # the largest is 0, so that no temperature overflows; one below 1e-30 is as 1e-30
+                scaled = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
                 if top_k is not None and top_k < logits.shape[-1]:
-                    least = logits.topk(top_k)[0][:, -1:]
-                    logits = logits.masked_fill(logits < least, -math.inf)
-                token = torch.multinomial(logits.softmax(-1), 1).squeeze(1)
+                    least = logits.topk(top_k)[0][:, -1:]  # undivided: there are no ties yet
+                    scaled = scaled.masked_fill(logits < least, -math.inf)
+                token = torch.multinomial(scaled.softmax(-1), 1).squeeze(1)
             yield token
             tokens = token[:, None]
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fused import EPS, causal_convolution
-from memory import full_precision
+from memory import floats, full_precision
 
 # --------------------------------------------------------------------------------------------------
 # Checks
@@ -67,7 +67,7 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x, tail=None):
         width = len(self.weight)
-        if tail is None:
+        if of_rows(tail, x) is None:
             tail = x.new_zeros(x.shape[0], width - 1, x.shape[2])
         x = torch.cat([tail, x], 1)
         y = causal_convolution(x, self.weight)
@@ -265,7 +265,10 @@ def tensors(state):
 
 
 def of_rows(state, x):
-    """A mixer's state, if it has the rows of x [B, ...]: else one would be broadcast to many."""
+    """A mixer's state, if it has the rows of x [B, T, d]: else one would be broadcast to many."""
+    floats(x=x)
+    if x.ndim != 3 or not x.size(1):
+        raise ValueError(f"x must be [B, T, d_model] with T >= 1, got shape {tuple(x.shape)}")
     rows = x.size(0)
     for t in tensors(state):
         if t.size(0) != rows:
@@ -391,8 +394,8 @@ class Recurrent(nn.Module):
         return {"position": 0, "conv": None, "W": None}
 
     def forward(self, x, state=None):
-        B, T, _ = x.shape
-        state = of_rows(state, x) or self.start_state(B)
+        state = of_rows(state, x) or self.start_state(len(x))
+        T = x.shape[1]
         sizes = (sum(self.sizes[:3]), *self.sizes[3:])
         qkv, gate, rates = self.in_proj(x).split(sizes, dim=-1)
         tail = state["conv"]

@@ -110,7 +110,6 @@ def read_and_update(model, tokens, state, full, step):
     if state.get("stream") is None:
         raise ValueError("state must come from a call with updates on, got one without")
     stream = state["stream"]
-    of_rows(stream, tokens)
     stored = stream["tokens"].shape[1]
     for block in model.learners:
         block.cms.steps(step)  # raises for a bad one
@@ -122,6 +121,7 @@ def read_and_update(model, tokens, state, full, step):
     with twice_differentiable(model) if full and outer else contextlib.nullcontext():
         x, below = model.through(model.blocks[:n_below], model.embedding(tokens), below)
         x, first_mixer = model.learners[0].mix(x, learners[0]["mixer"])
+        of_rows(stream, x)
         x = torch.cat([stream["x"], x], 1)  # from the start of the chunk on
         tokens = torch.cat([stream["tokens"], tokens], 1)
         T = tokens.shape[1]

@@ -55,6 +55,14 @@ def full_precision(t):
     return t.float() if narrow else t
 
 
+def floats(**given):
+    """TypeError for an argument, by its name, that is no tensor of floating-point numbers."""
+    for name, t in given.items():
+        if not torch.is_tensor(t) or not t.is_floating_point():
+            got = t.dtype if torch.is_tensor(t) else type(t).__name__
+            raise TypeError(f"{name} must be a tensor of float32, float64 or bfloat16, got {got}")
+
+
 def l2norm(x, eps=EPS):
     """x [..., d] scaled to unit length (vectors far below sqrt(eps) stay small)."""
     return x / (x.square().sum(-1, keepdim=True) + eps).sqrt()  # rsqrt's gradient has a cube
@@ -165,7 +173,11 @@ def _tile(W, S, k, u, eta, alpha, q, theta, delta):
 
 
 def _aligned(W, k, u, eta, alpha, q, theta, S, delta):
-    """Check every shape, then broadcast the leading dimensions (as views)."""
+    """Check every kind and shape, then broadcast the leading dimensions (as views)."""
+    given = {name: t for name, t in (("q", q), ("theta", theta), ("S", S)) if t is not None}
+    if not isinstance(delta, (int, float)):
+        given["delta"] = delta
+    floats(W=W, k=k, u=u, eta=eta, alpha=alpha, **given)
     if W.ndim < 2:
         raise ValueError(f"W must be [..., dv, dk], got shape {tuple(W.shape)}")
     dv, dk = W.shape[-2:]
@@ -228,6 +240,7 @@ OBJECTIVES = {
 
 def _check_network(layers, residual, **ends):
     """ValueError unless the layers chain and fit the named tensors (input first, then output)."""
+    floats(**{f"layers[{i}]": W for i, W in enumerate(layers)}, **ends)
     shapes = ", ".join(str(tuple(W.shape)) for W in layers)
     for below, W in zip(layers, layers[1:], strict=False):
         if below.shape[-2] != W.shape[-1]:

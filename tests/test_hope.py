@@ -19,6 +19,7 @@ import layers
 from fused import linear_cross_entropy
 from hope import LEARNING, MIXERS, PRESETS, Hope, HopeConfig, loss_fn
 from layers import map_state, tensors
+from memory import read, scan, scan_stepwise, write
 from support.checkpoint import load_state, save_state
 from support.plan import flops_per_token
 
@@ -392,6 +393,20 @@ def test_sampling_follows_temperature_and_top_k():
     close(frequencies(top_k=100).double(), logits.softmax(-1), 0.04)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_temperatures_at_their_extremes_are_greedy_and_uniform(scale):
+    model = build("transformer", tied=False).float()
+    with torch.no_grad():
+        model.head.weight.mul_(scale)
+    text = tokens(1, 6).repeat(500, 1)
+    greedy = next(model.generate(text, 1, temperature=0))
+    for temperature, top_k in ((5e-324, None), (1e-46, 5), (1e300, 1)):
+        how = {"temperature": temperature, "top_k": top_k}
+        assert scale < 1 or torch.equal(next(model.generate(text, 1, **how)), greedy)
+    hot = next(model.generate(text, 1, temperature=1e300, top_k=2**70)).bincount(minlength=11)
+    assert hot.min() > 15
+
+
 def test_generation_streams_one_token_per_forward():
     model, seen = build("hope"), []
     model.register_forward_hook(lambda m, args, out: seen.append(tuple(args[0].shape)))
@@ -443,9 +458,14 @@ def test_generation_continues_from_a_state(name):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(n=-1), r"n must be at least 0.*got -1"),
-        (dict(temperature=-0.5), r"temperature must be at least 0, got -0.5"),
-        (dict(top_k=0), r"top_k must be at least 1, got 0"),
+        (dict(n=-1), r"n must be an integer of at least 0.*got -1"),
+        (dict(n=2.5), r"n must be an integer of at least 0.*got 2.5"),
+        (dict(temperature=-0.5), r"temperature must be a number of at least 0, got -0.5"),
+        (dict(temperature=math.nan), r"temperature must be a number of at least 0, got nan"),
+        (dict(temperature=math.inf), r"temperature must be a number of at least 0, got inf"),
+        (dict(temperature="1"), r"temperature must be a number of at least 0, got '1'"),
+        (dict(top_k=0), r"top_k must be an integer of at least 1, got 0"),
+        (dict(top_k=2.0), r"top_k must be an integer of at least 1, got 2.0"),
         (dict(tokens=torch.zeros(1, 0, dtype=torch.int64)), r"T >= 1, got shape \(1, 0\)"),
         (dict(tokens=torch.zeros(3, dtype=torch.int64)), r"\[B, T\].*got shape \(3,\)"),
     ],
@@ -540,11 +560,68 @@ def test_a_bad_config_is_named_with_its_value_and_the_legal_range(make_it, messa
         (torch.tensor([[3.0, 2.0]]), r"int64.*torch.float32"),
         (torch.tensor([[3, 2]], dtype=torch.int32), r"int64.*torch.int32"),
         (torch.tensor([3, 2]), r"\[B, T\].*shape \(2,\)"),
+        (torch.zeros(2, 0, dtype=torch.int64), r"\[B, T\].*shape \(2, 0\)"),
     ],
 )
 def test_bad_tokens_are_refused_with_value_and_range(x, message):
     with pytest.raises(ValueError, match=message):
         build("hope")(x)
+    with pytest.raises(ValueError, match=message):
+        build("hope")(tokens(1, 2), targets=x)
+
+
+WRONG = {
+    "None": None,
+    "a list": [[1.0, 2.0]],
+    "text": "x",
+    "int32": torch.ones(1, 4, 16, dtype=torch.int32),
+    "bool": torch.ones(1, 4, 16, dtype=torch.bool),
+    "complex": torch.ones(1, 4, 16, dtype=torch.complex64),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_no_tensor_of_the_right_kind_is_refused_by_name(kind):
+    wrong = WRONG[kind]
+    x = torch.ones(1, 4, 16)
+    ids = tokens(1, 4)
+    rate = torch.full((1, 4), 0.5)
+    rule = {"W": torch.ones(16, 16), "k": x, "u": x, "eta": rate, "alpha": rate}
+    rule |= {"q": x, "theta": rate, "S": torch.ones(16, 16), "delta": rate}
+    net = {"layers": [torch.ones(16, 16)], "k": x, "target": x, "eta": rate, "alpha": rate}
+    calls = {}
+    for name in rule:
+        if wrong is not None or name not in ("q", "theta", "S"):  # which may be None
+            for rule_of in (scan, scan_stepwise):
+                calls[rule_of, name] = lambda f=rule_of, name=name: f(**(rule | {name: wrong}))
+    for name in ("k", "target", "eta", "alpha"):
+        calls[write, name] = lambda name=name: write(**(net | {name: wrong}))
+    calls[write, r"layers\[0\]"] = lambda: write(**(net | {"layers": [wrong]}))
+    calls[read, "x"] = lambda: read(net["layers"], wrong)
+    model = build("hope").float()
+    for name in MIXERS:
+        for block in build(name).blocks:
+            calls[block.mixer, "x"] = lambda mixer=block.mixer: mixer(wrong)
+    calls["cms", "x"] = lambda: model.blocks[0].cms(wrong)
+    calls["convolution", "x"] = lambda: layers.ShortConvolution(16)(wrong)
+    calls["loss", "logits"] = lambda: loss_fn(wrong, ids)
+    calls["loss", "targets"] = lambda: loss_fn(x, wrong)
+    calls["model", "tokens"] = lambda: model(wrong)
+    calls["learn", "tokens"] = lambda: model.learn(wrong)
+    calls["generate", "tokens"] = lambda: model.generate(wrong, 1)
+    if wrong is not None:
+        calls["model", "targets"] = lambda: model(ids, targets=wrong)
+    for (_, name), call in calls.items():
+        with pytest.raises((TypeError, ValueError), match=rf"\b{name} .*must be .*(float|int64)"):
+            call()
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_mixer_takes_whole_rows_only(name):
+    mixer = build(name).float().blocks[0].mixer
+    for shape in ((4, 16), (1, 0, 16), (16,)):
+        with pytest.raises(ValueError, match=r"x must be \[B, T, d_model\] with T >= 1, got shape"):
+            mixer(torch.ones(shape))
 
 
 @each_variant

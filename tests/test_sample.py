@@ -84,9 +84,9 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys)
     cases = {
         "generate": "arguments are required: run",
         "generate nowhere": "nowhere is not the folder of a run",
-        "generate x --temperature -1": "temperature must be at least 0, got -1",
-        "generate x --n -3": "n must be at least 0.*got -3",
-        "generate x --top-k 0": "top_k must be at least 1, got 0",
+        "generate x --temperature -1": "temperature must be a number of at least 0, got -1",
+        "generate x --n -3": "n must be an integer of at least 0.*got -3",
+        "generate x --top-k 0": "top_k must be an integer of at least 1, got 0",
         "generate x --top-k many": "invalid int value",
         "generate torn": "step-1 is .*truncated",
         "generate other": "is of another model",
