@@ -20,6 +20,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -56,7 +57,7 @@ from support.corpus import (
     shuffled,
     source_name,
 )
-from support.flags import Parser, whole_number
+from support.flags import Parser, Progress, escape_what_cannot_be_shown, whole_number
 from support.vocabulary import (
     TOKENIZER,
     blocks,
@@ -372,14 +373,8 @@ def _totals(shards: list[dict], split: str) -> dict:
 
 
 def _make_all(parts: list[Part], out: Path, jobs: int, unit: str) -> list[dict]:
-    bar = tqdm(
-        total=sum(part.size for part in parts),
-        unit=unit,
-        unit_scale=True,
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-        desc="encoding",
-    )
+    total = sum(part.size for part in parts)
+    bar = Progress(total=total, unit=unit, unit_scale=True, desc="encoding")
     with bar:
         if jobs == 1:
             return [_make(part, out, bar.update) for part in parts]
@@ -495,6 +490,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises ValueError or OSError for what is wrong."""
     argv = sys.argv[1:] if argv is None else argv
+    escape_what_cannot_be_shown()
     if not argv:
         return show()
     if argv[0] not in ("text", "fineweb-edu", "-h", "--help"):
@@ -513,7 +509,8 @@ def main(argv: list[str] | None = None) -> None:
     if web and manifest["train"]["tokens"] < args.tokens:
         print(f"note: the sample ended before {args.tokens:,} tokens")
     name = manifest["tokenizer"]["name"]
-    print(f"in {args.out}, tokenizer {name!r}; next: python train.py --data {args.out}")
+    out = shlex.quote(args.out)
+    print(f"in {args.out}, tokenizer {name!r}; next: python train.py --data {out}")
 
 
 if __name__ == "__main__":

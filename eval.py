@@ -29,11 +29,11 @@ import sys
 import torch
 from tqdm import tqdm
 
-from bench.harness import harness
+from bench.harness import check_there, harness
 from bench.long_context import babilong_accuracy, needle_words, needles, position
 from bench.scorer import Scorer
 from bench.tables import beside, cell, draw_position, markdown, published
-from support.flags import Parser, updates_flag, whole_number, whole_numbers
+from support.flags import Parser, Progress, updates_flag, whole_number, whole_numbers
 from support.run import Run
 from support.vocabulary import n_bytes
 from train import NonFinite, validate
@@ -248,6 +248,8 @@ def run_tasks(args) -> None:
         if near:
             raise ValueError(f"unknown task {name!r}: did you mean {near[0]!r}?")
     run = Run.open(args.run, args.device, args.cms_updates)
+    if others or {"table2", "table3"} & {*names}:
+        check_there(args.data_dir)
     facts = run.facts()
     print(
         f"{args.run}: {facts['model']}, {facts['parameters']:,} parameters, "
@@ -256,7 +258,7 @@ def run_tasks(args) -> None:
         flush=True,
     )
     settings = {name: getattr(args, name) for name in ("data_dir", "limit", "max_length", "seed")}
-    with tqdm(total=0, unit=" tokens", unit_scale=True, dynamic_ncols=True) as bar:
+    with Progress(total=0, unit=" tokens", unit_scale=True) as bar:
         scorer = Scorer(run.model, run.encoding, run.device, args.max_length, bar)
         for name, table in TABLES.items():
             if name in names:

@@ -654,3 +654,7 @@ def all_chunks(x, q, W, S, W0, gates, chunk, step, kernels=None, operands=None):
         return [t.view_as(start) for t, start in zip(ends, W, strict=False)]
 
     return y, whole(boundary, boundary2), whole(W1, W2), S and whole(S1, S2)
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -371,13 +371,13 @@ class Hope(nn.Module):
         if len(blocks) != len(self.blocks) or None in blocks:
             have = f"{len(blocks)}, {blocks.count(None)} of them None"
             raise ValueError(f"state must have {len(self.blocks)} blocks, got {have}")
-        read = {block["mixer"]["position"] if block["mixer"] else 0 for block in blocks}
+        parts = [block["mixer"] or {"position": 0} for block in blocks] + [state]
         if "stream" in state:
-            read |= {block["cms"]["position"] for block in blocks[-self.config.learners :]}
-        read |= {state["position"]} if "position" in state else set()
+            parts += [block["cms"] for block in blocks[-self.config.learners :]]
+        read = {part["position"] for part in parts if "position" in part}
         if len(read) > 1:
             raise ValueError(f"state must be at one position in all parts, got {sorted(read)}")
-        return read.pop()
+        return max(read, default=0)
 
     def _check_ids(self, tokens):
         low = tokens.min().item()

@@ -28,7 +28,8 @@ def one_of(what, value, choices):
     """value, if it is among choices; else ValueError with the nearest name."""
     if value in choices:
         return value
-    near = difflib.get_close_matches(str(value), choices, 1)
+    near = difflib.get_close_matches(str(value), choices)
+    near.sort(key=lambda name: len(name) != len(str(value)))  # 350m is 340m and not 30m
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"unknown {what} {value!r}: must be one of {', '.join(choices)}{hint}")
 
@@ -417,3 +418,7 @@ class Recurrent(nn.Module):
     def components(self):
         """Rows of `Hope.levels()`."""
         return [component("matrix memory", "every token", "keys and values, in context")]
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -11,7 +11,7 @@ belongs to the chunk of its target. The first target of a chunk was predicted in
 so its term is dropped. Thus the result does not depend on how a stream is cut into calls.
 
 The functions take the language model as an argument (`model.blocks`, `model.learners`,
-`model.config`); hope.py calls them.
+`model.config`); hope.py calls them. `python learn.py` shows a phrase being learned.
 """
 
 import contextlib
@@ -209,3 +209,9 @@ def inner_gradients(model, x, tokens, blocks, retain, create):
         logits = logits.detach()
         after = map_state(torch.Tensor.detach, after)
     return logits, after, gradients
+
+
+if __name__ == "__main__":
+    from runpy import run_module
+
+    run_module("bench.demos", run_name="learn")

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import os
 import sys
 
 import torch
@@ -17,10 +18,12 @@ def generate(args) -> None:
     """Print the prompt and what the model writes after it, token by token."""
     run = Run.open(args.run, args.device, args.cms_updates)
     torch.manual_seed(args.seed)
-    ids = run.encoding.encode(args.prompt, disallowed_special=()) or [run.encoding.eot_token]
+    typed = os.fsencode(args.prompt)  # the bytes, whatever the terminal's encoding
+    text = typed.decode("utf-8", "replace")
+    ids = run.encoding.encode(text, disallowed_special=()) or [run.encoding.eot_token]
     prompt = torch.tensor([ids], device=run.device)  # [1, T]
     tokens = run.model.generate(prompt, args.n, temperature=args.temperature, top_k=args.top_k)
-    print(args.prompt, end="", flush=True)
+    sys.stdout.buffer.write(typed)
     with precision(run.device):
         for token in tokens:
             # a token may be part of a character, so its bytes are written as they are

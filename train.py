@@ -247,6 +247,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     optimizer = run.new_optimizer()
     start = run.restore(optimizer)
     steps = config.steps
+    folder = shlex.quote(str(run.folder))  # for commands
     where = f"{run.device}" if world() == 1 else f"{world()} processes on {run.device.type}"
     say(f"{run.title} ({len(run.corpus.train):,} training tokens), {where}, in {run.folder}")
     if start == steps:
@@ -258,7 +259,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
         done = train_steps(run, forward, optimizer, start, report)
         if done < steps:
             say(f"stopped and saved after step {done} of {steps}; go on with")
-            say(f"  python train.py --resume {run.folder}")
+            say(f"  python train.py --resume {folder}")
             return result | {"step": done, "interrupted": True}
         say(f"validating on all {len(run.corpus.val):,} held-out tokens ...")
         bits = validation(run, report, steps, run.corpus.val, show=True)
@@ -267,9 +268,9 @@ def train(config: TrainConfig, on_step: Callable[[dict], None] | None = None) ->
     prompt = write_sample(run)
     size = run.corpus.val_bytes
     say(f"{bits:.4f} bits per byte on the held-out files ({size:,} bytes), run in {run.folder}")
-    say(f"  evaluate   python eval.py {run.folder}")
-    say(f"  continue   python train.py --resume {run.folder} --tokens {2 * config.tokens:.3g}")
-    say(f"  generate   python sample.py generate {run.folder} --prompt {shlex.quote(prompt)}")
+    say(f"  evaluate   python eval.py {folder}")
+    say(f"  continue   python train.py --resume {folder} --tokens {2 * config.tokens}")
+    say(f"  generate   python sample.py generate {folder} --prompt {shlex.quote(prompt)}")
     distributed.barrier("the end")
     parameters = sum(p.numel() for p in run.model.parameters())
     measured = {"parameters": parameters, "seconds": time.perf_counter() - began}

@@ -1,9 +1,10 @@
-"""Worked examples: what `python memory.py`, `titans.py`, `cms.py`, `baselines.py`, `hope.py` show.
+"""Worked examples: what `python memory.py`, `titans.py`, `cms.py`, `learn.py` ... `hope.py` show.
 
 Each file runs this module under its own name; the functions below have the files' names.
 """
 
 import argparse
+import math
 import sys
 
 import torch
@@ -98,6 +99,27 @@ def cms():
     print(f"\nafter {state['position']} tokens of 3 rows: y {tuple(y.shape)}, fast w_in {shapes}")
 
 
+def learn():
+    """A phrase that comes again and again, read by a model that has never been trained."""
+    from hope import Hope, HopeConfig
+
+    torch.manual_seed(0)
+    config = HopeConfig(model="hope_attention", d_model=64, n_layers=2, levels=[16, 64, None])
+    model = Hope(config)
+    phrase = torch.randint(256, (8, 16))  # 8 rows, each with a phrase of its own
+    print("bits per byte of a phrase of 16 random bytes that repeats, model never trained;")
+    print("the CMS levels take steps every 16 and 64 tokens, at each row's own weights\n")
+    print(f"{'time it is read':>18}{'no steps':>14}{'steps of 0.1':>14}{'steps of 1':>14}")
+    losses = []
+    for step in (0.0, 0.1, 1.0):
+        with torch.no_grad():
+            loss, _ = model.learn(phrase.repeat(1, 32), step=step)
+        losses.append(loss / math.log(2))
+    for time in (2, 4, 8, 16, 32):
+        own = slice(16 * (time - 1), 16 * time - 1)
+        print(f"{time:>18}" + "".join(f"{loss[:, own].mean():>14.2f}" for loss in losses))
+
+
 def baselines(d_model=128, n_heads=2, lengths=(64, 4096)):
     """Parameters of each mixer, and how its state grows with the text."""
     import baselines
@@ -176,6 +198,7 @@ DEMOS = {
     "memory": memory,
     "titans": titans,
     "cms": cms,
+    "learn": learn,
     "optimizers": optimizers,
     "baselines": baselines,
     "hope": hope,

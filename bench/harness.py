@@ -10,6 +10,7 @@ import difflib
 import logging
 import os
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,14 @@ def _size(task, scorer: Scorer) -> int:
     return sum(map(scorer.length, texts))
 
 
+def check_there(data_dir: str | None) -> None:
+    """ValueError where lm-eval or the folder of its data is missing."""
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise ValueError(f"data_dir {data_dir!r} is not a folder")
+    if find_spec("lm_eval") is None or find_spec("datasets") is None:
+        raise ValueError("lm-eval is not installed: pip install -r requirements-eval.txt")
+
+
 def harness(
     scorer: Scorer,
     names: list[str],
@@ -120,18 +129,14 @@ def harness(
     each. optional: leave out tasks whose files are not there. ValueError where lm-eval or data is
     missing, and for an unknown name.
     """
+    check_there(data_dir)
     if data_dir is not None:
         # before datasets is imported: no network at all
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        if not Path(data_dir).is_dir():
-            raise ValueError(f"data_dir {data_dir!r} is not a folder")
-    try:
-        import datasets
-        import lm_eval.api.task
-        from lm_eval.evaluator import evaluate
-    except ImportError as error:
-        how = "pip install -r requirements-eval.txt"
-        raise ValueError(f"lm-eval is not installed ({error}): {how}") from None
+    import datasets
+    import lm_eval.api.task
+    from lm_eval.evaluator import evaluate
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = lambda items, **_: items  # ours is the one progress bar

@@ -48,6 +48,8 @@ def beside(table: str, made: dict, run, guess: list | None = None) -> str:
     """Our row, what guessing scores, the published rows, and the notes below; draws the same."""
     paper = published(table)
     facts = run.facts()
+    if "lengths" in made:  # as many values a column
+        facts["model"] += f" at {' / '.join(f'{n:,}' for n in made['lengths'])} tokens"
     ours = [f"**{facts['model']}, this run**", short(facts["parameters"])]
     ours += [f"{short(facts['training_tokens'])} ({facts['trained_on']})"]
     ours += [facts["cms_steps_in_context"], *map(cell, made["values"])]

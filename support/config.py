@@ -7,13 +7,16 @@ test, and whether a resumed run may change it.
 import argparse
 import math
 import os
+import shlex
+import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
+from hope import MIXERS, PRESETS, HopeConfig
 from optimizers import OPTIMIZERS
 from support.checkpoint import parse_json
-from support.flags import Parser
+from support.flags import Help, Parser
 
 
 def flag(default, help, wanted="", check=lambda value: True, on_resume=False):
@@ -53,9 +56,11 @@ def rising(text: str) -> bool:
 class TrainConfig:
     """One run. Values are checked on creation; ValueError names field, value and legal range."""
 
-    model: str = flag("hope", "hope, hope_attention, titans, transformer, gated_deltanet, ...")
-    preset: str = flag("nano", "size of the model")
-    set: dict = flag({}, "set a field of HopeConfig, as --set n_layers=2 (repeatable)", *FREE)
+    model: str = flag("hope", "one of " + ", ".join(MIXERS))
+    preset: str = flag("nano", "size of the model, one of " + ", ".join(PRESETS))
+    set: dict = flag(
+        {}, "set a field of HopeConfig, as --set n_layers=2 (repeatable; listed below)", *FREE
+    )
     pretrained: str | None = flag(
         None, "folder of a Llama checkpoint to start from (support/pretrained.py)"
     )
@@ -183,7 +188,7 @@ class TrainConfig:
         """The folder a new run will make. ValueError if `out` is taken."""
         if self.out:
             if Path(self.out).exists():
-                use = f"name a new folder, or continue it with --resume {self.out}"
+                use = f"name a new folder, or continue it with --resume {shlex.quote(self.out)}"
                 raise ValueError(f"out {self.out!r} exists: {use}")
             return Path(self.out)
         path = Path(f"runs/{self.model}-{self.preset}")
@@ -266,6 +271,37 @@ SETUPS = {
 # --------------------------------------------------------------------------------------------------
 # The command line
 
+# The field that begins a group of --help: its title.
+GROUPS = {
+    "model": "the model",
+    "data": "data, folder, length",
+    "optimizer": "optimization",
+    "seed": "course of the run",
+    "device": "machine",
+}
+
+
+def dry_run_flags(parser) -> None:
+    """What stands beside train.py's flags for what it would cost, without training."""
+    group = parser.add_argument_group("what it would cost (support/plan.py)")
+    group.add_argument("--dry-run", action="store_true", help="count and do not train")
+    group.add_argument("--gpus", type=int, metavar="N", help="GPUs (default: those here, or 8)")
+    group.add_argument("--gpu", metavar="NAME", help="kind of GPU (default: that here, or H100)")
+    what = "part of the GPU's peak that is reached, from 0 to 1 (default: by what computes)"
+    group.add_argument("--utilisation", type=float, metavar="X", help=what)
+
+
+def settings() -> str:
+    """The fields of --set with their defaults, as lines of --help."""
+    texts = []
+    for f in fields(HopeConfig):
+        if f.name not in ("model", "vocab_size"):
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            texts.append(f"{f.name}={json.dumps(default).replace(' ', '')}")
+    text = textwrap.fill("  ".join(texts), 88, break_on_hyphens=False)
+    head = "fields of --set, with the defaults of HopeConfig (hope.py says what each is):"
+    return f"{head}\n{textwrap.indent(text, '  ')}"
+
 
 def parse(argv: list[str] | None, description: str, resumed: Callable) -> TrainConfig:
     """TrainConfig from flags; resumed(folder, **changes) makes that of a run to continue.
@@ -274,25 +310,33 @@ def parse(argv: list[str] | None, description: str, resumed: Callable) -> TrainC
     """
     parser = Parser(
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
+        epilog=settings(),
         usage="python train.py [--flag value ...]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     for f in fields(TrainConfig):
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
         default = "none" if f.default is MISSING or f.default is None else f.default
         text = f"{f.metadata['help']} (default: {default})"
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
         if f.type in (bool, bool | None):
-            parser.add_argument(*names, help=text, action=argparse.BooleanOptionalAction)
+            group.add_argument(*names, help=text, action=argparse.BooleanOptionalAction)
         elif f.type is dict:
-            parser.add_argument(*names, help=text, action="append", metavar="FIELD=VALUE")
+            group.add_argument(*names, help=text, action="append", metavar="FIELD=VALUE")
         else:
             metavar = {int: "N", float: "X"}.get(f.type, "NAME")
-            parser.add_argument(*names, help=text, metavar=metavar)
-    what = "Hope as published: MLP memories, adaptive q, momentum; short for --set published=true"
-    parser.add_argument("--published", help=what, action="store_true")
+            group.add_argument(*names, help=text, metavar=metavar)
+        if f.name == "set":
+            what = "MLP memories, adaptive q, momentum; short for --set published=true"
+            group.add_argument("--published", help=what, action="store_true")
+    dry_run_flags(parser)
     given = vars(parser.parse_args(argv))
+    for name in ("gpus", "gpu", "utilisation"):
+        if name in given:
+            raise ValueError(f"--{name} must come with --dry-run, which trains nothing")
     if given.pop("published", False):
         given["set"] = ["published=true", *given.get("set", [])]
     if given.get("resume"):

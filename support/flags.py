@@ -1,14 +1,61 @@
-"""Command lines: errors of one line, and whole numbers such as 1e6."""
+"""Command lines: errors of one line, whole numbers such as 1e6, progress on terminals and pipes."""
 
 import argparse
 import contextlib
+import copy
+import io
+import sys
+
+from tqdm import tqdm
 
 
 class Parser(argparse.ArgumentParser):
     """A bad flag is a ValueError, one line like every other message."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        escape_what_cannot_be_shown()
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
         raise ValueError(f"{message} (--help lists the flags)")
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The description as it stands; a flag once, though both - and _ are taken."""
+
+    def _format_action_invocation(self, action):
+        action = copy.copy(action)
+        action.option_strings = [name for name in action.option_strings if "_" not in name]
+        return super()._format_action_invocation(action)
+
+
+def escape_what_cannot_be_shown() -> None:
+    """A terminal that lacks a character, as an ASCII one does, gets its code and not an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class Lines:
+    """A pipe or a file on which tqdm writes: each state of the bar is a line of its own."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.encoding = stream.encoding
+        self.flush = stream.flush
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self.stream.write(text.strip("\r\n ") + "\n")
+
+
+class Progress(tqdm):
+    """A bar on a terminal; elsewhere a line every 30 seconds. Arguments of tqdm."""
+
+    def __init__(self, **options):
+        own = {"dynamic_ncols": True, "mininterval": 0.5}
+        if not sys.stderr.isatty():
+            own |= {"mininterval": 30, "file": Lines(sys.stderr)}
+        super().__init__(**(own | options))
 
 
 def whole_number(text: str, least: int = 1) -> int:

@@ -2,19 +2,18 @@
 
 import contextlib
 import signal
-import sys
 import threading
 from collections import deque
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from learn import plain
 from memory import watch
 from support.checkpoint import atomic_write
 from support.distributed import rank
+from support.flags import Progress
 from support.run import Run, precision
 
 
@@ -24,7 +23,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-class ProgressBar(tqdm):
+class ProgressBar(Progress):
     """Steps done, mean loss and speed of the last 50, time left."""
 
     LINE = "{percentage:3.0f}%|{bar:20}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left"
@@ -33,8 +32,6 @@ class ProgressBar(tqdm):
         super().__init__(
             total=steps,
             initial=start,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-            dynamic_ncols=True,
             disable=rank() > 0,
             bar_format=self.LINE,
         )
@@ -48,12 +45,11 @@ class ProgressBar(tqdm):
         self.set_postfix_str(text, refresh=False)
 
 
-def counting(total: int, show: bool) -> tqdm:
+def counting(total: int, show: bool) -> Progress:
     """A bar of the tokens validated."""
     line = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} tokens, {remaining} left"
-    every = 0.5 if sys.stderr.isatty() else 30
     hide = not show or rank() > 0
-    return tqdm(total=total, bar_format=line, mininterval=every, disable=hide, unit_scale=True)
+    return Progress(total=total, bar_format=line, disable=hide, unit_scale=True)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ import baselines
 import selfcheck
 from hope import PRESETS, Hope, HopeConfig, layer_kinds, loss_fn
 from layers import Recurrent, one_of, tensors
-from support.config import TrainConfig, parse
+from support.config import TrainConfig, dry_run_flags, parse
 from support.corpus import is_shards, load_corpus
 from support.flags import Parser
 from support.run import optimizer_for, resumed
@@ -453,10 +453,7 @@ def main(argv: list[str]) -> None:
     ValueError as from train.py, and where the run does not fit.
     """
     parser = Parser(prog="train.py --dry-run", add_help=False, allow_abbrev=False)
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--gpus", type=int)
-    parser.add_argument("--gpu")
-    parser.add_argument("--utilisation", type=float)
+    dry_run_flags(parser)
     own, rest = parser.parse_known_args(argv)
     train = parse(rest, __doc__, resumed)
     cuda = torch.cuda.is_available()

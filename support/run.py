@@ -294,9 +294,11 @@ def _prepare(config: TrainConfig, folder: Path | None) -> dict:
     if model_config.cms_updates == "full" and config.compile:
         use = "use --no-compile or --set cms_updates=first_order"
         raise ValueError(f"compile cannot be combined with cms_updates 'full'; {use}")
-    if saved and corpus.fingerprint() != saved["corpus"]:
-        theirs = f"{folder} was trained on {saved['corpus']}"
-        raise ValueError(f"data {config.data!r} is {corpus.fingerprint()}, but {theirs}")
+    now = corpus.fingerprint()
+    if saved and now != saved["corpus"]:
+        was = saved["corpus"].items()
+        differs = "; ".join(f"{k} {now.get(k)}, not {v}" for k, v in was if now.get(k) != v)
+        raise ValueError(f"data {config.data!r} is not what {folder} was trained on: {differs}")
     if is_shards(config.data):
         check_shards(config.data, "train")
     batch(corpus.train, 1, config.seq_len, config.seed, 0)  # raises for rows that are too long
@@ -401,6 +403,9 @@ def resumed(folder: str, **changes) -> TrainConfig:
         was = getattr(saved, f.name)
         now = getattr(config, f.name)
         if was != now and f.name not in free:
+            if isinstance(was, dict):
+                pairs = ([f"{k}={v}" for k, v in settings.items()] for settings in (was, now))
+                was, now = (" ".join(own) or "nothing" for own in pairs)
             names = ", ".join(name for name in free if name != "resume")
             what = f"{f.name} {was}, not {now}"
             raise ValueError(f"{folder} was trained with {what}: a resumed run may change {names}")
@@ -440,6 +445,8 @@ def device_for(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
+    if kind == "mps":
+        raise ValueError("device mps is not supported: nothing here was tried on it; use cpu")
     if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import demos, report
 from support.config import TrainConfig
 from train import train
 
@@ -125,9 +125,7 @@ def test_commands_exist_with_these_flags(line):
     assert module or script == "FILE.py" or (ROOT / script).is_file()
     words = words[3 if module else 2 :]
     flags = {word.split("=")[0] for word in words if word.startswith("--")} - {"--help"}
-    if "--dry-run" in flags:  # which has flags of its own
-        own = set(re.findall(r'"(--[a-z-]+)"', (ROOT / "support/plan.py").read_text()))
-        flags -= own
+    assert "_" not in "".join(flags)  # as --help writes them
     if not flags and script != "bench":
         return
     assert script in SCRIPTS
@@ -146,6 +144,23 @@ def test_train_py_accepts_the_values_of_the_documented_flags(monkeypatch):
             parse(words[words.index("train.py") + 1 :], "", resumed)
             checked += 1
     assert checked > 10
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in ROOT.glob("*.py")))
+def test_every_file_of_the_top_level_shows_or_does_something(file):
+    text = (ROOT / file).read_text()
+    assert text.count('\nif __name__ == "__main__":') == 1
+    named = re.search(r'run_module\("bench.demos", run_name="(\w+)"\)', text)
+    assert not named or named[1] == file.removesuffix(".py") in demos.DEMOS
+
+
+def test_an_installation_has_every_module_and_no_folder_of_numbers():
+    tomllib = pytest.importorskip("tomllib")
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert tables["py-modules"] == sorted(path.stem for path in ROOT.glob("*.py"))
+    assert tables["packages"] == sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
+    (file,) = tables["dynamic"]["dependencies"]["file"]
+    assert not any(line.startswith("-") for line in (ROOT / file).read_text().splitlines())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -511,6 +511,16 @@ def test_every_row_says_how_large_the_model_is_and_how_long_it_was_trained(tmp_p
     assert len({len(line) for line in lines}) == 1
 
 
+def test_a_row_of_needles_says_at_which_lengths_it_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.tables.draw", lambda *_: None)
+    facts = {"model": "hope (nano)", "parameters": 1, "training_tokens": 1, "trained_on": "novels"}
+    run = SimpleNamespace(folder=tmp_path, facts=lambda: facts | {"cms_steps_in_context": "off"})
+    made = {"values": [[1.0, 2.0]] * 6, "lengths": [1024, 2048], "notes": []}
+    text = evaluation.beside("table1", made, run)
+    assert "| **hope (nano) at 1,024 / 2,048 tokens, this run** |" in text
+    assert text.startswith("Needle in a haystack, accuracy %; published rows at 4K / 8K / 16K")
+
+
 # The command
 
 
@@ -604,8 +614,11 @@ def test_a_missing_harness_is_one_line(here, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.api.task", None)
     capsys.readouterr()
-    assert evaluation.main(["run", "--tasks", "piqa", "--data-dir", ".", "--device", "cpu"]) == 2
-    assert "pip install -r requirements-eval.txt" in capsys.readouterr().err
+    for tasks in ("piqa", "table2", "table1,table3"):
+        assert evaluation.main(["run", "--tasks", tasks, "--data-dir", "."]) == 2
+        out, err = capsys.readouterr()  # before anything is opened or measured
+        assert out == "" and err.count("\n") == 1
+        assert "pip install -r requirements-eval.txt" in err
 
 
 def test_a_checkpoint_with_another_vocabulary_is_one_line(here, capsys):

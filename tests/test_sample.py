@@ -1,5 +1,6 @@
 """sample.py: text from a run, token by token, and what it says to bad input."""
 
+import io
 import json
 import os
 import re
@@ -56,6 +57,19 @@ def test_the_command_prints_what_the_model_generates(tmp_path, capfdbinary):
     assert capfdbinary.readouterr().out == b"def" + text + os.linesep.encode()
 
 
+def test_a_prompt_is_the_bytes_that_were_typed(tmp_path, monkeypatch):
+    run_folder(tmp_path / "x")
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    read = []
+    monkeypatch.setattr(Hope, "generate", lambda model, prompt, *a, **k: read.append(prompt) or [])
+    # what Python makes of these bytes of a command line under an ASCII locale
+    assert main(["generate", str(tmp_path / "x"), "--prompt", "caf\udcc3\udca9 \udcff"]) == 0
+    assert read[0].tolist() == [[*"caf\u00e9 \ufffd".encode()]]
+    out.flush()
+    assert out.buffer.getvalue() == b"caf\xc3\xa9 \xff\n"
+
+
 def test_tokens_are_drawn_in_the_precision_of_the_device(tmp_path, monkeypatch, capfdbinary):
     run_folder(tmp_path / "x")
     seen = []
@@ -93,6 +107,8 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys)
         "generate damaged": "damaged.config.json",
         "generate x --device cuda:99": "cuda",
         "generate x --device gpu": "gpu",
+        "generate x --device mps": "device mps is not supported: .*; use cpu",
+        "generate x --temperature nan": "temperature must be a number of at least 0, got nan",
     }
     for words, message in cases.items():
         assert main(words.split()) == 2, words

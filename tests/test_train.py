@@ -24,10 +24,10 @@ from torch._functorch import config as functorch
 import eval as evaluation
 import hope
 import train as training
-from hope import Hope, HopeConfig, loss_fn
+from hope import MIXERS, PRESETS, Hope, HopeConfig, loss_fn
 from layers import tensors
 from support import checkpoint
-from support.config import TrainConfig, parse
+from support.config import GROUPS, TrainConfig, parse
 from support.corpus import load_corpus
 from support.monitor import rates
 from support.plan import flops_per_token
@@ -738,9 +738,21 @@ def test_help_lists_every_field_with_its_default(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out.partition("\noptions:")[2]
+    shown = " ".join(out.split())
     for f in fields(TrainConfig):
-        assert f"--{f.name}" in shown and f.metadata["help"] in shown
+        flag = f"--{f.name.replace('_', '-')}"
+        assert len(re.findall(rf"^  {flag}\b", out, re.MULTILINE)) == 1
+        assert f.metadata["help"] in shown
+    for f in fields(HopeConfig):
+        assert f" {f.name}=" in shown or f.name in ("model", "vocab_size")
+    for text in ("--dry-run", "--gpus N", "--gpu NAME", "--utilisation X", *MIXERS, *PRESETS):
+        assert text in shown
+    assert "_" not in "".join(re.findall(r"^  --\S+", out, re.MULTILINE))
+    assert list(GROUPS.values()) == re.findall(r"^(\S[^:(]*):$", out, re.MULTILINE)
+    for words in (["--gpus", "8"], ["--utilisation=0.3"]):
+        assert main(words) == 2
+        assert "must come with --dry-run" in capsys.readouterr().err
     assert f"(default: {TrainConfig().tokens})" in shown
 
 
