@@ -45,7 +45,7 @@ from layers import (
     retention_of,
     scan_products,
 )
-from memory import full_precision, l2norm, scan
+from memory import floats, full_precision, l2norm, scan
 from titans import NeuralMemory
 
 # --------------------------------------------------------------------------------------------------
@@ -184,6 +184,7 @@ def _zeros(v, k):
 
 def retention(q, k, v, alpha, W=None, backend="auto"):
     """W_t = alpha_t W_{t-1} + v_t k_t^T. alpha [heads, 1]: one for all tokens."""
+    floats(k=k, v=v, alpha=alpha)
     if alpha.shape[-1] == 1:
         alpha = alpha.expand(*alpha.shape[:-1], k.shape[-2])
     W = _zeros(v, k) if W is None else W
@@ -195,17 +196,20 @@ def gated_delta_net(q, k, v, beta, alpha, W=None, backend="auto"):
 
     Retention acts before the error is taken, hence delta = alpha.
     """
+    floats(k=k, v=v)
     W = _zeros(v, k) if W is None else W
     return scan(W, k, v, beta, alpha, q, delta=alpha, backend=backend)
 
 
 def linear_attention(q, k, v, W=None, backend="auto"):
     """W_t = W_{t-1} + v_t k_t^T (NL eq. 14-18)."""
+    floats(k=k)
     return retention(q, k, v, k.new_ones(k.shape[-2]), W, backend)
 
 
 def delta_net(q, k, v, beta, W=None, backend="auto"):
     """W_t = W_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T."""
+    floats(beta=beta)
     return gated_delta_net(q, k, v, beta, torch.ones_like(beta), W, backend)
 
 

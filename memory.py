@@ -65,6 +65,7 @@ def floats(**given):
 
 def l2norm(x, eps=EPS):
     """x [..., d] scaled to unit length (vectors far below sqrt(eps) stay small)."""
+    floats(x=x)
     return x / (x.square().sum(-1, keepdim=True) + eps).sqrt()  # rsqrt's gradient has a cube
 
 
@@ -273,8 +274,15 @@ def surprise(layers, k, target, objective="l2", residual=True):
     """Local backprop at fixed weights (NL eq. 8-9). k [..., T, d_in], target [..., T, d_out].
 
     Returns ([x_1, ..., x_L], [g_1, ..., g_L]): each layer's input and the gradient of the objective
-    at its output, [..., T, width].
+    at its output, [..., T, width]. Raises ValueError for unknown names, shapes that do not fit.
     """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    _check_network(layers, residual, k=k, target=target)
+    T = k.shape[-2]
+    if target.shape[-2] != T:
+        shape = tuple(target.shape)
+        raise ValueError(f"target must be [..., T, d_out] with T = {T}, got shape {shape}")
     inputs = [k]
     slopes = []
     for W in layers[:-1]:
@@ -307,20 +315,13 @@ def write(layers, k, target, eta, alpha, q=None, *, theta=None, momentum=None, d
     twice (NL eq. 93 as printed). Inner keys are not of unit length; the exact minimiser of NL
     eq. 56 for any length is the step eta / (1 + eta |x|^2).
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     if mode not in ("token", "boundary"):
         raise ValueError(f"mode must be 'token' or 'boundary', got {mode!r}")
-    _check_network(layers, residual, k=k, target=target)
-    T = k.shape[-2]
-    if target.shape[-2] != T:
-        shape = tuple(target.shape)
-        raise ValueError(f"target must be [..., T, d_out] with T = {T}, got shape {shape}")
+    inputs, gradients = surprise(layers, k, target, objective, residual)
     if momentum is not None and (theta is None or len(momentum) != len(layers)):
         given = f"{len(momentum)} matrices, theta {'missing' if theta is None else 'given'}"
         wanted = f"come with theta and have one matrix per layer ({len(layers)})"
         raise ValueError(f"momentum must {wanted}, got {given}")
-    inputs, gradients = surprise(layers, k, target, objective, residual)
     # a delta tensor of ones means the printed form
     exact = objective == "l2" and not torch.is_tensor(delta) and delta == 1
     y = read(layers, q, residual) if q is not None and mode == "boundary" else None

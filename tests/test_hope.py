@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,10 +17,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import layers
+from baselines import delta_net, gated_delta_net, linear_attention, retention
 from fused import linear_cross_entropy
 from hope import LEARNING, MIXERS, PRESETS, Hope, HopeConfig, loss_fn
 from layers import map_state, tensors
-from memory import read, scan, scan_stepwise, write
+from memory import l2norm, read, scan, scan_stepwise, surprise, write
 from support.checkpoint import load_state, save_state
 from support.plan import flops_per_token
 
@@ -598,6 +600,16 @@ def test_what_is_no_tensor_of_the_right_kind_is_refused_by_name(kind):
         calls[write, name] = lambda name=name: write(**(net | {name: wrong}))
     calls[write, r"layers\[0\]"] = lambda: write(**(net | {"layers": [wrong]}))
     calls[read, "x"] = lambda: read(net["layers"], wrong)
+    calls[l2norm, "x"] = lambda: l2norm(wrong)
+    own = {"layers": net["layers"], "k": x, "target": x}
+    for name in ("k", "target"):
+        calls[surprise, name] = lambda name=name: surprise(**(own | {name: wrong}))
+    for rule_of, rates in ((linear_attention, ()), (retention, ("alpha",)), (delta_net, ("beta",)),
+                           (gated_delta_net, ("beta", "alpha"))):
+        own_rates = dict.fromkeys(rates, rate)
+        for name in ("k", "v", *rates, *("q",) * (wrong is not None)):
+            given = {"q": x, "k": x, "v": x} | own_rates | {name: wrong}
+            calls[rule_of, f"(eta|u|{name})"] = partial(rule_of, **given)
     model = build("hope").float()
     for name in MIXERS:
         for block in build(name).blocks:
