@@ -156,8 +156,6 @@ class CMS(nn.Module):
             self._check(state, x)
             fast = state["fast"]
             state = state | {"position": state["position"] + x.shape[1]}
-            if self.log_step is not None:  # a gradient of rows without a step: DDP waits for it
-                x = x + 0 * self.log_step.sum()
         if self.variant == "independent":
             y = x
             for mix, mlp, w in zip(self.mix, self.mlps, fast, strict=True):

@@ -34,7 +34,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from support.checkpoint import atomic_write, first_line, locked
 from support.corpus import (

@@ -159,12 +159,13 @@ def parallel(run: Run) -> nn.Module:
     """
     model = run.model
     config = run.config
+    learns = model.config.cms_updates != "off"
+    steps = learns and config.seq_len > model.config.levels[0]
     for block in model.blocks:
         block.recompute = config.recompute or config.fsdp
-        if block.cms.log_step is not None and model.config.cms_updates == "off":
+        if block.cms.log_step is not None and not steps:
             block.cms.log_step.requires_grad_(False)  # unused; DDP would wait for its gradient
     module = LossModule(model)
-    learns = model.config.cms_updates != "off"
     compiled = plan.compiles(model, config, run.device)
     if compiled:
         from torch._functorch import config as functorch  # torch itself does not import it

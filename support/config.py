@@ -5,6 +5,7 @@ test, and whether a resumed run may change it.
 """
 
 import argparse
+import json
 import math
 import os
 import shlex

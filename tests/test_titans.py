@@ -601,7 +601,8 @@ def test_rows_of_one_chunk_give_every_parameter_a_gradient(name):
         m.zero_grad()
         tokens = torch.zeros(1, T, dtype=torch.int64)
         m(tokens, targets=tokens).backward()
-        assert [name for name, p in m.named_parameters() if p.grad is None] == []
+        without = {name.split(".")[-1] for name, p in m.named_parameters() if p.grad is None}
+        assert without <= {"log_step"}  # which train.parallel leaves out
 
 
 # --------------------------------------------------------------------------------------------------
