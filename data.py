@@ -20,6 +20,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import sys
@@ -82,7 +83,9 @@ FINEWEB = {
     "sample-350BT": 350e9,
     "default": math.inf,
 }
-LOCK = "lock.tmp"  # of a folder that is written: killed, it leaves what is no other's
+LOCK = "lock"  # in a folder that is written
+# what a kill leaves in it
+LEFT = re.compile(r"lock|(plan|manifest|tokenizer)\.json\.tmp|(train|val)-\d+\.npy\.tmp")
 HUB = {"path": "HuggingFaceFW/fineweb-edu"}
 
 
@@ -305,7 +308,7 @@ def make_shards(
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / LOCK):
         for torn in out.glob("*.tmp"):
-            if torn.name != LOCK:
+            if LEFT.fullmatch(torn.name):
                 torn.unlink()
         if not (out / TOKENIZER).is_file():
             if not ready:
@@ -347,7 +350,8 @@ def _begun(out: Path, plan: dict) -> dict:
                         wrong = f"was begun with {key} {begun.get(key)}, not {value}"
                         raise ValueError(f"{wrong}: name a new folder")
                 return begun
-    if out.exists() and not (out.is_dir() and all(path.suffix == ".tmp" for path in out.iterdir())):
+    ours = out.is_dir() and all(LEFT.fullmatch(path.name) for path in out.iterdir())
+    if out.exists() and not ours:
         raise ValueError(f"out {str(out)!r} exists and holds something else: name a new folder")
     return {}
 

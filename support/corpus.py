@@ -27,8 +27,8 @@ Shards are token arrays on the disk, for text that does not fit into memory:
 
     tokenizer.json     pattern, special tokens, tokens in order of rank (support/vocabulary.py)
     val-00000.npy, train-00000.npy, ...    uint16, or uint32 for vocabularies above 65,536
-    manifest.json      source and tokenizer, each with its sha256; tokens, bytes, documents and
-                       sha256 of every shard. Written last.
+    manifest.json      source and tokenizer, each with its sha256; tokens, bytes, documents, largest
+                       token and sha256 of every shard. Written last.
 """
 
 import codecs
@@ -157,13 +157,13 @@ def _contents(path: Path, field: str) -> Iterator[tuple[str, bytes | mmap.mmap]]
     """("", text) of a file, or (":1", text), (":2", text), ... of its rows."""
     number = 0
     try:
-        if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        if path.name.lower().endswith((".jsonl", ".jsonl.gz", ".parquet")):
             number = 1
             for row in _rows(path, field):
                 if text := row[field].encode():
                     yield f":{number}", text
                 number += 1
-        elif path.name.endswith(".txt.gz"):
+        elif path.name.lower().endswith(".txt.gz"):
             with gzip.open(path) as file:
                 yield "", file.read()
         elif path.stat().st_size:
@@ -177,7 +177,7 @@ def _contents(path: Path, field: str) -> Iterator[tuple[str, bytes | mmap.mmap]]
 
 
 def _rows(path: Path, field: str) -> Iterator[dict]:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         try:
             from pyarrow import parquet
         except ImportError:
@@ -185,7 +185,7 @@ def _rows(path: Path, field: str) -> Iterator[dict]:
         for part in parquet.ParquetFile(path).iter_batches(columns=[field]):
             yield from part.to_pylist()
         return
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
         for line in filter(bytes.strip, file):
             yield parse_json(line)
 

@@ -248,9 +248,12 @@ class Run:
         """Add to eval.json, keeping what other commands wrote there; a warning where that fails."""
         path = self.folder / "eval.json"
         with warned(), locked(path.with_suffix(".lock"), wait=True):
-            kept = {}
-            with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+            try:
                 kept = dict(parse_json(path.read_text()))
+            except FileNotFoundError:
+                kept = {}
+            except (TypeError, ValueError) as error:
+                raise OSError(f"{path} is damaged and stays so ({first_line(error)})") from None
             write_json(path, kept | result)
 
 

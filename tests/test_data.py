@@ -193,7 +193,7 @@ def packed(folder, texts):
     """Files whose rows are documents, three of the texts in each, and one of a whole text."""
     folder.mkdir()
     lines = [json.dumps({"text": text, "title": f"{i}"}) for i, text in enumerate(texts)]
-    (folder / "a.jsonl").write_text("\n\n".join(lines[:3]))
+    (folder / "a.JSONL").write_text("\n\n".join(lines[:3]))
     (folder / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[3:6]).encode()))
     (folder / "c.txt.gz").write_bytes(gzip.compress(texts[6].encode()))
     (folder / "d.txt").write_text(texts[7])
@@ -206,10 +206,10 @@ def test_rows_of_jsonl_and_parquet_are_documents_and_gzip_is_read(tmp_path, smal
     if parquet:
         table = pytest.importorskip("pyarrow").table({"text": texts[:3], "title": [*"012"]})
         pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "in/a.parquet")
-        (tmp_path / "in/a.jsonl").unlink()
+        (tmp_path / "in/a.JSONL").unlink()
     source = str(tmp_path / "in")
     corpus = load_corpus(source)
-    first = "a.parquet:1" if parquet else "a.jsonl:1"
+    first = "a.parquet:1" if parquet else "a.JSONL:1"
     assert {first, "b.jsonl.gz:3", "c.txt.gz"} < {*corpus.train_files, *corpus.val_files}
     make(source, tmp_path / "out", vocab="bytes")  # in parts of 3,000 bytes
     shards = load_corpus(str(tmp_path / "out"))
@@ -647,6 +647,10 @@ def test_folder_of_other_shards_or_of_something_else_is_refused(library, shards,
         (library / "new.txt").unlink()
     with pytest.raises(ValueError, match="exists and holds something else"):
         make(library, tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.tmp").write_text("not left by data.py")
+    with pytest.raises(ValueError, match="exists and holds something else"):
+        make(library, tmp_path / "mine")
     make(library, shards)  # finished already: nothing to do
     assert contents(shards) == before
     # what a kill at the very first file leaves is no reason to refuse

@@ -6,11 +6,9 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +18,6 @@ from hope import Hope, HopeConfig
 from support import checkpoint, run
 from support.run import Run, precision, product_type
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = {"vocab_size": 257, "d_model": 16, "n_layers": 2, "n_heads": 2, "hidden": 24, "chunk": 4}
 
 
@@ -245,17 +242,18 @@ def test_a_torn_newest_checkpoint_never_costs_the_good_ones(tmp_path):
 
 def test_a_lock_names_its_owner_and_that_of_a_dead_process_is_free(tmp_path):
     path = tmp_path / "lock"
-    hold = "import sys; from pathlib import Path; from support.checkpoint import locked\n"
-    hold += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    words = [sys.executable, "-c", hold, str(path)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(words, stdin=pipe, stdout=pipe, cwd=ROOT) as owner:
-        assert owner.stdout.readline() == b"held\n"
-        message = f"{tmp_path} is written by process {owner.pid} on {socket.gethostname()}: wait"
-        with pytest.raises(ValueError, match=message), checkpoint.locked(path):
-            pass
-        owner.kill()
-        owner.wait()
+    ready, told = os.pipe()
+    owner = os.fork()
+    if not owner:
+        with checkpoint.locked(path):
+            os.write(told, b"held")
+            signal.pause()
+    os.read(ready, 4)
+    message = f"{tmp_path} is written by process {owner} on {socket.gethostname()}: wait"
+    with pytest.raises(ValueError, match=message), checkpoint.locked(path):
+        pass
+    os.kill(owner, signal.SIGKILL)
+    os.waitpid(owner, 0)
     assert path.exists()
     with checkpoint.locked(path):
         assert f"process {os.getpid()} " in path.read_text()
@@ -289,6 +287,10 @@ def test_results_of_several_evaluations_are_all_kept_and_name_the_tokens_of_the_
     for thread in threads:
         thread.join()
     assert json.loads((tmp_path / "eval.json").read_text()) == {str(i): i for i in range(8)}
+    (tmp_path / "eval.json").write_text("torn")
+    run.record({"a": 1})
+    assert (tmp_path / "eval.json").read_text() == "torn"
+    assert "eval.json is damaged and stays so" in capsys.readouterr().err
     shutil.rmtree(tmp_path)  # or a disk that is full
     run.record({"a": 1})
     assert re.match("warning: .*eval.lock'$", capsys.readouterr().err)
