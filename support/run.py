@@ -240,7 +240,7 @@ class Run:
             "model": f"{self.config.model} ({self.config.preset})",
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "training_tokens": self.step * self.config.tokens_per_step,
-            "trained_on": self.saved["corpus"]["name"],
+            "trained_on": self.saved["corpus"].get("name"),
             "cms_steps_in_context": self.model.config.cms_updates,
         }
 
