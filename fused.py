@@ -162,6 +162,21 @@ def silu_derivative(z):
     return s * (1 + z * (1 - s))
 
 
+TARGET = 2.0  # longest target of an MLP memory
+
+
+def at_most(x, length):
+    """(y, scale): x [..., d], scaled to `length` where it is longer, and by how much [..., 1]."""
+    square = x.square().sum(-1, keepdim=True)
+    scale = length * square.clamp(min=length**2).rsqrt()
+    return x * scale, scale
+
+
+def at_most_backward(grad, y, scale, length):
+    along = torch.linalg.vecdot(y, grad).unsqueeze(-1) * (scale < 1) / length**2
+    return scale * torch.addcmul(grad, along, y, value=-1)
+
+
 class _CausalConv(torch.autograd.Function):
     """SiLU of a depthwise convolution, as shifted multiply-adds: faster than conv1d on a CPU.
 
@@ -417,7 +432,7 @@ class _SelfModify(torch.autograd.Function):
         q = torch.empty_like(x) if adaptive else q
         y = torch.empty_like(x)
         nothing = x.new_zeros(())
-        theta = rest = p = P_theta = zg = z = e = g2 = shrink = X2 = r2 = y1 = None
+        theta = rest = p = P_theta = zg = z = t = st = e = g2 = shrink = X2 = r2 = y1 = None
         saved = []
         for i in range(0, T, chunk):
             xc = x[:, i : i + chunk]
@@ -452,16 +467,17 @@ class _SelfModify(torch.autograd.Function):
                 p = P_theta[:, C]
                 c = torch.cat([P[..., :1], P[..., 1:] @ P_theta[..., 1:, :]], -1)  # [N, C+1, C+2]
             vk = v - k
-            if mlp:  # u2: target - residual; e: error at the boundary, g2: carried back to h
+            if mlp:  # t: target, u2: without k; e: error at the boundary, g2: carried back to h
                 rows = torch.cat([v, k], 1) @ B.mT  # [N, 2C, R]
                 z = to_blocks(rows[..., : n * d], n)
                 h = F.silu(z)  # [N n, 2C, d]
-                u2, e = (h @ B2.mT).split(C, 1)
-                u2 = (u2.unflatten(0, (-1, n)) + vk.unsqueeze(1)).flatten(0, 1)
+                t, e = (h @ B2.mT).split(C, 1)
+                t, st = at_most(t.unflatten(0, (-1, n)) + v.unsqueeze(1), TARGET)  # deviation 27
+                u2 = (t - k.unsqueeze(1)).flatten(0, 1)
                 e = e - u2
                 g2 = e @ B2
                 shrink = 1 / (1 + B2.square().sum((-2, -1), keepdim=True))  # deviation 7
-                u = -shrink * torch.ops.aten.silu_backward(g2, z[:, C:])
+                u, _ = at_most(-shrink * torch.ops.aten.silu_backward(g2, z[:, C:]), 1.0)
                 u = [to_rows(u, n), rows[:, :C, n * d :] - k @ W0[:, n * d :].mT]
                 args = (k, nothing, torch.cat(u, -1))
             else:  # targets - residual - W0 k is v - k + W0 (v - k) + W v
@@ -482,7 +498,7 @@ class _SelfModify(torch.autograd.Function):
             y[:, i : i + chunk] = yc
             if any(ctx.needs_input_grad):
                 saved += [*start, kv, norm, X, r, P, c, alpha, sig, eta, z_alpha, theta, rest]
-                saved += [P_theta, p, zg, z, e, g2, shrink, X2, r2, y1]
+                saved += [P_theta, p, zg, z, t, st, e, g2, shrink, X2, r2, y1]
         ctx.save_for_backward(x, q, W0, A, W02, *saved)
         ctx.options = (chunk, step, adaptive)
         # copies: the first boundary is an input
@@ -515,7 +531,8 @@ class _SelfModify(torch.autograd.Function):
         for i in range((T - 1) // chunk * chunk, -1, -chunk):
             j = i // chunk * per_chunk
             W, S, W2, S2, kv, norm, X, r, P, c, alpha, sig, *more = saved[j : j + per_chunk]
-            eta, z_alpha, theta, rest, P_theta, p, zg, z, e, g2, shrink, X2, r2, y1 = more
+            eta, z_alpha, theta, rest, P_theta, p, zg, z, *more = more
+            t, st, e, g2, shrink, X2, r2, y1 = more
             xc = x[:, i : i + chunk]
             qc = q[:, i : i + chunk]
             dyc = dy[:, i : i + chunk]
@@ -540,19 +557,23 @@ class _SelfModify(torch.autograd.Function):
             args = (X, r, k, nothing if mlp else v, qc, c, eta, p)
             dW, dS, dk, dv, du, dqc, *rates = tile_backward(dyc, dW, dS, W, S, *args)
             if mlp:  # through the targets and the first layers' gradients
-                for t, t2 in zip(rates, more, strict=True):
-                    t.add_(t2.unflatten(0, (-1, n)).sum(1))
+                for rate, rate2 in zip(rates, more, strict=True):
+                    rate.add_(rate2.unflatten(0, (-1, n)).sum(1))
                 dqc.baddbmm_(dyc, W0[:, :d])
                 B2 = W2 + W02
                 zk = z[:, C:]
                 d_gates = du[..., n * d :]
                 du = to_blocks(du[..., : n * d], n)
-                along = torch.linalg.vecdot(du, silu_backward(g2, zk)).sum(1)
+                slope = silu_backward(g2, zk)
+                du = at_most_backward(du, *at_most(-shrink * slope, 1.0), 1.0)
+                along = torch.linalg.vecdot(du, slope).sum(1)
                 dB2 = 2 * shrink.square() * along[:, None, None] * B2
                 dg2 = silu_backward(du.mul_(-shrink), zk)
                 de = dg2 @ B2.mT
-                du2.sub_(de)
-                d_out = torch.cat([du2, de], 1)
+                dt = du2.sub_(de).unflatten(0, (-1, n))
+                dk.sub_(dt.sum(1))
+                dt = at_most_backward(dt, t, st, TARGET)
+                d_out = torch.cat([dt.flatten(0, 1), de], 1)
                 dB2.baddbmm_(e.mT, dg2).baddbmm_(d_out.mT, h)
                 d_rows = d_out @ B2
                 d_rows[:, C:].add_(dh)
@@ -564,12 +585,12 @@ class _SelfModify(torch.autograd.Function):
                 dv, dk_rows = (d_rows @ B).split(C, 1)
                 dk.add_(dk_rows).baddbmm_(d_gates, W0[:, n * d :], alpha=-1)
                 dW0[:, n * d :].baddbmm_(d_gates.mT, k, alpha=-1)
-                d_res = du2.unflatten(0, (-1, n)).sum(1)
+                dv = dv + dt.sum(1)
             else:
                 dW0.baddbmm_(du.mT, v - k)
                 d_res = du[..., : n * d].unflatten(-1, (n, d)).sum(2).baddbmm_(du, W0)
-            dk.sub_(d_res)
-            dv = dv + d_res
+                dk.sub_(d_res)
+                dv = dv + d_res
             # Gradients of each weight in W_t, summed over all that W_t becomes; alpha_t multiplies
             # the weights in W_{t-1}. The same for S_t and theta, as S_t is a part of W_t.
             dc, deta, *dp = rates

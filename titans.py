@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import fused
-from fused import EPS, kernels_for, silu_derivative
+from fused import EPS, TARGET, at_most, kernels_for, silu_derivative
 from layers import (
     Recurrent,
     ShortConvolution,
@@ -216,14 +216,17 @@ class SelfModifyingTitans(nn.Module):
         rule = {"delta": float(self.dgd), "backend": self.backend}
         # every memory chooses its target
         targets, gate_targets = self._outputs(boundary, v)  # [B, H, n, C, d], [B, H, C, gates]
+        mlp = len(running) > 1
+        if mlp:  # deviation 27
+            targets, _ = at_most(targets, TARGET)
         u = targets - k.unsqueeze(-3)
         outside = initial if self.dgd else boundary  # the part of M(k) that the scan does not hold
-        mlp = len(running) > 1
         if mlp:  # the first layer is a memory from k to -gradient
             z = (k @ boundary[0][..., : n * d, :].mT).unflatten(-1, (n, d)).transpose(-3, -2)
             h = F.silu(z)  # [B, H, n, C, d]
             g = ((h @ boundary[1].mT - u) @ boundary[1]) * silu_derivative(z)
             u1 = -g / (1 + boundary[1].square().sum((-2, -1), keepdim=True))  # deviation 7
+            u1, _ = at_most(u1, 1.0)  # deviation 27
         else:
             read_outside = (k @ outside[0][..., : n * d, :].mT).unflatten(-1, (n, d))
             u1 = u - read_outside.transpose(-3, -2)

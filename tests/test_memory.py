@@ -9,6 +9,7 @@ those of memory.py.
 
 import random
 import re
+import threading
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from baselines import delta_net, gated_delta_net, linear_attention, retention
 from fused import decay
 from layers import tensors
-from memory import l2norm, read, scan, scan_stepwise, write
+from memory import l2norm, read, scan, scan_stepwise, watch, write
 
 # --------------------------------------------------------------------------------------------------
 # Oracles and helpers
@@ -957,6 +958,31 @@ def test_a_write_leaves_the_given_lists_as_they_are():
     _, after, moments = write(layers, **chunk_of_data(), theta=uniform(2, 7), momentum=momentum)
     assert after is not layers and moments is not momentum
     assert all(a is b for a, b in zip(layers + momentum, before, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------
+# What `watch` sees
+
+
+def test_each_thread_watches_its_own_scans_alone():
+    """Two at once, in steps: what one reads must not stand in the other's list."""
+    both = threading.Barrier(2, timeout=60)
+    seen = {}
+
+    def read(eta):
+        with watch() as rates:
+            for _ in range(10):
+                both.wait()
+                W = torch.zeros(2, 2)
+                scan(W, torch.ones(3, 2), torch.ones(3, 2), torch.full((3,), eta), torch.ones(3))
+        seen[eta] = [rate.item() for rate, _ in rates]
+
+    threads = [threading.Thread(target=read, args=(eta,)) for eta in (0.25, 0.5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {0.25: [0.25] * 10, 0.5: [0.5] * 10}
 
 
 # --------------------------------------------------------------------------------------------------
