@@ -109,7 +109,7 @@ def _size(task, scorer: Scorer) -> int:
 
 def check_there(data_dir: str | None) -> None:
     """ValueError where lm-eval or the folder of its data is missing."""
-    if data_dir is not None and not Path(data_dir).is_dir():
+    if data_dir == "" or (data_dir and not Path(data_dir).is_dir()):
         raise ValueError(f"data_dir {data_dir!r} is not a folder")
     if find_spec("lm_eval") is None or find_spec("datasets") is None:
         raise ValueError("lm-eval is not installed: pip install -r requirements-eval.txt")
