@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from fused import EPS
 from layers import (
     Recurrent,
-    ShortConvolution,
-    at_least_1,
+    at_least,
     by_chunk,
     component,
+    convolution,
     deep_memory,
     head_width,
     linear,
@@ -106,13 +106,13 @@ class Attention(nn.Module):
         if self.width % 2:
             raise ValueError(f"d_model / n_heads must be even for RoPE, got {self.width}")
         if window is not None:
-            at_least_1(window=window)
+            at_least(1, window=window)
         self.qkv = linear(d_model, 3 * d_model)
-        self.conv = ShortConvolution(3 * d_model, conv) if conv else None
+        self.conv = convolution(3 * d_model, conv)
         self.out = linear(d_model, d_model, out_scale)
 
     def forward(self, x, state=None):
-        state = of_rows(state, x) or {"position": 0, "conv": None}
+        state = of_rows(state, x, self.qkv.weight) or {"position": 0, "conv": None}
         T = x.shape[1]
         past = state["position"]
         after = {"position": past + T}
@@ -354,7 +354,7 @@ class TTT(Recurrent):
 
     def __init__(self, d_model, n_heads, chunk=16, depth=1, conv=4, out_scale=1.0):
         super().__init__(d_model, n_heads, conv, rates=1, out_scale=out_scale)
-        at_least_1(chunk=chunk)
+        at_least(1, chunk=chunk)
         if depth not in (1, 2):
             raise ValueError(f"depth must be 1 (TTT-Linear) or 2 (TTT-MLP), got {depth}")
         d = self.width
@@ -461,7 +461,7 @@ class Mamba(nn.Module):
         self.tile = tile
         self.sizes = (math.ceil(d_model / 16), n, n)  # dt (low rank) | B | C
         self.proj = linear(d_model, 2 * d)
-        self.conv = ShortConvolution(d, conv) if conv else None
+        self.conv = convolution(d, conv)
         self.rates = linear(d, sum(self.sizes))
         self.dt_proj = linear(self.sizes[0], d)
         self.dt_bias = nn.Parameter(mamba_dt_bias(d))
@@ -475,7 +475,7 @@ class Mamba(nn.Module):
         return {"position": 0, "conv": None, "h": h}
 
     def forward(self, x, state=None):
-        state = of_rows(state, x) or self.start_state(len(x))
+        state = of_rows(state, x, self.proj.weight) or self.start_state(len(x))
         T = x.shape[1]
         x, gate = self.proj(x).chunk(2, -1)  # [B, T, d] each
         tail = state["conv"]
@@ -562,7 +562,7 @@ class TitansMAC(nn.Module):
     def __init__(self, d_model, n_heads, chunk=64, segment=128, depth=2, conv=4,
                  window_reset=None, persistent=4, out_scale=1.0):
         super().__init__()
-        at_least_1(segment=segment)
+        at_least(1, segment=segment)
         self.segment = segment
         self.memory = NeuralMemory(d_model, n_heads, chunk, depth, conv, window_reset, gate=False)
         self.attention = PersistentAttention(d_model, n_heads, persistent=persistent)

@@ -28,8 +28,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layers import at_least_1, one_of
-from memory import floats
+from layers import at_least, of_rows, one_of
 
 VARIANTS = ("sequential", "nested", "independent")
 
@@ -45,7 +44,7 @@ class Level:
         if self.chunk is not None and (type(self.chunk) is not int or self.chunk < 1):
             wanted = "an integer of at least 1 tick, or None (never updates)"
             raise ValueError(f"chunk of a level must be {wanted}, got {self.chunk!r}")
-        at_least_1(**{"hidden of a level": self.hidden})
+        at_least(1, **{"hidden of a level": self.hidden})
 
 
 class MLP(nn.Module):
@@ -107,6 +106,7 @@ class CMS(nn.Module):
 
     def __init__(self, d_model, levels, variant="sequential", out_scale=1.0, step=None, eps=1e-6):
         super().__init__()
+        at_least(1, d_model=d_model)
         one_of("variant", variant, VARIANTS)
         chunks = [level.chunk for level in levels]
         ordered = len(chunks) > 0
@@ -148,9 +148,7 @@ class CMS(nn.Module):
 
     def forward(self, x, state=None):
         """x [B, T, d_model] -> (y [B, T, d_model], state, T ticks on; None stays None)."""
-        floats(x=x)
-        if x.shape[-1] != self.d_model:
-            raise ValueError(f"x must have the CMS's width {self.d_model}, got {x.shape[-1]}")
+        of_rows(None, x, self.mlps[0].w_in)
         fast = [None] * len(self.mlps)
         if state is not None:
             self._check(state, x)

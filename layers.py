@@ -26,7 +26,7 @@ from memory import floats, full_precision
 
 def one_of(what, value, choices):
     """value, if it is among choices; else ValueError with the nearest name."""
-    if value in choices:
+    if isinstance(value, str) and value in choices:
         return value
     near = difflib.get_close_matches(str(value), choices)
     near.sort(key=lambda name: len(name) != len(str(value)))  # 350m is 340m and not 30m
@@ -34,13 +34,13 @@ def one_of(what, value, choices):
     raise ValueError(f"unknown {what} {value!r}: must be one of {', '.join(choices)}{hint}")
 
 
-def at_least_1(**numbers):
-    """ValueError for a number that is no integer or below 1, by its name."""
+def at_least(least, **numbers):
+    """ValueError for a number that is no integer or below `least`, by its name."""
     for name, value in numbers.items():
         if type(value) is not int:
             raise ValueError(f"{name} must be an integer, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def whole_chunks(window_reset, chunk):
@@ -63,7 +63,7 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, dim, width=4):
         super().__init__()
-        at_least_1(**{"width of a convolution": width})
+        at_least(1, **{"width of a convolution": width})
         self.weight = nn.Parameter(torch.randn(width, dim) * width**-0.5)
 
     def forward(self, x, tail=None):
@@ -74,6 +74,11 @@ class ShortConvolution(nn.Module):
         y = causal_convolution(x, self.weight)
         # a copy, or the state would keep the whole input alive
         return y, x[:, x.shape[1] - width + 1 :].clone()
+
+
+def convolution(dim, width):
+    """A ShortConvolution, or None for a width of 0."""
+    return None if width == 0 else ShortConvolution(dim, width)
 
 
 def linear(d_in, d_out, scale=1.0):
@@ -265,11 +270,20 @@ def tensors(state):
     return found
 
 
-def of_rows(state, x):
-    """A mixer's state, if it has the rows of x [B, T, d]: else one would be broadcast to many."""
+def of_rows(state, x, weight=None):
+    """A mixer's state, if it has the rows of x [B, T, d]: else one would be broadcast to many.
+
+    weight [.., d]: what x is multiplied by, if its width and type are to be checked.
+    """
     floats(x=x)
     if x.ndim != 3 or not x.size(1):
         raise ValueError(f"x must be [B, T, d_model] with T >= 1, got shape {tuple(x.shape)}")
+    if weight is not None:
+        wanted = weight.shape[1], weight.dtype
+        fits = x.dtype == wanted[1] or torch.is_autocast_enabled(x.device.type)
+        if x.size(2) != wanted[0] or not fits:
+            got = f"{x.size(2)} and {x.dtype}"
+            raise ValueError(f"x must have width {wanted[0]} and {wanted[1]}, got {got}")
     rows = x.size(0)
     for t in tensors(state):
         if t.size(0) != rows:
@@ -373,7 +387,7 @@ class Recurrent(nn.Module):
     def __init__(self, d_model, n_heads, conv, expand=1, rates=0, gate=True, project=True,
                  out_scale=1.0):
         super().__init__()
-        at_least_1(expand=expand)
+        at_least(1, expand=expand)
         self.n_heads = n_heads
         self.width = head_width(d_model, n_heads)
         self.expand = expand
@@ -382,7 +396,7 @@ class Recurrent(nn.Module):
         # q | k | v | gate | rates, in one product
         self.sizes = (d_model, d_model, dv, dv if gate else 0, rates * n_heads)
         self.in_proj = linear(d_model, sum(self.sizes))
-        self.conv = ShortConvolution(2 * d_model + dv, conv) if conv else None
+        self.conv = convolution(2 * d_model + dv, conv)
         self.make_memory()
         self.norm = nn.RMSNorm(expand * self.width, eps=EPS)
         self.out_proj = linear(dv, d_model, out_scale) if project else None
@@ -395,7 +409,7 @@ class Recurrent(nn.Module):
         return {"position": 0, "conv": None, "W": None}
 
     def forward(self, x, state=None):
-        state = of_rows(state, x) or self.start_state(len(x))
+        state = of_rows(state, x, self.in_proj.weight) or self.start_state(len(x))
         T = x.shape[1]
         sizes = (sum(self.sizes[:3]), *self.sizes[3:])
         qkv, gate, rates = self.in_proj(x).split(sizes, dim=-1)

@@ -56,11 +56,15 @@ def full_precision(t):
 
 
 def floats(**given):
-    """TypeError for an argument, by its name, that is no tensor of floating-point numbers."""
+    """TypeError for an argument, by its name, that is no tensor of floating-point numbers; and
+    where one is float64 and another is not."""
     for name, t in given.items():
         if not torch.is_tensor(t) or not t.is_floating_point():
             got = t.dtype if torch.is_tensor(t) else type(t).__name__
             raise TypeError(f"{name} must be a tensor of float32, float64 or bfloat16, got {got}")
+    types = {t.dtype for t in given.values()}
+    if torch.float64 in types and len(types) > 1:
+        raise TypeError(f"{', '.join(given)} must all be float64 or none, got {types}")
 
 
 def l2norm(x, eps=EPS):

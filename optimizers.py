@@ -41,8 +41,8 @@ import torch
 from torch import nn
 
 from fused import silu_derivative
-from layers import one_of
-from memory import OBJECTIVES, full_precision, scan, surprise
+from layers import at_least, one_of
+from memory import OBJECTIVES, floats, full_precision, scan, surprise
 
 RMS = 0.2  # of AdamW's update / lr in usual training; Newton-Schulz reads are scaled to it
 
@@ -108,6 +108,8 @@ def newton_schulz(G, steps=5, coefficients=QUINTIC):
     O <- a O + b (O O^T) O + c (O O^T)^2 O moves all singular values to 1. In bfloat16 on a GPU,
     else in G's precision. Invariant to the scale of G; zero stays zero.
     """
+    floats(G=G)
+    at_least(0, steps=steps)
     a, b, c = coefficients
     G, _ = normal(full_precision(G))
     O = quotient(G, G.norm(dim=(-2, -1), keepdim=True))

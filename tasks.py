@@ -245,7 +245,7 @@ def formal(language: str, n: int, shortest: int, longest: int, seed: int = 0):
     Lengths are from shortest to longest, in random order. Languages with few words give all they
     have. ValueError for an unknown language, or lengths without a word.
     """
-    if language not in LANGUAGES:
+    if not isinstance(language, str) or language not in LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}")
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
@@ -362,10 +362,12 @@ def _shifted(rows, asked, train: bool):
     return rows[:, :-1], targets[:, 1:]
 
 
-def _check(n: int, vocab: int, length: int, reserved: int = 0) -> None:
+def _check(n: int, vocab: int, length: int, seed: int, reserved: int = 0) -> None:
     """ValueError for too few rows, ids (besides the reserved ones) or tokens in a row."""
-    least = {"n": (n, 1), "vocab": (vocab, 4 + reserved), "length": (length, 4)}
+    least = {"n": (n, 1), "vocab": (vocab, 4 + reserved), "length": (length, 4), "seed": (seed, 0)}
     for name, (value, wanted) in least.items():
+        if type(value) is not int:
+            raise ValueError(f"{name} must be an integer, got {value!r}")
         if value < wanted:
             raise ValueError(f"{name} must be at least {wanted}, got {value}")
 
@@ -377,7 +379,7 @@ def recall(n, vocab=16, length=128, noise=0.0, noise_vocab=0, seed=0, train=Fals
     half of vocab - noise_vocab, values those up to it, and noise, which stands in the place of
     whole pairs with probability `noise`, the rest. -> (inputs, targets) [n, length - 1].
     """
-    _check(n, vocab, length, reserved=noise_vocab)
+    _check(n, vocab, length, seed, reserved=noise_vocab)
     rng = np.random.default_rng([seed, train])
     rows = np.arange(n)
     slots = length // 2
@@ -411,7 +413,7 @@ def fuzzy_recall(n, vocab=16, length=128, motif=3, seed=0, train=False):
 
     The last id of the vocabulary pads on the left. -> (inputs, targets) [n, length].
     """
-    _check(n, vocab, length)
+    _check(n, vocab, length, seed)
     if length < 4 * motif:
         raise ValueError(f"length must be at least {4 * motif} with motif {motif}, got {length}")
     K = (vocab - 1) // 2
@@ -451,7 +453,7 @@ def selective_copying(n, vocab=16, length=256, copy=16, seed=0, train=False):
 
     The sign is the last id, the blank the one before. -> (inputs, targets) [n, length].
     """
-    _check(n, vocab, length, reserved=1)
+    _check(n, vocab, length, seed, reserved=1)
     if not 1 <= copy < length / 2:
         raise ValueError(f"copy must be from 1 to less than half of length {length}, got {copy}")
     rng = np.random.default_rng([seed, train])
@@ -468,7 +470,7 @@ def selective_copying(n, vocab=16, length=256, copy=16, seed=0, train=False):
 
 def compression(n, vocab=16, length=32, seed=0, train=False):
     """Random tokens and a sign (the last id): a decoder says the row from the state at the sign."""
-    _check(n, vocab, length)
+    _check(n, vocab, length, seed)
     inputs = np.random.default_rng([seed, train]).integers(0, vocab - 1, (n, length))
     inputs[:, -1] = vocab - 1
     return inputs, inputs
@@ -479,7 +481,7 @@ def memorization(n, vocab=256, length=32, seed=0, train=False):
 
     One map for all rows, in training and testing. -> (inputs, targets) [n, length].
     """
-    _check(n, vocab, length)
+    _check(n, vocab, length, seed)
     K = (vocab - 1) // 2
     values = K + np.random.default_rng(vocab).permutation(vocab - 1 - K)[:K]
     keys = np.random.default_rng([seed, train]).integers(0, K, (n, length // 2))
@@ -528,7 +530,7 @@ def mqar(n, vocab=8192, length=256, pairs=16, power=0.01, seed=0, train=False):
     after g places of two tokens with probability ~ g^(power - 1); between them stand random tokens.
     -> (inputs, targets) [n, length].
     """
-    _check(n, vocab, length)
+    _check(n, vocab, length, seed)
     most = min(vocab // 2 - 1, length // 4)
     if not 1 <= pairs <= most:
         wanted = f"from 1 to {most} with vocab {vocab} and length {length}"

@@ -34,10 +34,10 @@ import fused
 from fused import EPS, TARGET, at_most, kernels_for, silu_derivative
 from layers import (
     Recurrent,
-    ShortConvolution,
-    at_least_1,
+    at_least,
     clock,
     component,
+    convolution,
     deep_memory,
     head_width,
     heads,
@@ -82,13 +82,13 @@ class SelfModifyingTitans(nn.Module):
                  retention=True, out_scale=1.0, window_reset=None):
         super().__init__()
         d = head_width(d_model, n_heads)
-        at_least_1(chunk=chunk)
+        at_least(1, chunk=chunk)
         whole_chunks(window_reset, chunk)
         one_of("memory", memory, ("matrix", "mlp"))
         one_of("mode", mode, ("token", "boundary"))
         for name in adaptive:
             one_of("name in adaptive", name, ("k", "v", "q"))
-        if not 0 <= inner_step <= 1:
+        if not (isinstance(inner_step, (int, float)) and 0 <= inner_step <= 1):
             raise ValueError(f"inner_step must be in [0, 1], got {inner_step!r}")
         self.n_heads = n_heads
         self.d = d
@@ -110,7 +110,7 @@ class SelfModifyingTitans(nn.Module):
         streams = 1 + len(self.static)
         self.in_proj = linear(d_model, streams * d_model)  # deviation 10
         self.gate_proj = linear(d_model, d_model) if gate else None
-        self.conv = ShortConvolution(streams * d_model, conv) if conv else None
+        self.conv = convolution(streams * d_model, conv)
         self.start = nn.Parameter(torch.randn(n_heads, n * d + gates, d) * d**-0.5)  # W_0
         with torch.no_grad():
             self.start[:, n * d :] = 0.0  # the first step sizes are the biases
@@ -134,7 +134,7 @@ class SelfModifyingTitans(nn.Module):
         self.out_proj = linear(d_model, d_model, out_scale)
 
     def forward(self, x, state=None):
-        state = of_rows(state, x) or self.start_state(len(x))
+        state = of_rows(state, x, self.in_proj.weight) or self.start_state(len(x))
         # project, convolve, cut into heads: "x" and what is not self-generated, [B, H, T, d] each
         z = self.in_proj(x)
         tail = state["conv"]
@@ -329,7 +329,7 @@ class NeuralMemory(Recurrent):
 
     def __init__(self, d_model, n_heads, chunk=64, depth=2, conv=4, window_reset=None,
                  out_scale=1.0, gate=True):
-        at_least_1(chunk=chunk, depth=depth)
+        at_least(1, chunk=chunk, depth=depth)
         whole_chunks(window_reset, chunk)
         self.depth = depth  # before the parameters that make_memory creates
         super().__init__(d_model, n_heads, conv, 1, 3, gate, project=gate, out_scale=out_scale)

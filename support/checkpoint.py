@@ -156,6 +156,10 @@ def save_state(state, path) -> None:
 
 def load_state(path, device="cpu"):
     """The state that `save_state` wrote. ValueError where the file is missing or damaged."""
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be one of torch's, got {device!r}") from None
     return tree_map_only(torch.Tensor, lambda t: t.to(device), load_file(path))
 
 

@@ -50,6 +50,7 @@ import numpy as np
 import tiktoken
 import torch
 
+from layers import at_least
 from support.checkpoint import first_line, parse_json
 from support.distributed import rank, world
 from support.vocabulary import TOKENIZER, dtype_of, encode, n_bytes, tokenizer, tokenizer_hash
@@ -473,6 +474,8 @@ def batch(
     Rows of an array begin anywhere. Shards are read in passes: rows lie side by side, and each
     comes once in a pass, in the pass's own order. ValueError where the data is too short for a row.
     """
+    at_least(1, batch_size=batch_size, seq_len=seq_len)
+    at_least(0, seed=seed, step=step)
     if len(tokens) < 2:
         raise ValueError(f"training needs at least 2 tokens, got {len(tokens)}")
     if len(tokens) <= seq_len:

@@ -26,6 +26,7 @@ import functools
 import io
 import math
 import multiprocessing
+import os
 import random
 import resource
 import signal
@@ -75,13 +76,14 @@ def a_number(value):
 
 
 def whole(low, high=math.inf, none=False):
-    """An integer; what is huge, or a bool, may be taken or not."""
+    """An integer; what is huge, or a bool, may be taken or not. Above a finite `high` the call is
+    not made: it would take as long as it was told to."""
 
     def legal(value):
         if value is None:
             return none
-        if type(value) is bool or (type(value) is int and low <= value <= high and value > 10**6):
-            return None
+        if type(value) is bool or (type(value) is int and value > 10**6):
+            return "not made" if high < math.inf else None
         return type(value) is int and low <= value <= high
 
     return legal
@@ -212,14 +214,14 @@ def declare(folder):
     )
     target(
         "memory.write", memory.write, {
-            "k": "width", "target": "width", "eta": "", "alpha": "",
+            "k": "width", "target": "width, any rank", "eta": "", "alpha": "",
             "objective": one("l2", "dot"), "mode": one("token", "boundary"), "residual": either,
         }, layers=[fixed(5, 8, 8)], k=k, target=u, eta=rate, alpha=rate, objective="l2",
         mode="token", residual=True,
     )
     target("memory.read", memory.read, {"x": "width, any rank"}, layers=[fixed(5, 8, 8)], x=k)
     target("optimizers.newton_schulz", optimizers.newton_schulz, {
-        "G": "any rank", "steps": whole(0),
+        "G": "any rank", "steps": whole(0, 100),
     }, G=fixed(6, 4, 8), steps=5)
 
     # layers: how they are built, and what they read
@@ -233,7 +235,7 @@ def declare(folder):
         adaptive=("k", "v"), window_reset=None, momentum=False, gate=True, dgd=True,
         retention=True)
     target("NeuralMemory", NeuralMemory, sizes | {
-        "chunk": whole(1), "depth": whole(1), "conv": whole(0),
+        "chunk": whole(1), "depth": whole(1, 100), "conv": whole(0),
     }, d_model=16, n_heads=2, chunk=4, depth=2, conv=4)
     for name in ("LinearAttention", "RetNet", "DeltaNet", "GatedDeltaNet", "TTT", "Attention"):
         target(f"baselines.{name}", getattr(baselines, name), sizes | {"conv": whole(0)},
@@ -338,8 +340,9 @@ def declare(folder):
     target("load_state", load_state, {
         "path": lambda v: False, "device": lambda v: v == "cpu",
     }, files, path=str(saved), device="cpu")
-    target("save_state", save_state, {"path": lambda v: False}, files, state=state_of("hope"),
-           path=str(folder / "saved.pt"))
+    target("save_state", save_state, {
+        "path": lambda v: None if isinstance(v, str) and v else False,
+    }, files, state=state_of("hope"), path=str(folder / "saved.pt"))
     checks = {
         int: lambda value: None if type(value) in (int, str, float) else False,
         float: lambda value: None if type(value) in (int, str, float) else False,
@@ -451,6 +454,8 @@ def answer(seed, number):
     args = {name: value} if chosen.command else {**chosen.args, name: value}
     shown = f"tensor {tuple(value.shape)} {value.dtype}" if torch.is_tensor(value) else repr(value)
     what = f"{chosen.name}({name}={shown[:60]})"
+    if legal == "not made":
+        return "right", what, None
     try:
         chosen.call(**args)
     except TimeoutError:
@@ -478,6 +483,7 @@ def work(seed, begin, end, folder, pipe):
     resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
     signal.signal(signal.SIGALRM, late)
     torch.set_num_threads(1)
+    os.chdir(folder)
     declare(Path(folder))
     pipe.send(None)  # from here on a death is a call's
     for number in range(begin, end):
