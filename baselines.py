@@ -576,8 +576,8 @@ class TitansMAC(nn.Module):
         return {"memory": self.memory.start_state(batch), "k": none, "v": none, "position": 0}
 
     def forward(self, x, state=None):
-        state = of_rows(state, x) or self.start_state(len(x))
         core = self.attention
+        state = of_rows(state, x, core.qkv.weight) or self.start_state(len(x))
         T = x.shape[1]
         position = state["position"]
         memory = state["memory"]

@@ -247,8 +247,9 @@ def formal(language: str, n: int, shortest: int, longest: int, seed: int = 0):
     """
     if not isinstance(language, str) or language not in LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}")
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    for name, value, least in (("n", n, 1), ("seed", seed, 0)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value!r}")
     if not 1 <= shortest <= longest:
         raise ValueError(f"lengths must be 1 <= shortest <= longest, got {shortest} to {longest}")
     rng = np.random.default_rng([seed, shortest, longest, *language.encode()])

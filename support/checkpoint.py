@@ -11,7 +11,6 @@ warns of those that it passes over. Several machines need a shared file system.
 """
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -30,6 +29,11 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 from support import distributed
 from support.distributed import agreed, gather, rank, world
@@ -76,8 +80,11 @@ def locked(path: Path, wait: bool = False):
     """Within, no other process has this lock: a file with host and process, removed in the end.
 
     wait: until it is free; else ValueError names the owner. That of a dead process is free, because
-    the lock is the system's, not the file; where a file system has none, it is not locked.
+    the lock is the system's, not the file; where a system has none, it is not locked.
     """
+    if fcntl is None:
+        yield
+        return
     while True:
         file = open(path, "a+")
         try:

@@ -209,8 +209,10 @@ def _convert(name: str, kind: type, value):
     try:
         if kind is int:
             return _whole(value)
-        if kind is float:
+        if kind is float and not isinstance(value, bool):
             return float(value)
+        if kind is float:
+            raise TypeError
         if kind is dict and not isinstance(value, dict):
             pairs = dict(item.split("=", 1) for item in value)
             return {key: json_or_text(text) for key, text in pairs.items()}

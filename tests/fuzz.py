@@ -139,7 +139,8 @@ def spoiled(kind, value, rng):
         ])
     choices = [
         (None, False), ("x", False), (value.tolist(), False), (value.numpy(), False),
-        (1.0, False), (value.bool(), False), (value[..., None], False),
+        (1.0, False), (value.bool(), False),
+        (value[..., None], None if "any rank" in kind else False),
         (value[0] if value.ndim > 1 else value.sum(), None if "any rank" in kind else False),
     ]
     if "ids" in kind:
@@ -206,7 +207,9 @@ def declare(folder):
     k = memory.l2norm(fixed(3, 2, 9, 8))
     u = fixed(4, 2, 9, 8)
     rate = torch.full((2, 9), 0.5)
-    rule = {"W": "width", "k": "width", "u": "width", "eta": "", "alpha": "", "q": "width"}
+    # leading dimensions broadcast, so that a rank less or more may be right
+    wide = "width, any rank"
+    rule = {"W": wide, "k": wide, "u": wide, "eta": "any rank", "alpha": "any rank", "q": wide}
     target(
         "memory.scan", memory.scan, rule | {
             "tile": whole(1), "backend": one("auto", "torch"), "delta": either,
@@ -214,18 +217,18 @@ def declare(folder):
     )
     target(
         "memory.write", memory.write, {
-            "k": "width", "target": "width, any rank", "eta": "", "alpha": "",
+            "k": wide, "target": wide, "eta": "any rank", "alpha": "any rank",
             "objective": one("l2", "dot"), "mode": one("token", "boundary"), "residual": either,
         }, layers=[fixed(5, 8, 8)], k=k, target=u, eta=rate, alpha=rate, objective="l2",
         mode="token", residual=True,
     )
-    target("memory.read", memory.read, {"x": "width, any rank"}, layers=[fixed(5, 8, 8)], x=k)
+    target("memory.read", memory.read, {"x": wide}, layers=[fixed(5, 8, 8)], x=k)
     target("optimizers.newton_schulz", optimizers.newton_schulz, {
         "G": "any rank", "steps": whole(0, 100),
     }, G=fixed(6, 4, 8), steps=5)
 
     # layers: how they are built, and what they read
-    sizes = {"d_model": lambda v: whole(1)(v) and (v % 2 == 0), "n_heads": one_or_two}
+    sizes = {"d_model": lambda v: whole(1)(v) and (v % 2 == 0 and None), "n_heads": one_or_two}
     target("SelfModifyingTitans", SelfModifyingTitans, sizes | {
         "chunk": whole(1), "memory": one("matrix", "mlp"), "inner_step": number(unit_interval),
         "conv": whole(0), "mode": one("token", "boundary"), "adaptive": either,
