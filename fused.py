@@ -491,7 +491,8 @@ class _SelfModify(torch.autograd.Function):
                 g2 = e @ B2
                 shrink = 1 / (1 + B2.square().sum((-2, -1), keepdim=True))  # deviation 7
                 u, _ = at_most(-shrink * torch.ops.aten.silu_backward(g2, z[:, C:]), 1.0)
-                u = [to_rows(u, n), rows[:, :C, n * d :] - k @ W0[:, n * d :].mT]
+                gates = rows[:, :C, n * d :].clamp(-TARGET, TARGET)
+                u = [to_rows(u, n), gates - k @ W0[:, n * d :].mT]
                 args = (k, nothing, torch.cat(u, -1))
             else:  # targets - residual - W0 k is v - k + W0 (v - k) + W v
                 u = vk @ W0.mT
@@ -596,7 +597,9 @@ class _SelfModify(torch.autograd.Function):
                 d_rows = silu_backward(d_rows, z)
                 s = torch.sigmoid(zk)  # of SiLU's second derivative
                 d_rows[:, C:].addcmul_(du.mul_(g2), s * (1 - s) * (2 + zk * (1 - 2 * s)))
-                d_rows = torch.cat([to_rows(d_rows, n), F.pad(d_gates, (0, 0, 0, C))], -1)
+                within = (v @ B[:, n * d :].mT).abs() <= TARGET
+                d_targets = F.pad(d_gates * within, (0, 0, 0, C))
+                d_rows = torch.cat([to_rows(d_rows, n), d_targets], -1)
                 dB = d_rows.mT @ torch.cat([v, k], 1)
                 dv, dk_rows = (d_rows @ B).split(C, 1)
                 dk.add_(dk_rows).baddbmm_(d_gates, W0[:, n * d :], alpha=-1)

@@ -220,6 +220,7 @@ class SelfModifyingTitans(nn.Module):
         mlp = len(running) > 1
         if mlp:  # deviation 27
             targets, _ = at_most(targets, TARGET)
+            gate_targets = gate_targets.clamp(-TARGET, TARGET)
         u = targets - k.unsqueeze(-3)
         outside = initial if self.dgd else boundary  # the part of M(k) that the scan does not hold
         if mlp:  # the first layer is a memory from k to -gradient
