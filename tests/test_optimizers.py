@@ -544,7 +544,9 @@ def test_zeros_after_one_gradient_are_the_same_at_every_scale(name, steps, rates
     if name.startswith("M3"):
         rates = rates and rates | {"betas": (0.5, 0.95, 0.5)}
     plan = [first, *[torch.zeros(4, 6)] * steps, last]
-    assert_alike(*moved(name, [1.0, 1e-38, 1e38], plan, **rates))
+    # numbers below float32's least normal one do not decay: Adam's M, at eps 0 divided by its root
+    least = 1e-35 if name == "Adam" else 1e-38
+    assert_alike(*moved(name, [1.0, least, 1e38], plan, **rates))
 
 
 def test_a_memory_of_orthogonal_reads_keeps_its_direction_through_zeros():
