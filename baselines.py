@@ -5,16 +5,22 @@ Attention (Transformer++; RoPE: Su et al. 2021) remembers everything; its state 
     y_t = sum_{s <= t} softmax_s(<R_t q_t, R_s k_s> / sqrt(dk)) v_s
     R_t rotates pair i of the channels by the angle t * base^(-2i / dk), i < dk / 2
 
-Five keep fast weights of a fixed size per head, settings of the learning rule in memory.py:
+Most keep fast weights of a fixed size per head, settings of the learning rule in memory.py:
 
     linear attention   W_t = W_{t-1} + v_t phi(k_t)^T                        read over its sum
     RetNet             W_t = alpha W_{t-1} + v_t k_t^T                       alpha fixed per head
+    Mamba-2            W_t = alpha_t W_{t-1} + dt_t v_t k_t^T                alpha_t = exp(-A dt_t)
     DeltaNet           W_t = W_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T
     Gated DeltaNet     W_t = alpha_t W_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T
-    TTT                W_t = W_{t-1} - eta_t grad |f(k_t; W_boundary) - v_t|^2 / 2    f a network
+    Comba              the same with beta_t b, b < 1, in the bracket;        read at q_t - D b k_t
+    DLA                W_t = alpha_t W_{t-1} + eta_t grad <f(k_t; W_boundary), v_t>   f a network
+    TTT                W_t = W_{t-1} - eta_t grad |f(k_t; W_boundary) - v_t|^2 / 2
+    Memora             TTT's step, with retention, on logits: f's weights are softmax(W_boundary)
 
-Samba takes turns between Mamba, whose every channel decays at its own rate, and attention in a
-window. Titans MAC, MAG and MAL join attention with the long-term memory of titans.py.
+Two need a rule of their own: RWKV-7, whose every key channel decays at its own rate, and SRWM,
+whose matrix makes its own keys, queries and steps. Samba takes turns between Mamba, whose every
+channel decays at its own rate, and attention in a window. Titans MAC, MAG and MAL join attention
+with the long-term memory of titans.py.
 
 x and y are [B, T, d_model]. The state is a dict of tensors and numbers; cutting a sequence into
 calls never changes y. Numbers of deviations refer to docs/paper.md.
@@ -29,7 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fused import EPS
+from fused import EPS, solve
 from layers import (
     Recurrent,
     at_least,
@@ -38,6 +44,7 @@ from layers import (
     convolution,
     deep_memory,
     head_width,
+    heads,
     linear,
     of_rows,
     over_chunks,
@@ -45,7 +52,7 @@ from layers import (
     retention_of,
     scan_products,
 )
-from memory import floats, full_precision, l2norm, scan
+from memory import floats, full_precision, l2norm, scan, write
 from titans import NeuralMemory
 
 # --------------------------------------------------------------------------------------------------
@@ -306,16 +313,20 @@ class GatedDeltaNet(Recurrent):
     State: "position", "conv", "W" [B, H, dv, dk].
     """
 
-    def __init__(self, d_model, n_heads, conv=4, expand=1, out_scale=1.0):
-        super().__init__(d_model, n_heads, conv, expand, rates=2, out_scale=out_scale)
+    def __init__(self, d_model, n_heads, conv=4, expand=1, out_scale=1.0, rates=2):
+        super().__init__(d_model, n_heads, conv, expand, rates, out_scale=out_scale)
         self.log_A = nn.Parameter(torch.empty(n_heads).uniform_(1, 16).log())
         self.dt_bias = nn.Parameter(mamba_dt_bias(n_heads))
 
+    rule = staticmethod(gated_delta_net)
+
+    def alpha(self, dt):
+        return retention_of(dt + self.dt_bias[:, None], self.log_A.exp()[:, None])
+
     def remember(self, q, k, v, rates, state):
         beta, dt = rates
-        alpha = retention_of(dt + self.dt_bias[:, None], self.log_A.exp()[:, None])
-        rule = (beta.sigmoid(), alpha, state["W"], self.backend)
-        y, W, _ = gated_delta_net(l2norm(q), l2norm(k), v, *rule)
+        rule = (beta.sigmoid(), self.alpha(dt), state["W"], self.backend)
+        y, W, _ = self.rule(l2norm(q), l2norm(k), v, *rule)
         return y, {"W": W}
 
     def products(self, T):
@@ -323,8 +334,125 @@ class GatedDeltaNet(Recurrent):
         return self.n_heads * scan_products(d, self.expand * d, T, T, decays=1)
 
 
+class Comba(GatedDeltaNet):
+    """Comba (Hu et al. 2025, arXiv 2506.02475): Gated DeltaNet with two feedbacks, b and D.
+
+        W_t = alpha_t W_{t-1} + beta_t (v_t - alpha_t b W_{t-1} k_t) k_t^T       0 < b < 1
+        y_t = W_t (q_t - D b k_t)
+
+    b and D are one number per head; with b = 1, D = 0 it is Gated DeltaNet. The output gate is a
+    sigmoid (deviation 31). State: as Gated DeltaNet's.
+    """
+
+    squash = staticmethod(torch.sigmoid)
+
+    def make_memory(self):
+        self.b = nn.Parameter(torch.ones(self.n_heads, 1))  # before its sigmoid
+        self.D = nn.Parameter(torch.ones(self.n_heads, 1, 1))
+
+    def rule(self, q, k, v, beta, alpha, W, backend):
+        b = self.b.sigmoid()
+        q = q - self.D * b.unsqueeze(-1) * k
+        W = _zeros(v, k) if W is None else W
+        return scan(W, k, v, beta, alpha, q, delta=alpha * b, backend=backend)
+
+
+class Mamba2(GatedDeltaNet):
+    """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060): retention and step from one number, no error.
+
+        W_t = exp(-A dt_t) W_{t-1} + dt_t v_t k_t^T        y_t = W_t q_t + D v_t
+
+    dt = softplus(x w + dt_bias); q, k, v are its C, B, x. Every head has a q and k of its own, and
+    the norm comes before the gate (deviation 30). State: "position", "conv", "W" [B, H, dv, dk].
+    """
+
+    def __init__(self, d_model, n_heads, conv=4, expand=2, out_scale=1.0):
+        super().__init__(d_model, n_heads, conv, expand, out_scale, rates=1)
+        self.D = nn.Parameter(torch.ones(n_heads, 1, 1))
+
+    def remember(self, q, k, v, rates, state):
+        dt = F.softplus(rates[0] + self.dt_bias[:, None])
+        u = dt.unsqueeze(-1) * v
+        y, W, _ = retention(q, k, u, self.alpha(rates[0]), state["W"], self.backend)
+        return y + self.D * v, {"W": W}
+
+    def products(self, T):
+        d = self.width
+        return self.n_heads * scan_products(d, self.expand * d, T, T, delta=False, decays=1)
+
+
 # --------------------------------------------------------------------------------------------------
 # A network as memory
+
+
+class ChunkMemory(Recurrent):
+    """A network that learns from gradients at the weights of the chunk boundary.
+
+        W_t = alpha_t W_{t-1} - eta_t gradient        eta = base sigmoid(x w + b) / chunk
+
+    A kind has `start`, its initial layers [H, d_out, d_in], and write(q, k, v, eta, alpha,
+    boundary, running) -> (y, running) for the tokens of a chunk. forgets: alpha, at first
+    1 - 1e-4, is read off the token; else it is 1.
+    State: "position", "conv", "boundary" and "running" (lists of [B, H, d_out, d_in]).
+    """
+
+    base = 1.0
+
+    def __init__(self, d_model, n_heads, chunk, conv, out_scale, forgets):
+        at_least(1, chunk=chunk)
+        super().__init__(d_model, n_heads, conv, rates=1 + forgets, out_scale=out_scale)
+        self.chunk = chunk
+        self.b_eta = nn.Parameter(torch.zeros(n_heads, 1))
+        if forgets:
+            self.b_alpha = nn.Parameter(torch.full((n_heads, 1), -math.log(10_000 - 1)))
+
+    def start_state(self, batch):
+        running = [full_precision(W).expand(batch, *W.shape).clone() for W in self.start]
+        return {"position": 0, "conv": None, "boundary": running, "running": running}
+
+    def remember(self, q, k, v, rates, state):
+        eta = self.base * torch.sigmoid(rates[0] + self.b_eta) / self.chunk  # [B, H, T]
+        alpha = torch.ones_like(eta)
+        if len(rates) > 1:
+            alpha = retention_of(rates[1] + self.b_alpha, 1.0)
+
+        def one_chunk(now, boundary, running, momentum):
+            y, running = recomputed(self.write, *now, boundary, running)  # as in TTT's paper
+            return y, running, momentum
+
+        return over_chunks(one_chunk, (q, k, v, eta, alpha), state, self.chunk)
+
+    def components(self):
+        return deep_memory(self, self.start)
+
+
+class DLA(ChunkMemory):
+    """Deep linear attention (in Behrouz et al. 2025, arXiv 2505.23735): Hebbian, no error taken.
+
+        W_t = alpha_t W_{t-1} + eta_t grad <f(k_t; W_boundary), v_t>          y_t = f(q_t; W_t)
+
+    f is an MLP of `depth` residual layers (1: gated linear attention), q, k and v have unit length.
+    No error bounds what is written: eta < 1 / chunk and the bounded steps of `write` do (deviation
+    38). Raises ValueError for chunk < 1 and depth < 1.
+    """
+
+    def __init__(self, d_model, n_heads, chunk=64, depth=2, conv=4, out_scale=1.0):
+        at_least(1, depth=depth)
+        super().__init__(d_model, n_heads, chunk, conv, out_scale, forgets=True)
+        d = self.width
+        self.start = nn.ParameterList(torch.randn(n_heads, d, d) * d**-0.5 for _ in range(depth))
+
+    def write(self, q, k, v, eta, alpha, boundary, running):
+        args = (boundary, l2norm(k), l2norm(v), eta, alpha, l2norm(q))
+        rule = {"delta": 0.0, "objective": "dot", "backend": self.backend}
+        return write(*args, running=running, **rule)[:2]
+
+    def products(self, T):
+        d = self.width
+        depth = len(self.start)
+        scans = scan_products(d, d, T, self.chunk, delta=False, decays=1)
+        # what the network says at the boundary has no part in the gradient
+        return self.n_heads * ((6 * depth - 5) * d * d + depth * scans)
 
 
 def gelu(z):
@@ -337,7 +465,7 @@ def gelu_derivative(z):
     return 0.5 * torch.erfc(z * -(0.5**0.5)) + z * density
 
 
-class TTT(Recurrent):
+class TTT(ChunkMemory):
     """TTT-Linear (depth 1), TTT-MLP (depth 2): learning by descent (Sun et al. 2024, 2407.04620).
 
         f(x) = x + LN(W x + b)    or    x + LN(W2 gelu(W1 x + b1) + b2)        y_t = f(q_t; W_t)
@@ -348,51 +476,30 @@ class TTT(Recurrent):
     is eta = base sigmoid(x w + b) / (chunk |z|^2), z the layer's input, base 1, for the MLP 0.1:
     all tokens of a chunk repeat the same step for equal keys, so a longer one explodes
     (deviation 32).
-    State: "position", "conv", "boundary" and "running" (lists of [B, H, d_out, d_in + 1]).
     Raises ValueError for chunk < 1, and a depth that is not 1 or 2.
     """
 
-    def __init__(self, d_model, n_heads, chunk=16, depth=1, conv=4, out_scale=1.0):
-        super().__init__(d_model, n_heads, conv, rates=1, out_scale=out_scale)
-        at_least(1, chunk=chunk)
+    def __init__(self, d_model, n_heads, chunk=16, depth=1, conv=4, out_scale=1.0, forgets=False):
+        super().__init__(d_model, n_heads, chunk, conv, out_scale, forgets)
         if depth not in (1, 2):
             raise ValueError(f"depth must be 1 (TTT-Linear) or 2 (TTT-MLP), got {depth}")
         d = self.width
-        self.chunk = chunk
         self.base = 1.0 if depth == 1 else 0.1
         sizes = [(d, d)] if depth == 1 else [(4 * d, d), (d, 4 * d)]  # (d_out, d_in)
         initial = [torch.randn(n_heads, *size) * size[1] ** -0.5 for size in sizes]
         self.start = nn.ParameterList(F.pad(W, (0, 1)) for W in initial)  # biases of 0
         self.scale = nn.Parameter(torch.ones(n_heads, 1, d))
         self.shift = nn.Parameter(torch.zeros(n_heads, 1, d))
-        self.b_eta = nn.Parameter(torch.zeros(n_heads, 1))
 
-    def start_state(self, batch):
-        running = [full_precision(W).expand(batch, *W.shape).clone() for W in self.start]
-        return {"position": 0, "conv": None, "boundary": running, "running": running}
-
-    def remember(self, q, k, v, rates, state):
-        eta = self.base * torch.sigmoid(rates[0] + self.b_eta) / self.chunk  # [B, H, T]
-
-        def one_chunk(now, boundary, running, momentum):
-            y, running = recomputed(self.write, *now, boundary, running)  # as in the paper
-            return y, running, momentum
-
-        return over_chunks(one_chunk, (q, k, v, eta), state, self.chunk)
-
-    def write(self, q, k, v, eta, boundary, running):
-        """Tokens of one chunk: gradients at `boundary`, read and written from `running` on.
-
-        Returns (y [B, H, C, d], running).
-        """
-        # forward, at the boundary
+    def surprise(self, k, v, weights):
+        """Each layer's input, and at its output the gradient of |f(k; weights) - v|^2 / 2."""
         inputs = [with_one(k)]
         slopes = []
-        for W in boundary[:-1]:
+        for W in weights[:-1]:
             z = inputs[-1] @ W.mT
             slopes.append(gelu_derivative(z))
             inputs.append(with_one(gelu(z)))
-        z = inputs[-1] @ boundary[-1].mT
+        z = inputs[-1] @ weights[-1].mT
         # gradient of |k + LN(z) - v|^2 / 2 at z: a layer norm is blind to z's mean and length
         z = z - z.mean(-1, keepdim=True)
         r = (z.square().mean(-1, keepdim=True) + EPS).sqrt().reciprocal()
@@ -400,18 +507,25 @@ class TTT(Recurrent):
         g = (k + z * self.scale + self.shift - v) * self.scale
         gradients = [r * (g - g.mean(-1, keepdim=True) - z * (g * z).mean(-1, keepdim=True))]
         # backward to the layers below
-        for W, slope in zip(reversed(boundary[1:]), reversed(slopes), strict=True):
+        for W, slope in zip(reversed(weights[1:]), reversed(slopes), strict=True):
             gradients.insert(0, (gradients[0] @ W[..., :-1]) * slope)
-        # write every layer, and read it
-        alpha = torch.ones_like(eta)
+        return inputs, gradients
+
+    def write(self, q, k, v, eta, alpha, boundary, running):
+        """Write every layer, and read it."""
         h = q
         new = []
-        for i, (W, x, g) in enumerate(zip(running, inputs, gradients, strict=True)):
+        learned = zip(running, *self.surprise(k, v, boundary), strict=True)
+        for i, (W, x, g) in enumerate(learned):
             step = eta / x.square().sum(-1)
             read_at = with_one(gelu(h) if i else h)
             h, W, _ = scan(W, x, -g, step, alpha, read_at, delta=0.0, backend=self.backend)
             new.append(W)
-        return q + F.layer_norm(h, h.shape[-1:], eps=EPS) * self.scale + self.shift, new
+        return self.around(q, h), new
+
+    def around(self, x, z):
+        """f(x) for the layers' output z."""
+        return x + F.layer_norm(z, z.shape[-1:], eps=EPS) * self.scale + self.shift
 
     def products(self, T):
         sizes = [W.shape[1:] for W in self.start]
@@ -422,8 +536,208 @@ class TTT(Recurrent):
             count += 3 * 4 * self.width**2  # errors of the first layer
         return self.n_heads * count
 
+
+class Memora(TTT):
+    """Memora (MIRAS: Behrouz et al. 2025, arXiv 2504.13173): TTT-MLP that weighs, never subtracts.
+
+        A_t = alpha_t A_{t-1} - eta_t grad_W |f(k_t; W_boundary) - v_t|^2 / 2
+        W = sqrt(d_in) softmax(A) by rows                                y_t = f(q_t; W_boundary)
+
+    Retention by KL divergence is this, the learning rule on the logits A: log W is A but for a
+    constant of each row, which no softmax sees. Reads look at the boundary, as W_t is not linear in
+    what was written. eta is TTT's, times sqrt(d_in) = d_in / sum_j W_ij (deviation 38).
+    State: as TTT's, of logits.
+    """
+
+    def __init__(self, d_model, n_heads, chunk=16, conv=4, out_scale=1.0):
+        super().__init__(d_model, n_heads, chunk, 2, conv, out_scale, forgets=True)
+        for A in self.start:
+            nn.init.normal_(A)
+
+    def write(self, q, k, v, eta, alpha, boundary, running):
+        weights = [A.shape[-1] ** 0.5 * A.softmax(-1) for A in boundary]
+        new = []
+        for A, x, g in zip(running, *self.surprise(k, v, weights), strict=True):
+            step = eta * A.shape[-1] ** 0.5 / x.square().sum(-1)
+            new.append(scan(A, x, -g, step, alpha, delta=0.0, backend=self.backend)[1])
+        h = gelu(with_one(q) @ weights[0].mT)
+        return self.around(q, with_one(h) @ weights[1].mT), new
+
+    def products(self, T):
+        d = self.width
+        count = sum(3 * 3 * W[0].numel() for W in self.start)  # at the boundary; read; write
+        return self.n_heads * (count + 3 * 4 * d * d + 2 * min(self.chunk, T) ** 2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Rules of their own
+
+
+def scan_by_channel(W, q, k, v, e, b, log_w, tile):
+    """W_t = W_{t-1} diag(w_t) - (W_{t-1} e_t) b_t^T + v_t k_t^T, y_t = W_t q_t, in tiles, exactly.
+
+    W [..., dv, dk], v [..., T, dv], all others [..., T, dk] -> (y [..., T, dv], W_T). With L_t the
+    product of w from the tile's start on, W_t / L_t has no decay; a tile must not be so long that
+    L vanishes: 16 tokens of w > 0.545 leave 6e-5.
+    """
+    T = q.shape[-2]
+
+    def tiles(x):  # zeros change nothing
+        return F.pad(x, (0, 0, 0, -T % tile)).unflatten(-2, (-1, tile))
+
+    q, k, v, e, b, log_w = map(tiles, (q, k, v, e, b, log_w))  # [..., n, tile, d]
+    log_L = log_w.cumsum(-2)
+    e = e * (log_L - log_w).exp()
+    b = b * (-log_L).exp()
+    k = k * (-log_L).exp()
+    q = q * log_L.exp()
+    # W_{t-1} e_t of all tokens: what the tile's start says, and what the tile wrote
+    said = solve(e @ b.mT, torch.cat((e, (e @ k.mT).tril(-1) @ v), -1))
+    by_start, written = said.split((e.shape[-1], v.shape[-1]), -1)
+    steps = zip(*(z.unbind(-3) for z in (by_start, written, b, v.mT @ k, log_L)), strict=True)
+    starts = []
+    erased = []
+    for by_start_i, written_i, b_i, vk, log_L_i in steps:
+        starts.append(W)
+        erased.append(by_start_i @ W.mT + written_i)
+        W = (W - erased[-1].mT @ b_i + vk) * log_L_i[..., -1:, :].exp()
+    y = q @ torch.stack(starts, -3).mT - (q @ b.mT).tril() @ torch.stack(erased, -3)
+    y = y + (q @ k.mT).tril() @ v
+    return y.flatten(-3, -2)[..., :T, :], W
+
+
+class RWKV7(nn.Module):
+    """RWKV-7 (Peng et al. 2025, arXiv 2503.14456), its time mixing.
+
+        W_t = W_{t-1} diag(w_t) - (W_{t-1} e_t) (a_t e_t)^T + v_t k_t^T              y_t = W_t r_t
+
+    Every key channel has its own decay w in (0.545, 1) and its own step a. What is erased, e, is
+    the key times k_k at unit length; what is written, k, the key times 1 + (a - 1) k_a. Every
+    stream reads a mixture of its own of this token and the last; w, a and the gate are of low rank.
+    Layers do not share v (deviation 39).
+    State: "position", "last" [B, 1, d_model], "W" [B, H, d, d].
+    """
+
+    def __init__(self, d_model, n_heads, tile=16, out_scale=1.0):
+        super().__init__()
+        self.n_heads = n_heads
+        self.width = head_width(d_model, n_heads)
+        self.tile = tile
+        channels = torch.arange(d_model) / d_model
+        powers = torch.tensor([0.1, 0.45, 0.35, 0.35, 0.45, 0.1])  # of r, w, k, v, a, gate
+        self.mix = nn.Parameter(1 - channels ** powers[:, None])
+
+        def low_rank(size, squash, scale):
+            rank = min(max(32, 32 * round(size * d_model**0.5 / 32)), d_model // 2)
+            return nn.Sequential(linear(d_model, rank), squash, linear(rank, d_model, scale))
+
+        self.r = linear(d_model, d_model)
+        self.k = linear(d_model, d_model, 0.1)
+        self.v = linear(d_model, d_model)
+        self.w = low_rank(2.5, nn.Tanh(), 0.1)
+        self.a = low_rank(2.5, nn.Identity(), 0.1)
+        self.gate = low_rank(5, nn.Sigmoid(), 1.0)
+        within = torch.linspace(-1, 1, self.width).repeat(n_heads)
+        self.b_w = nn.Parameter(6 * channels**1.8 - 5.5 + 2.5 * within * within.abs())
+        self.b_a = nn.Parameter(torch.full((d_model,), -0.19))
+        self.k_k = nn.Parameter(torch.full((d_model,), 0.71))
+        self.k_a = nn.Parameter(torch.full((d_model,), 1.02))
+        self.r_k = nn.Parameter(torch.full((n_heads, 1, self.width), -0.04))
+        self.scale = nn.Parameter(torch.ones(n_heads, 1, self.width))
+        self.shift = nn.Parameter(torch.zeros(n_heads, 1, self.width))
+        self.out = linear(d_model, d_model, out_scale)
+
+    def forward(self, x, state=None):
+        state = of_rows(state, x, self.r.weight)
+        B, T, d_model = x.shape
+        if state is None:
+            W = full_precision(x).new_zeros(B, self.n_heads, self.width, self.width)
+            state = {"position": 0, "last": x.new_zeros(B, 1, d_model), "W": W}
+        before = torch.cat((state["last"], x[:, :-1]), 1)
+        r, w, k, v, a, g = (x + mu * (before - x) for mu in self.mix)
+        streams = (self.r(r), self.w(w), self.k(k), self.v(v), self.a(a))
+        r, w, k, v, a = map(full_precision, streams)
+        with torch.autocast(x.device.type, enabled=False):
+            log_w = -math.exp(-0.5) * torch.sigmoid(w + self.b_w)
+            a = torch.sigmoid(a + self.b_a)
+            streams = (r, k * (1 + (a - 1) * self.k_a), v, k * self.k_k, a, log_w)
+            r, k, v, e, a, log_w = (heads(z, self.n_heads) for z in streams)
+            e = l2norm(e)
+            y, W = scan_by_channel(state["W"], r, k, v, e, a * e, log_w, self.tile)
+            y = F.layer_norm(y, y.shape[-1:], eps=1e-5 * self.width) * self.scale + self.shift
+            y = y + (r * self.r_k * k).sum(-1, keepdim=True) * v
+        y = y.to(x.dtype).transpose(1, 2).flatten(2) * self.gate(g)
+        # a copy, or the state would keep the whole input alive
+        after = {"position": state["position"] + T, "last": x[:, -1:].clone(), "W": W}
+        return self.out(y), after
+
+    def products(self, T):
+        """Multiply-adds per token in rows of T tokens, forward and backward, beyond projections."""
+        d = self.width
+        return self.n_heads * (3 * (4 * d * d + 9 * self.tile * d) + self.tile**2 / 3)
+
+    components = Recurrent.components
+
+
+def self_reference(W, x):
+    """W [B, H, 3 d + 4, d], x [B, H, C, d] -> (y [B, H, C, d], W), token by token, see SRWM."""
+    d = x.shape[-1]
+    rows = (torch.arange(W.shape[-2], device=W.device) // d).clamp(max=3)  # of y, q, k, beta
+    outputs = []
+    for x_t in x.softmax(-1).unbind(2):
+        said = W @ x_t.unsqueeze(-1)
+        y, q, k, beta = said.squeeze(-1).split((d, d, d, 4), -1)
+        k = k.softmax(-1)
+        step = beta.sigmoid()[..., rows].unsqueeze(-1)
+        change = W @ (q.softmax(-1) - k).unsqueeze(-1)
+        W = torch.addcmul(W, step * change, k.unsqueeze(-2))
+        outputs.append(y)
+    return torch.stack(outputs, 2), W
+
+
+class SRWM(nn.Module):
+    """The self-referential weight matrix (Irie et al. 2022, arXiv 2202.05780): W rewrites itself.
+
+        [y | q | k | beta]_t = W_{t-1} softmax(x_t)
+        W_t = W_{t-1} + sigmoid(beta_t) W_{t-1} (softmax(q_t) - softmax(k_t)) softmax(k_t)^T
+
+    beta has four numbers, for the rows of y, q, k and of beta itself. W_{t-1} makes k_t, so nothing
+    is parallel: token by token, for small tasks. Tiles are recomputed in the backward pass.
+    State: "position", "W" [B, H, 3 d + 4, d].
+    """
+
+    def __init__(self, d_model, n_heads, tile=16, out_scale=1.0):
+        super().__init__()
+        d = head_width(d_model, n_heads)
+        self.n_heads = n_heads
+        self.tile = tile
+        self.start = nn.Parameter(torch.randn(n_heads, 3 * d + 4, d) * d**-0.5)
+        with torch.no_grad():
+            self.start[:, d : 2 * d] *= 0.01
+            self.start[:, 3 * d :] -= 1
+        self.out = linear(d_model, d_model, out_scale)
+
+    def forward(self, x, state=None):
+        state = of_rows(state, x, self.out.weight)
+        if state is None:
+            state = {"position": 0, "W": full_precision(self.start).expand(len(x), -1, -1, -1)}
+        W = state["W"]
+        outputs = []
+        with torch.autocast(x.device.type, enabled=False):
+            for now in heads(full_precision(x), self.n_heads).split(self.tile, 2):
+                y, W = recomputed(self_reference, W, now)
+                outputs.append(y)
+        y = self.out(torch.cat(outputs, 2).to(x.dtype).transpose(1, 2).flatten(2))
+        return y, {"position": state["position"] + x.shape[1], "W": W}
+
+    def products(self, T):
+        """Multiply-adds per token in rows of T tokens, forward and backward, beyond projections."""
+        return 3 * 2 * self.start.numel()
+
     def components(self):
-        return deep_memory(self, self.start)
+        """Rows of `Hope.levels()`."""
+        what = "self-referential matrix"
+        return [component(what, "every token", "own keys and values", self.start.numel())]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -30,12 +30,18 @@ import torch.nn.functional as F
 
 import learn
 from baselines import (
+    DLA,
+    RWKV7,
+    SRWM,
     TTT,
     Attention,
+    Comba,
     DeltaNet,
     GatedDeltaNet,
     LinearAttention,
     Mamba,
+    Mamba2,
+    Memora,
     RetNet,
     TitansMAC,
     TitansMAG,
@@ -79,6 +85,12 @@ MIXERS = {
     "retnet": lambda c: RetNet(*c.sizes, c.conv_width, c.expand or 2, c.out_scale),
     "deltanet": lambda c: DeltaNet(*c.sizes, c.conv_width, c.expand or 1, c.out_scale),
     "gated_deltanet": lambda c: GatedDeltaNet(*c.sizes, c.conv_width, c.expand or 1, c.out_scale),
+    "comba": lambda c: Comba(*c.sizes, c.conv_width, c.expand or 1, c.out_scale),
+    "mamba2": lambda c: Mamba2(*c.sizes, c.conv_width, c.expand or 2, c.out_scale),
+    "rwkv7": lambda c: RWKV7(*c.sizes, out_scale=c.out_scale),
+    "srwm": lambda c: SRWM(*c.sizes, out_scale=c.out_scale),
+    "dla": lambda c: DLA(*c.sizes, c.chunk, c.depth, c.conv_width, c.out_scale),
+    "memora": lambda c: Memora(*c.sizes, min(16, c.chunk), c.conv_width, c.out_scale),
     "ttt_linear": lambda c: TTT(*c.sizes, min(16, c.chunk), 1, c.conv_width, c.out_scale),
     "ttt_mlp": lambda c: TTT(*c.sizes, min(16, c.chunk), 2, c.conv_width, c.out_scale),
     "samba": (
@@ -140,7 +152,7 @@ class HopeConfig:
     cms_step: float | list | None = 1.0  # first inner step(s), then learned; None: see `learn`
     cms_clip: float = 1.0  # longest inner gradient of a row; a longer one is scaled to it
     conv: int | None = None  # tokens of the short convolution, 0: none; None: the model's usual
-    chunk: int = 64  # tokens between generations of a memory's keys, values and rates (TTT: <= 16)
+    chunk: int = 64  # tokens between generations of keys, values, rates (TTT, Memora: <= 16)
     memory: str = "matrix"  # or "mlp"
     adaptive: list = field(default_factory=lambda: ["k", "v"])  # projections that are memories
     momentum: bool = False  # of self-modifying Titans
@@ -149,8 +161,8 @@ class HopeConfig:
     dgd: bool = True  # delta rule at the running weights
     retention: bool = True
     gate: bool = True  # output gate
-    depth: int = 2  # layers of Titans' memory
-    expand: int | None = None  # value width / key width; None: 2 for RetNet, else 1
+    depth: int = 2  # layers of the memory of Titans and DLA
+    expand: int | None = None  # value width / key width; None: 2 for RetNet, Mamba-2, else 1
     window: int = 128  # tokens attention sees in Samba, TTT-E2E, MAG, MAL; a segment of MAC
     window_reset: int | None = None  # tokens, whole chunks, after which Titans' memories begin anew
     norm_eps: float = 1e-6
@@ -244,7 +256,8 @@ class HopeConfig:
         """Width of the short convolution in tokens, 0 for none."""
         if self.conv is not None:
             return self.conv
-        without = ("transformer", "hope_attention", "ttt_e2e", "linear_attention", "retnet")
+        without = ("transformer", "hope_attention", "ttt_e2e", "linear_attention", "retnet",
+                   "rwkv7", "srwm")
         return 0 if self.model in without else 4
 
     @property

@@ -387,6 +387,8 @@ class Recurrent(nn.Module):
     (the tail). Raises ValueError where n_heads does not divide d_model, and for expand < 1.
     """
 
+    squash = staticmethod(F.silu)  # of the output gate
+
     def __init__(self, d_model, n_heads, conv, expand=1, rates=0, gate=True, project=True,
                  out_scale=1.0):
         super().__init__()
@@ -427,7 +429,7 @@ class Recurrent(nn.Module):
             y, memory = self.remember(q, k, v, rates, state)
         y = self.norm(y).to(x.dtype).transpose(1, 2).flatten(2)  # [B, T, expand * d_model]
         if gate.shape[-1]:
-            y = y * F.silu(gate)
+            y = y * self.squash(gate)
         if self.out_proj is not None:
             y = self.out_proj(y)
         return y, {"position": state["position"] + T, "conv": tail} | memory

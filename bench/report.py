@@ -106,7 +106,8 @@ def quality_2048() -> str:
         row = []
         for found in runs.values():
             cells = found[spec]["long"] if spec in found else {}
-            row += [f"{cells[0]['lr']:g}", f"{cells[0]['bits_per_byte']:.3f}"] if cells else ["", ""]
+            first = cells.get(0)
+            row += [f"{first['lr']:g}", f"{first['bits_per_byte']:.3f}"] if first else ["", ""]
         rows.append([f"`{spec}`", *row])
     rows.sort(key=lambda row: row[2] or row[4])
     return markdown(["model", "novels: rate", "seed 0", "Python: rate", "seed 0"], rows)

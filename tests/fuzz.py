@@ -240,7 +240,8 @@ def declare(folder):
     target("NeuralMemory", NeuralMemory, sizes | {
         "chunk": whole(1), "depth": whole(1, 100), "conv": whole(0),
     }, d_model=16, n_heads=2, chunk=4, depth=2, conv=4)
-    for name in ("LinearAttention", "RetNet", "DeltaNet", "GatedDeltaNet", "TTT", "Attention"):
+    for name in ("LinearAttention", "RetNet", "DeltaNet", "GatedDeltaNet", "Comba", "Mamba2", "DLA",
+                 "TTT", "Memora", "Attention"):
         target(f"baselines.{name}", getattr(baselines, name), sizes | {"conv": whole(0)},
                d_model=16, n_heads=2, conv=4)
     for name in MIXERS:
@@ -279,7 +280,8 @@ def declare(folder):
         "tokens": "ids", "step": either,
         "updates": maybe("first_order", "full"),
     }, tokens=IDS, step=None, updates=None)
-    for name in ("hope", "transformer", "gated_deltanet", "linear_attention", "samba", "titans"):
+    for name in ("hope", "transformer", "gated_deltanet", "linear_attention", "samba", "titans",
+                 "rwkv7", "srwm"):
         target(f"{name} goes on", in_eval(model_of(name)), {"state": "state", "tokens": "ids"},
                tokens=IDS, state=state_of(name))
 

@@ -12,12 +12,18 @@ import torch.nn.functional as F
 from textbook import close, rms, unit
 
 from baselines import (
+    DLA,
+    RWKV7,
+    SRWM,
     TTT,
     Attention,
+    Comba,
     DeltaNet,
     GatedDeltaNet,
     LinearAttention,
     Mamba,
+    Mamba2,
+    Memora,
     RetNet,
     TitansMAC,
     TitansMAG,
@@ -25,6 +31,7 @@ from baselines import (
     delta_net,
     gated_delta_net,
     rotate,
+    scan_by_channel,
 )
 from layers import tensors
 from memory import l2norm, read
@@ -203,7 +210,7 @@ def test_mac_retrieves_then_attends_then_writes(chunk, segment):
 # Matrix memories
 
 
-def by_hand(mixer, x, step, normalize):
+def by_hand(mixer, x, step, normalize, squash=F.silu):
     """Output and final memories of a matrix memory.
 
     step(h, t, S, q, k, v, rates) -> (S, the read S q); q, k, v [d] as projected, rates the token's,
@@ -227,7 +234,7 @@ def by_hand(mixer, x, step, normalize):
         for t in range(T):
             now = (q[b, t, key], k[b, t, key], v[b, t, value], rates[b, t, h::H])
             S, out = step(h, t, S, *now)
-            y[b, t, value] = normalize(out) * (F.silu(gate[b, t, value]) if gated else 1)
+            y[b, t, value] = normalize(out) * (squash(gate[b, t, value]) if gated else 1)
         finals[b, h] = S
     return y @ mixer.out_proj.weight.T, finals
 
@@ -269,14 +276,19 @@ def deltanet_by_hand(mixer, x):
     return by_hand(mixer, x, step, lambda out: rms(out, mixer.norm.weight))
 
 
+def dt_and_alpha(mixer, h, rate):
+    """Mamba-2: the step softplus(x w + bias), the retention exp(-A step)."""
+    dt = torch.log1p(torch.exp(rate + mixer.dt_bias[h]))
+    return dt, torch.exp(-torch.exp(mixer.log_A[h]) * dt)
+
+
 def gated_deltanet_by_hand(mixer, x):
     """The Gated DeltaNet paper: S_t = S_{t-1} alpha (I - beta k k^T) + beta v k^T."""
 
     def step(h, t, S, q, k, v, rates):
         k = unit(k)
         beta = 1 / (1 + torch.exp(-rates[0]))
-        softplus = torch.log1p(torch.exp(rates[1] + mixer.dt_bias[h]))
-        alpha = torch.exp(-torch.exp(mixer.log_A[h]) * softplus)
+        _, alpha = dt_and_alpha(mixer, h, rates[1])
         kept = alpha * (torch.eye(W) - beta * torch.outer(k, k))
         S = S @ kept + beta * torch.outer(v, k)
         return S, S @ unit(q)
@@ -284,8 +296,37 @@ def gated_deltanet_by_hand(mixer, x):
     return by_hand(mixer, x, step, lambda out: rms(out, mixer.norm.weight))
 
 
-BY_HAND = [(RetNet, retnet_by_hand), (DeltaNet, deltanet_by_hand)]
-BY_HAND.append((GatedDeltaNet, gated_deltanet_by_hand))
+def comba_by_hand(mixer, x):
+    """The Comba paper: S_t = alpha S_{t-1} + beta (v - alpha S_{t-1} p) k^T, p = b k."""
+
+    def step(h, t, S, q, k, v, rates):
+        k = unit(k)
+        p = torch.sigmoid(mixer.b[h]) * k
+        _, alpha = dt_and_alpha(mixer, h, rates[1])
+        S = alpha * S + torch.sigmoid(rates[0]) * torch.outer(v - alpha * S @ p, k)
+        return S, S @ (unit(q) - mixer.D[h, 0] * p)
+
+    return by_hand(mixer, x, step, lambda out: rms(out, mixer.norm.weight), torch.sigmoid)
+
+
+def mamba2_by_hand(mixer, x):
+    """The Mamba-2 paper: h_t = exp(-A dt) h_{t-1} + dt x B^T, y_t = h_t C + D x."""
+
+    def step(h, t, S, q, k, v, rates):
+        dt, alpha = dt_and_alpha(mixer, h, rates[0])
+        S = alpha * S + dt * torch.outer(v, k)
+        return S, S @ q + mixer.D[h, 0] * v
+
+    return by_hand(mixer, x, step, lambda out: rms(out, mixer.norm.weight))
+
+
+BY_HAND = [
+    (RetNet, retnet_by_hand),
+    (DeltaNet, deltanet_by_hand),
+    (GatedDeltaNet, gated_deltanet_by_hand),
+    (Comba, comba_by_hand),
+    (Mamba2, mamba2_by_hand),
+]
 
 
 @pytest.mark.parametrize("kind, recurrence", BY_HAND)
@@ -294,8 +335,8 @@ def test_matrix_memories_are_their_textbook_recurrences(kind, recurrence, T, con
     mixer = kind(D, H, conv=conv, expand=expand)
     x = torch.randn(2, T, D)
     with torch.no_grad():
-        if kind is not RetNet:
-            mixer.norm.weight.uniform_(0.5, 1.5)
+        for p in mixer.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
         y, state = mixer(x)
         expected, S = recurrence(mixer, x)
     close(y, expected, 1e-10)
@@ -318,6 +359,32 @@ def test_delta_rules_equal_the_naive_references_of_flash_linear_attention():
     swapped = [z.transpose(1, 2) for z in (q, k, v, beta, alpha.log())]
     gated = naive_gated.naive_recurrent_gated_delta_rule(*swapped)[0].transpose(1, 2)
     close(gated_delta_net(scaled, k, v, beta, alpha)[0], gated.double(), 1e-5)
+
+
+def test_comba_and_rwkv7_equal_the_naive_references_of_flash_linear_attention():
+    missing = "flash-linear-attention is not installed"
+    comba = pytest.importorskip("fla.ops.comba.naive", reason=missing)
+    low_rank = pytest.importorskip("fla.ops.generalized_delta_rule.dplr.naive", reason=missing)
+    B, T = 2, 37
+    q, k, v, r = (torch.randn(B, H, T, W) for _ in range(4))
+    beta, alpha = torch.rand(2, B, H, T)
+    k = l2norm(k)
+    mixer = Comba(D, H)
+    with torch.no_grad():
+        mixer.b.normal_()
+        mixer.D.normal_()
+        p = mixer.b.sigmoid()[..., None] * k
+        args = [z.transpose(1, 2) for z in (q - mixer.D * p, k, v, p, beta, alpha.log())]
+        theirs = comba.naive_recurrent_comba(*args, scale=1.0)[0].transpose(1, 2)
+        close(mixer.rule(q, k, v, beta, alpha, None, "auto")[0], theirs.double(), 1e-5)
+    log_w = -0.6 * torch.rand(B, H, T, W)
+    step = torch.rand(B, H, T, W) * k
+    args = (q * W**-0.5, r, v, k, step, log_w)
+    ours, S = scan_by_channel(torch.zeros(B, H, W, W), *args, tile=16)
+    args = [z.float() for z in (q, r, v, -k, step, log_w)]
+    theirs, theirs_S = low_rank.dplr_recurrence(*args)
+    close(ours, theirs.double(), 1e-5)
+    close(S, theirs_S.mT.double(), 1e-5)
 
 
 def test_every_head_of_retnet_forgets_half_as_fast_as_the_one_before():
@@ -350,16 +417,54 @@ def test_gated_deltanet_survives_complete_forgetting():
 
 
 # --------------------------------------------------------------------------------------------------
-# TTT
+# Networks as memories: DLA, TTT, Memora
+
+
+def assert_learns_by(rule, mixer, T, kept=lambda p: p):
+    """rule(h, layers, boundary, q, k, v, rates) -> (layers, what is read at q), a token in head h.
+
+    kept: from what the mixer holds of a layer to what the rule does.
+    """
+    x = torch.randn(2, T, D)
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+        y, state = mixer(x)
+        sizes = [3 * D, D, mixer.sizes[4]]
+        qkv, gate, rates = (x @ mixer.in_proj.weight.T).split(sizes, -1)
+        qkv, _ = mixer.conv(qkv)
+    expected = torch.zeros(2, T, D)
+    for b, h in product(range(2), range(H)):
+        layers = [kept(p[h].detach()) for p in mixer.start]
+        for t in range(T):
+            if t % mixer.chunk == 0:
+                boundary = [p.clone().requires_grad_() for p in layers]
+            q, k, v = (qkv[b, t, i * D + h * W :][:W] for i in range(3))
+            layers, out = rule(h, layers, boundary, q, k, v, rates[b, t, h::H])
+            layers = [p.detach() for p in layers]
+            head = slice(h * W, (h + 1) * W)
+            expected[b, t, head] = rms(out, mixer.norm.weight).detach() * F.silu(gate[b, t, head])
+        for ours, theirs in zip(state["running"], layers, strict=True):
+            close(kept(ours[b, h]), theirs, 1e-10)
+    close(y, (expected @ mixer.out_proj.weight.T).detach(), 1e-10)
 
 
 def ttt_memory(mixer, h, layers, z):
-    """f(z) of the TTT paper in head h: z + LN(MLP(z)), layers a list of (W, b)."""
+    """f(z) of the TTT paper in head h: z + LN(MLP(z)), layers a list of (W | b)."""
     out = z
-    for i, (weight, bias) in enumerate(layers):
-        out = weight @ (F.gelu(out) if i else out) + bias
+    for i, layer in enumerate(layers):
+        out = layer[:, :-1] @ (F.gelu(out) if i else out) + layer[:, -1]
     out = (out - out.mean()) / torch.sqrt(out.var(correction=0) + 1e-6)
     return z + out * mixer.scale[h, 0] + mixer.shift[h, 0]
+
+
+def ttt_steps(mixer, h, layers, k, v, rate):
+    """Of each layer, the gradient of |f(k) - v|^2 / 2 times eta over its input's length squared."""
+    loss = (ttt_memory(mixer, h, layers, k) - v).square().sum() / 2
+    eta = mixer.base * torch.sigmoid(rate + mixer.b_eta[h, 0]) / mixer.chunk
+    inputs = [k, F.gelu(layers[0][:, :-1] @ k + layers[0][:, -1])]
+    slopes = torch.autograd.grad(loss, layers, retain_graph=True)
+    return [eta / (z @ z + 1) * g for z, g in zip(inputs, slopes, strict=False)]
 
 
 @pytest.mark.parametrize(
@@ -367,38 +472,68 @@ def ttt_memory(mixer, h, layers, z):
 )
 def test_ttt_descends_the_gradient_of_its_paper(T, chunk, depth):
     """W_t = W_{t-1} - eta_t grad |f(k_t; W_boundary) - v_t|^2 / 2 and y_t = f(q_t; W_t)."""
+
+    def rule(h, layers, boundary, q, k, v, rates):
+        steps = ttt_steps(mixer, h, boundary, k, v, rates[0])
+        layers = [p - step for p, step in zip(layers, steps, strict=True)]
+        return layers, ttt_memory(mixer, h, layers, q)
+
     mixer = TTT(D, H, chunk=chunk, depth=depth)
-    x = torch.randn(2, T, D)
+    assert_learns_by(rule, mixer, T)
+
+
+@pytest.mark.parametrize("T, chunk", [(1, 4), (13, 1), (11, 4)])
+def test_memora_takes_the_softmax_of_the_kl_divergence(T, chunk):
+    """W_t = c softmax(alpha_t log W_{t-1} - eta_t grad), on the weights themselves."""
+
+    def rule(h, layers, boundary, q, k, v, rates):
+        weights = [(p.shape[1] ** 0.5 * p).detach().requires_grad_() for p in boundary]
+        steps = ttt_steps(mixer, h, weights, k, v, rates[0])
+        alpha = 1 / (1 + torch.exp(rates[1] + mixer.b_alpha[h, 0]))
+        new = []
+        for p, step in zip(layers, steps, strict=True):
+            new.append(torch.softmax(alpha * p.log() - p.shape[1] ** 0.5 * step, 1))
+        return new, ttt_memory(mixer, h, weights, q)
+
+    mixer = Memora(D, H, chunk=chunk)
+    assert_learns_by(rule, mixer, T, kept=lambda p: p.softmax(-1))
+
+
+@pytest.mark.parametrize("T, chunk, depth", [(1, 4, 2), (13, 4, 1), (13, 1, 2), (11, 4, 2)])
+def test_dla_climbs_the_inner_product(T, chunk, depth):
+    """W_t = alpha_t W_{t-1} + eta_t grad <f(k_t; W_boundary), v_t> and y_t = f(q_t; W_t)."""
+
+    def inputs(layers, z):
+        """Of each layer, and f(z)."""
+        found = [z]
+        for i, p in enumerate(layers):
+            out = p @ found[-1]
+            found.append(z + out if i == len(layers) - 1 else F.silu(out))
+        return found
+
+    def rule(h, layers, boundary, q, k, v, rates):
+        *z, said = inputs(boundary, unit(k))
+        eta = torch.sigmoid(rates[0] + mixer.b_eta[h, 0]) / chunk
+        alpha = 1 / (1 + torch.exp(rates[1] + mixer.b_alpha[h, 0]))
+        new = []
+        for i, g in enumerate(torch.autograd.grad(said @ unit(v), boundary)):
+            step = eta / (1 + eta * z[i] @ z[i]) if i else eta  # deviation 7
+            new.append(alpha * layers[i] + step * g)
+        return new, inputs(new, unit(q))[-1]
+
+    mixer = DLA(D, H, chunk=chunk, depth=depth)
+    assert_learns_by(rule, mixer, T)
+
+
+def test_dla_without_an_error_stays_finite_on_a_repeated_token():
+    mixer = DLA(64, 1).float()
+    x = torch.randn(1, 1, 64, dtype=torch.float32).repeat(1, 2000, 1) * 10
     with torch.no_grad():
-        for p in mixer.parameters():
-            p.add_(torch.randn_like(p) * 0.2)
-        y, state = mixer(x)
-        qkv, gate, rates = (x @ mixer.in_proj.weight.T).split([3 * D, D, H], -1)
-        qkv, _ = mixer.conv(qkv)
-    base = 1.0 if depth == 1 else 0.1
-    expected = torch.zeros(2, T, D)
-    for b, h in product(range(2), range(H)):
-        layers = [(p[h, :, :-1].detach(), p[h, :, -1].detach()) for p in mixer.start]
-        for t in range(T):
-            if t % chunk == 0:
-                boundary = [tuple(p.clone().requires_grad_() for p in layer) for layer in layers]
-            q, k, v = (qkv[b, t, i * D + h * W :][:W] for i in range(3))
-            # one step for every layer, as long as its input allows
-            loss = (ttt_memory(mixer, h, boundary, k) - v).square().sum() / 2
-            eta = base * torch.sigmoid(rates[b, t, h] + mixer.b_eta[h, 0]) / chunk
-            inputs = [k, F.gelu(boundary[0][0] @ k + boundary[0][1])]
-            after = []
-            for layer, at, z in zip(layers, boundary, inputs, strict=False):
-                slopes = torch.autograd.grad(loss, at, retain_graph=True)
-                step = eta / (z @ z + 1)
-                after.append([p - step * g for p, g in zip(layer, slopes, strict=True)])
-            layers = [tuple(p.detach() for p in layer) for layer in after]
-            out = rms(ttt_memory(mixer, h, layers, q), mixer.norm.weight)
-            head = slice(h * W, (h + 1) * W)
-            expected[b, t, head] = (out * F.silu(gate[b, t, head])).detach()
-        for ours, (weight, bias) in zip(state["running"], layers, strict=True):
-            close(ours[b, h], torch.cat([weight, bias[:, None]], 1), 1e-10)
-    close(y, (expected @ mixer.out_proj.weight.T).detach(), 1e-10)
+        mixer.b_eta.fill_(10.0)  # the longest step
+    y, state = mixer(x)
+    y.square().mean().backward()
+    assert all(W.isfinite().all() and W.norm() < 1e4 for W in state["running"])
+    assert all(p.grad.isfinite().all() for p in mixer.parameters())
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -412,6 +547,83 @@ def test_the_memory_of_ttt_stays_bounded_on_a_repeated_token(depth):
     assert y.isfinite().all() and y[:, 1000:].std(1).max() < 0.1 * y.std()  # it settles
     for running, initial in zip(state["running"], mixer.start, strict=True):
         assert (running - initial).norm() < 10 * initial.norm()
+
+
+# --------------------------------------------------------------------------------------------------
+# RWKV-7, SRWM
+
+
+@pytest.mark.parametrize("T, tile", [(1, 16), (13, 4), (37, 16)])
+def test_rwkv7_is_its_textbook_recurrence(T, tile):
+    """S_t = S_{t-1} (diag(w) - kap (a kap)^T) + v k^T of mixtures of a token and the last."""
+    mixer = RWKV7(D, H, tile)
+    x = torch.randn(2, T, D)
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+        y, state = mixer(x)
+        expected = torch.zeros(2, T, D)
+        for b in range(2):
+            S = torch.zeros(H, W, W)
+            for t in range(T):
+                last = x[b, t - 1] if t else torch.zeros(D)
+                now = [x[b, t] * (1 - mu) + last * mu for mu in mixer.mix]
+                r, key, v = (m.weight @ z for m, z in zip((mixer.r, mixer.k, mixer.v),
+                                                          (now[0], now[2], now[3]), strict=True))
+                w = mixer.w[2].weight @ torch.tanh(mixer.w[0].weight @ now[1]) + mixer.b_w
+                w = torch.exp(-torch.sigmoid(w) / math.sqrt(math.e))
+                a = torch.sigmoid(mixer.a[2].weight @ mixer.a[0].weight @ now[4] + mixer.b_a)
+                g = mixer.gate[2].weight @ torch.sigmoid(mixer.gate[0].weight @ now[5])
+                k = key * (1 + (a - 1) * mixer.k_a)
+                for h in range(H):
+                    head = slice(h * W, (h + 1) * W)
+                    kap = unit((key * mixer.k_k)[head])
+                    kept = w[head].diag() - torch.outer(kap, a[head] * kap)
+                    S[h] = S[h] @ kept + torch.outer(v[head], k[head])
+                    out = S[h] @ r[head]
+                    out = (out - out.mean()) / torch.sqrt(out.var(correction=0) + 1e-5 * W)
+                    out = out * mixer.scale[h, 0] + mixer.shift[h, 0]
+                    out = out + (r[head] * mixer.r_k[h, 0] * k[head]).sum() * v[head]
+                    expected[b, t, head] = out * g[head]
+            close(state["W"][b], S, 1e-10)
+        expected = expected @ mixer.out.weight.T
+    close(y, expected, 1e-10)
+    assert torch.equal(state["last"], x[:, -1:])
+
+
+def test_tiles_of_rwkv7_are_exact_in_float32_where_it_forgets_most():
+    """w = exp(-e^-1/2) = 0.545 at every channel and token: 16 tokens leave 6e-5."""
+    mixer = RWKV7(128, 2)
+    with torch.no_grad():
+        mixer.b_w.fill_(30.0)
+        x = torch.randn(1, 200, 128)
+        exact = mixer(x)[0]
+        y = mixer.float()(x.float())[0].double()
+    assert (y - exact).norm() < 2e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("T, tile", [(1, 16), (13, 4), (20, 64)])
+def test_srwm_is_its_textbook_recurrence(T, tile):
+    """Four matrices of a head, each moved from what it says of softmax(k) to that of softmax(q)."""
+    mixer = SRWM(D, H, tile=tile)
+    x = torch.randn(2, T, D)
+    with torch.no_grad():
+        mixer.start.add_(torch.randn_like(mixer.start))
+        y, state = mixer(x)
+        expected = torch.zeros(2, T, D)
+        for b, h in product(range(2), range(H)):
+            head = slice(h * W, (h + 1) * W)
+            weights = list(mixer.start[h].split([W, W, W, 4]))
+            for t in range(T):
+                z = torch.softmax(x[b, t, head], 0)
+                out, q, k, beta = (M @ z for M in weights)
+                q = torch.softmax(q, 0)
+                k = torch.softmax(k, 0)
+                for i, M in enumerate(weights):
+                    weights[i] = M + torch.sigmoid(beta[i]) * torch.outer(M @ q - M @ k, k)
+                expected[b, t, head] = out
+            close(state["W"][b, h], torch.cat(weights), 1e-10)
+    close(y, expected @ mixer.out.weight.T, 1e-10)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -466,6 +678,10 @@ def test_bad_input_is_named_with_its_value_and_the_legal_range():
         (lambda: Attention(16, 2, window=0), r"window must be at least 1, got 0"),
         (lambda: TTT(16, 2, chunk=0), r"chunk must be at least 1, got 0"),
         (lambda: TTT(16, 2, depth=3), r"depth must be 1 \(TTT-Linear\) or 2 \(TTT-MLP\), got 3"),
+        (lambda: DLA(16, 2, chunk=0), r"chunk must be at least 1, got 0"),
+        (lambda: DLA(16, 2, depth=0), r"depth must be at least 1, got 0"),
+        (lambda: SRWM(16, 3), r"d_model must be a multiple of n_heads, got 16 and 3"),
+        (lambda: RWKV7(16, 3), r"d_model must be a multiple of n_heads, got 16 and 3"),
         (lambda: TitansMAC(16, 2, segment=0), r"segment must be at least 1, got 0"),
     ]
     for make, message in refused:
