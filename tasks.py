@@ -26,6 +26,8 @@ model should say after reading inputs[i, : t + 1], or IGNORE where it may say an
     multi-query recall  pairs first, then all keys are asked for
                         (Arora et al. 2023, arXiv 2312.04927)
 
+Images, for ctm.py: perfect mazes, made and solved here, and pictures in a folder for each class.
+
     python tasks.py     an example of each, over this file's own text
 """
 
@@ -559,6 +561,103 @@ def _different(n: int, count: int, below: int, rng) -> np.ndarray:
     return np.concatenate([np.argsort(draw, 1)[:, :count] for draw in draws])
 
 
+# --------------------------------------------------------------------------------------------------
+# Images, [3, height, width] float32 in -1 .. 1
+
+MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # up, down, left, right, wait: ids 0 .. 4
+WAIT = 4
+
+
+def mazes(n: int, size: int, moves: int, rng):
+    """Perfect mazes -> (images [n, 3, size, size], routes [n, moves] int64: ids of MOVES).
+
+    Walls are black, ways white, the start red, the goal green. A route is cut after `moves`, and
+    waits where it has arrived. deviation 63: no files. ValueError for a size that is none.
+    """
+    if size < 5 or size % 2 == 0:
+        raise ValueError(f"size of a maze must be odd and at least 5 pixels, got {size}")
+    images = np.full((n, 3, size, size), -1.0, np.float32)
+    routes = np.full((n, moves), WAIT)
+    for image, route in zip(images, routes, strict=True):
+        start, came_by = _dig(size, rng)
+        image[:, start[0], start[1]] = 1, -1, -1
+        for (row, column), move in came_by.items():
+            way = MOVES[move]
+            image[:, row, column] = 1
+            image[:, row - way[0], column - way[1]] = 1  # the wall that was taken away
+        goal = list(came_by)[rng.integers(len(came_by))]
+        image[:, goal[0], goal[1]] = -1, 1, -1
+        found = []
+        while goal != start:
+            move = came_by[goal]
+            found += [move, move]
+            goal = goal[0] - 2 * MOVES[move][0], goal[1] - 2 * MOVES[move][1]
+        found = found[::-1][:moves]
+        route[: len(found)] = found
+    return images, routes
+
+
+def _dig(size: int, rng):
+    """Depth-first search over all cells -> (its start, {cell: move by which it was reached}).
+
+    Cells are at odd places, a wall between every two; the start is in no dictionary.
+    """
+    start = tuple(2 * rng.integers(0, size // 2, 2) + 1)
+    came_by = {}
+    path = [start]
+    while path:
+        row, column = path[-1]
+        free = []
+        for move, (down, right) in enumerate(MOVES[:WAIT]):
+            cell = row + 2 * down, column + 2 * right
+            inside = 0 < cell[0] < size and 0 < cell[1] < size
+            if inside and cell != start and cell not in came_by:
+                free.append((cell, move))
+        if not free:
+            path.pop()
+            continue
+        cell, move = free[rng.integers(len(free))]
+        came_by[cell] = move
+        path.append(cell)
+    return start, came_by
+
+
+def image_folder(folder: str | Path):
+    """Images in a folder for each class -> (names of classes, training files, held-out files).
+
+    Files are [(path, class id)]. folder/train and folder/val, as ImageNet-1K has them, or, without
+    these, every tenth image is held out. ValueError for fewer than two classes.
+    """
+    folder = Path(folder)
+    val = folder / "val"
+    patterns = ("train/*/*", "val/*/*") if val.is_dir() else ("*/*",)
+    found = itertools.chain.from_iterable(folder.glob(pattern) for pattern in patterns)
+    kinds = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+    paths = sorted(path for path in found if path.suffix.lower() in kinds)
+    ids = {name: i for i, name in enumerate(sorted({path.parent.name for path in paths}))}
+    train, held_out = [], []
+    for number, path in enumerate(paths):
+        out = val in path.parents if val.is_dir() else number % 10 == 0
+        (held_out if out else train).append((path, ids[path.parent.name]))
+    if len(ids) < 2 or not train or not held_out:
+        raise ValueError(f"images {str(folder)!r} must have two folders of images or more")
+    return list(ids), train, held_out
+
+
+def read_image(path: str | Path, size: int, rng=None) -> np.ndarray:
+    """[3, size, size]: the middle; with rng a random part, mirrored or not. OSError if damaged."""
+    from PIL import Image  # comes with matplotlib
+
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+    side = min(image.size) * (rng.uniform(0.6, 1) if rng else 1)
+    left, top = (gap * (rng.random() if rng else 0.5) for gap in np.array(image.size) - side)
+    box = (left, top, min(left + side, image.width), min(top + side, image.height))
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
+    pixels = pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
+    return pixels[:, :, ::-1].copy() if rng and rng.random() < 0.5 else pixels
+
+
 def main() -> None:
     text = Path(__file__).read_text(encoding="utf-8")
     for kind in NEEDLES:
@@ -585,6 +684,10 @@ def main() -> None:
         said = ["  ." if token == IGNORE else f"{token:>3}" for token in targets[0]]
         print(f"\n{name}\n  read {' '.join(f'{token:>3}' for token in inputs[0])}")
         print(f"  say  {' '.join(said)}")
+    (image,), _ = mazes(1, 11, 48, np.random.default_rng(0))
+    print("\nmaze, from S to G")
+    for row in (image > 0).transpose(1, 2, 0) @ (1, 2, 4):
+        print("  " + "".join("#SG     "[number] for number in row))
 
 
 if __name__ == "__main__":

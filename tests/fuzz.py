@@ -50,6 +50,7 @@ import optimizers
 import sample
 import tasks
 import train
+from bench import thinking
 from bench.__main__ import main as bench_main
 from cms import CMS, Level
 from hope import MIXERS, PRESETS, Hope, HopeConfig
@@ -388,6 +389,9 @@ def declare(folder):
             device="gpu")
     command("sample.py", sample.main, ["generate", folder / "none"], n="-1", temperature="-1",
             top_k="0", seed="x", cms_updates="on")
+    command("ctm.py", thinking.main, ["--out", folder / "out"], length="0", ticks="-1", steps="x",
+            history="0", set="d_model=0", control="gru", batch_size="0", lr="nan", seed="-1",
+            images=folder / "missing", test_length="4", device="gpu", resume=folder / "none")
     command("data.py", returning(data.main), ["text", text, "--out", folder / "out"], vocab="-5")
     command("bench quality", bench_main, ["quality", "--out", folder / "out" / "q.json"],
             models="hop", seeds="a", lrs="x", tokens="-1", minutes="-1", jobs="0", preset="x",

@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # What has a --help; other commands must be without flags
-SCRIPTS = ("train.py", "eval.py", "sample.py", "data.py", "hope.py", "bench", "bench.report")
+SCRIPTS = (
+    "train.py", "eval.py", "sample.py", "data.py", "hope.py", "ctm.py", "bench", "bench.report",
+)
 
 
 def blocks(page, language):
@@ -183,7 +185,7 @@ def test_files_and_links_exist(page):
 
 def test_names_in_the_table_of_equations_exist():
     text = (ROOT / "docs/paper.md").read_text()
-    modules = "memory titans cms learn hope fused optimizers baselines support".split()
+    modules = "memory titans cms learn hope ctm fused optimizers baselines support".split()
     names = re.findall(r"`([a-z_]+(?:\.[A-Za-z_]+)+)`", text)
     names = [name for name in names if name.split(".")[0] in modules and not name.endswith(".py")]
     assert len(names) > 30
@@ -265,6 +267,7 @@ SAMBA_NOVELS = seed_0(NOVELS, OFF) - seed_0(NOVELS, "samba")
 LEARNING = mean(PYTHON, FROZEN) - mean(PYTHON, OFF)
 LEARNING_NOVELS = seed_0(NOVELS, FROZEN) - seed_0(NOVELS, OFF)
 COUNTING = report.load("tasks_formal_quick.json")["rows"][0]["mean"]["a^n b^n"][1]
+CTM = report.load("ctm_parity_8.json")
 READ = [report.quality_runs(PYTHON)[spec]["timed"]["tokens"] for spec in (OFF, "samba")]
 
 README = [  # what the page must say, made from the files in results/
@@ -286,6 +289,9 @@ RESULTS = [
     f"that version had {measured('main_job_alpha_09').split()[0]}",
 ]
 PAPER = [
+    f"with {CTM['whole']:.1%} of rows right in {len(CTM['by_tick'])} ticks; stopped at certainty "
+    f"0.99 they need {CTM['stop'][2]['ticks']:.1f} ticks, and at 0.8, where too few positions are "
+    f"sure, {CTM['stop'][0]['whole']:.1%} are right",
     f"{ablated('hope:conv=0'):.3f} bits per byte worse without the convolution",
     f"{ablated('hope:gate=false'):.3f} without the gate",
     f"{ablated('hope:mode=boundary'):.3f} bits per byte worse at 0.5M tokens",
