@@ -400,6 +400,9 @@ def _read(path: Path, model, optimizer) -> int:
                 _check(io.BytesIO(file.read(part.length)))
     with _damage(path):
         _call(dcp.load, tensors, storage_reader=reader)  # into the tensors
+    for name, number in model.state_dict().items():
+        if not number.ndim and name in kept["rest"]["model"]:  # kept with the rest
+            number.copy_(kept["rest"]["model"][name])
     if optimizer is not None:
         try:
             optimizer.load_state_dict(unflatten(kept["rest"], tensors)["optimizer"])

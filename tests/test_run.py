@@ -13,6 +13,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from hope import Hope, HopeConfig
 from support import checkpoint, run
@@ -320,3 +321,13 @@ def test_products_are_in_bfloat16_only_where_the_gpu_has_it(monkeypatch, caplog)
     assert [record.getMessage() for record in caplog.records] == [
         "Tesla T4 has no bfloat16, which would be emulated: matrix products are in float32"
     ]
+
+
+def test_parameters_that_are_single_numbers_are_in_the_checkpoint(tmp_path):
+    saved, empty = nn.Module(), nn.Module()
+    for module, value in ((saved, 1.0), (empty, 5.0)):
+        module.number = nn.Parameter(torch.tensor(value))
+        module.row = nn.Parameter(torch.full((2,), value))
+    checkpoint.save(tmp_path, saved, torch.optim.AdamW(saved.parameters()), 3)
+    assert checkpoint.load(tmp_path, empty) == 3
+    assert empty.number == 1 and empty.row.tolist() == [1, 1]
