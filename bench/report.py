@@ -97,20 +97,13 @@ def quality() -> str:
 
 
 def quality_2048() -> str:
-    """Rows of 2,048 tokens: a row a model, the best on novels first."""
-    texts = {"novels": "quality_novels_2048.jsonl", "Python": "quality_2048.jsonl"}
-    runs = {text: quality_runs(file) for text, file in texts.items()}
-    specs = list(runs["novels"]) + [spec for spec in runs["Python"] if spec not in runs["novels"]]
+    """Novels in rows of 2,048 tokens: a row a model, the best first."""
+    runs = quality_runs("quality_novels_2048.jsonl")
     rows = []
-    for spec in specs:
-        row = []
-        for found in runs.values():
-            cells = found[spec]["long"] if spec in found else {}
-            first = cells.get(0)
-            row += [f"{first['lr']:g}", f"{first['bits_per_byte']:.3f}"] if first else ["", ""]
-        rows.append([f"`{spec}`", *row])
-    rows.sort(key=lambda row: row[2] or row[4])
-    return markdown(["model", "novels: rate", "seed 0", "Python: rate", "seed 0"], rows)
+    for spec in sorted(runs, key=lambda spec: bits(runs[spec]["long"])):
+        rate, first, _ = quality_columns(runs[spec]["long"])
+        rows.append([f"`{spec}`", f"{runs[spec]['long'][0]['parameters']:,}", rate, first])
+    return markdown(["model", "parameters", "rate", "seed 0"], rows)
 
 
 def quality_columns(cells: dict[int, dict]) -> list[str]:
