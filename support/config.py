@@ -222,9 +222,11 @@ def _convert(name: str, kind: type, value):
 
 
 def _whole(value) -> int:
+    if isinstance(value, bool):
+        raise TypeError
     if isinstance(value, str) and value.lstrip("-").isdigit():
         return int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int):
         return value
     if not float(value).is_integer():
         raise ValueError

@@ -265,7 +265,7 @@ def declare(folder):
         "cms_blocks": whole(1, 2, none=True), "cms_clip": positive, "cms_step": either,
         "conv": whole(0, none=True), "momentum": switch, "inner_step": number(unit_interval),
         "mode": one("token", "boundary"), "dgd": switch, "retention": switch, "gate": switch,
-        "depth": whole(1), "expand": whole(1, none=True), "window": whole(1),
+        "depth": either, "expand": whole(1, none=True), "window": either,
         "norm_eps": positive, "tied": switch, "rope_base": positive, "model": one(*MIXERS),
         "window_reset": lambda v: v is None, "adaptive": either,
     }
@@ -311,7 +311,7 @@ def declare(folder):
         target(f"optimizers.{name}", stepped(kind), rates | {"momentum": fraction}, **common,
                momentum=0.9)
     target("optimizers.M3", stepped(optimizers.M3), rates | {
-        "frequency": whole(1), "alpha": at_least_0, "eps": at_least_0, "steps": whole(0, 100),
+        "frequency": whole(1), "alpha": at_least_0, "eps": at_least_0, "steps": whole(1, 100),
     }, **common, frequency=2, alpha=0.3, eps=1e-8, steps=5)
     target("optimizers.AdamMemory", stepped(optimizers.AdamMemory), rates | {
         "eps": at_least_0, "betas": lambda v: isinstance(v, tuple) and None,
@@ -344,7 +344,7 @@ def declare(folder):
     saved = folder / "state.pt"
     save_state(state_of("hope"), saved)
     target("load_state", load_state, {
-        "path": lambda v: False, "device": lambda v: v == "cpu",
+        "path": lambda v: None if isinstance(v, str) else False, "device": lambda v: v == "cpu",
     }, files, path=str(saved), device="cpu")
     target("save_state", save_state, {
         "path": lambda v: None if isinstance(v, str) and v else False,

@@ -135,8 +135,9 @@ def test_quality_compares_models_and_never_trains_a_cell_twice(here, capsys, mon
     assert len(Record(path, current_key).finished) == len(lines) - 1
     capsys.readouterr()
     assert main([*QUALITY, "--minutes", "0.001"]) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("bits per byte, ") == 1 and f"1 lines of {path} do not count" in shown
+    shown = capsys.readouterr()
+    assert shown.out.count("bits per byte, ") == 1
+    assert f"1 lines of {path} do not count" in shown.err
     again = [c["bits_per_byte"] for c in result_in("out/q.json")["cells"]]
     assert again == pytest.approx([c["bits_per_byte"] for c in first["cells"]])
     assert len(Record(path, current_key).finished) == len(lines)

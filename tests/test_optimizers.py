@@ -535,9 +535,11 @@ def test_no_optimizer_depends_on_the_scale_of_gradients(name):
 FAST = {"momentum": 0.5, "frequency": 2}  # 300 steps are as long as 2,000 of the usual 0.9
 
 
-@pytest.mark.parametrize("name", [*FREE, *SCALED])
+LONG = [pytest.param(name, 2000, {}, marks=pytest.mark.slow) for name in ("M3", "delta momentum")]
+
+
 @pytest.mark.parametrize(
-    "steps, rates", [(300, FAST), pytest.param(2000, {}, marks=pytest.mark.slow)]
+    "name, steps, rates", [*((name, 300, FAST) for name in [*FREE, *SCALED]), *LONG]
 )
 def test_zeros_after_one_gradient_are_the_same_at_every_scale(name, steps, rates):
     first, last = ordinary(2)
