@@ -475,7 +475,7 @@ class _SelfModify(torch.autograd.Function):
                 z_theta = g[..., m * d + 2] + b_theta
                 theta = torch.sigmoid(z_theta)
                 rest = torch.sigmoid(-z_theta)  # 1 - theta, with all its digits
-                eta.mul_(rest)
+                eta.mul_(rest.square() / (1 + theta))
                 P_theta = decay_forward(theta)
                 p = P_theta[:, C]
                 c = torch.cat([P[..., :1], P[..., 1:] @ P_theta[..., 1:, :]], -1)  # [N, C+1, C+2]
@@ -621,8 +621,8 @@ class _SelfModify(torch.autograd.Function):
                 later[:, -1].add_(dp[0])
                 later = P_theta[:, 1:, 1:].mT @ later
                 d_theta = (later * P_theta[:, :-1]).sum(-1)
-                dzc = [theta * (rest * d_theta - deta * eta)]
-                deta.mul_(rest)
+                dzc = [theta * (rest * d_theta - deta * eta * (2 + rest / (1 + theta)))]
+                deta.mul_(rest.square() / (1 + theta))
             d_alpha.addcmul_(deta, sig, value=step).mul_(alpha)  # of log alpha
             dze = step * deta * (1 + alpha) * sig * (1 - sig)
             dza = -step * A * d_alpha * torch.sigmoid(z_alpha)

@@ -236,7 +236,7 @@ def self_modifying_by_hand(m, x):
             theta = torch.zeros(())
             if m.momentum:
                 theta = torch.sigmoid(raw["theta"])
-                eta = eta * (1 - theta)
+                eta = eta * (1 - theta) ** 2 / (1 + theta)
             # every memory writes the target it has chosen, then one is read
             for memory in memories.values():
                 target = memory(v, memory.boundary)
@@ -682,7 +682,7 @@ def test_trained_memories_stay_bounded_over_many_tokens(seed, memory):
         for piece in streams(TOKENS, 256).split(4000, 1):
             logits, state = m(piece, state)
             largest = max(W.abs().max() for b in state["blocks"] for W in b["mixer"]["running"])
-            assert logits.isfinite().all() and largest < (1e7 if memory == "published" else 100)
+            assert logits.isfinite().all() and largest < 1000
 
 
 @pytest.mark.parametrize(
