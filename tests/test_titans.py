@@ -407,25 +407,6 @@ def test_fused_chunk_step_equals_its_definition_where_targets_and_gradients_are_
     assert size == 3 or torch.cat([t.flatten() for t in found[1.0]]).any()
 
 
-@pytest.mark.parametrize("name", [name for name in FUSED if "momentum" in name])
-def test_fused_chunk_step_equals_its_definition_where_weights_are_too_long(name, monkeypatch):
-    m = build(name)
-    x = torch.randn(2, 19, D)
-    _, state = m(x)
-    monkeypatch.setattr("fused.LONGEST", 0.5 * state["running"][0].norm(dim=(2, 3)).min().item())
-    y, state, gradients = read_and_differentiate(m, x, True, True)
-    expected, expected_state, expected_gradients = read_and_differentiate(m, x, False, True)
-    for a, b in zip([y, *tensors(state)], [expected, *tensors(expected_state)], strict=True):
-        close(a, b)
-    for label, g in expected_gradients.items():
-        close(gradients[label], g)
-    first, state = m(x[:, :7])
-    rest, state = m(x[:, 7:], state)
-    close(torch.cat([first, rest], 1), y)
-    for a, b in zip(tensors(state), tensors(expected_state), strict=True):
-        close(a, b)
-
-
 def assert_gradients_are_those_of_the_definition(m):
     x = torch.randn(2, 12, D)
     _, _, gradients = read_and_differentiate(m, x, True, True)
@@ -641,7 +622,7 @@ def test_an_mlp_memory_of_any_weights_does_not_feed_its_own_targets(seed, path):
 
 @pytest.mark.parametrize("memory", ["matrix", "mlp"])
 def test_momentum_that_resonates_with_returning_keys_stays_bounded(memory):
-    """Long steps and a long memory: without a bound on what a chunk begins with, 1e16 and more."""
+    """Harsh random gates, theta another for each token: by (1 - theta) eta 1e16 and more."""
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(1)
     m = SelfModifyingTitans(16, 2, 16, memory, ("k", "v", "q"), momentum=True, conv=0)
@@ -652,7 +633,7 @@ def test_momentum_that_resonates_with_returning_keys_stays_bounded(memory):
         m.start[:, -3:].normal_(std=0.5)
         y, state = m(torch.randn(20, 16)[streams(1024, 20)])
     weights = tensors(state["running"]) + tensors(state["momentum"])
-    assert y.isfinite().all() and max(W.abs().max() for W in weights) < 1e7
+    assert y.isfinite().all() and max(W.abs().max() for W in weights) < 1e6
 
 
 # The whole check: TOKENS=200000 SEEDS=5 pytest -m slow tests/test_titans.py -k stay_bounded
@@ -669,7 +650,7 @@ def test_trained_memories_stay_bounded_over_many_tokens(seed, memory):
     torch.manual_seed(seed)
     text = torch.tensor(list(Path(__file__).read_bytes()))
     sizes = dict(d_model=32, n_layers=2, n_heads=2, hidden=64, levels=[None])
-    m = Hope(HopeConfig(**sizes, **MEMORIES[memory]))
+    m = Hope(HopeConfig(memory=memory, **sizes))
     optimizer = torch.optim.AdamW(m.parameters(), lr=1e-2)
     for _ in range(60):
         rows = torch.stack([text[i : i + 257] for i in torch.randint(len(text) - 257, (8,))])
