@@ -168,7 +168,7 @@ TARGET = 2.0  # longest target of an MLP memory
 def at_most(x, length):
     """(y, scale): x [..., d], scaled to `length` where it is longer, and by how much [..., 1]."""
     square = x.square().sum(-1, keepdim=True)
-    scale = length * square.clamp(min=length**2).rsqrt()
+    scale = (square / length**2).clamp(min=1).rsqrt()
     return x * scale, scale
 
 

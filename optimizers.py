@@ -53,8 +53,11 @@ RMS = 0.2  # of AdamW's update / lr in usual training; Newton-Schulz reads are s
 
 def magnitude(x):
     """floor(log2) of the largest entry, a scalar; -inf where all are 0."""
-    top = x.abs().amax()
-    return getattr(top, "full_tensor", lambda: top)().log2().floor()  # of shards: FSDP2
+    own = x.to_local() if hasattr(x, "to_local") else x  # a shard of FSDP2, maybe an empty one
+    top = own.abs().amax() if own.numel() else own.new_zeros(())
+    if own is not x:
+        torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX, x.device_mesh.get_group())
+    return top.log2().floor()
 
 
 def times_2_to(x, e):
@@ -64,8 +67,10 @@ def times_2_to(x, e):
 
 
 def normal(x):
-    """(x 2^-e [..., m, n] with its largest entry in [1, 2), e [..., 1, 1]); 0 stays 0, e is 0."""
-    e = x.abs().amax((-2, -1), keepdim=True).log2().floor().nan_to_num(neginf=0.0)
+    """(x 2^-e [..., m, n] with sizes that sum to [1, 2), e [..., 1, 1]); 0 stays 0, e is 0."""
+    # a sum, as empty shards have no largest entry; in float64 none is out of range
+    total = x.abs().double().sum((-2, -1), keepdim=True)
+    e = total.log2().floor().nan_to_num(neginf=0.0).to(x.dtype)
     return times_2_to(x, -e), e
 
 
@@ -87,6 +92,8 @@ def in_units(state, name, g, e=0.0):
 
 def root_of_squares(state, g, decay, weight):
     """The root of H <- decay H + weight g^2, in state["R"]; no square is formed."""
+    if "H" in state:  # H itself, of an earlier version
+        state["R"] = state.pop("H").sqrt()
     R = tensor(state, "R", g)
     return R.copy_(torch.hypot(R * decay**0.5, g * weight**0.5))
 
@@ -664,13 +671,13 @@ class DGD(GradientDescent):
 def split_parameters(model):
     """(matrices, decayed, plain): what a matrix optimizer takes; AdamW's with decay, and without.
 
-    plain: embeddings, persistent tokens, vectors, biases, the rates of Mamba's states, and the
-    initial weights of memories, which retention pulls back to already. decayed: what has two or
-    more dimensions but is no map between two spaces of features: heads (their rows are classes) and
-    convolutions. All in the model's order; a tied head is an embedding.
+    plain: embeddings, persistent tokens, vectors, biases, mixtures, rates of Mamba's states, and
+    the initial weights of memories, which retention pulls back to already. decayed: heads (their
+    rows are classes) and convolutions, which have two or more dimensions but are no map between two
+    spaces of features. All in the model's order; a tied head is an embedding.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    undecayed = ("bias", "log_A", "persistent")
+    undecayed = ("bias", "log_A", "persistent", "b_eta", "b_alpha", ".b", ".mix")
     matrices = []
     decayed = []
     plain = []

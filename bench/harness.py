@@ -133,9 +133,12 @@ def harness(
     if data_dir is not None:
         # before datasets is imported: no network at all
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    import datasets
-    import lm_eval.api.task
-    from lm_eval.evaluator import evaluate
+    try:
+        import datasets
+        import lm_eval.api.task
+        from lm_eval.evaluator import evaluate
+    except ImportError as error:
+        raise ValueError(f"lm-eval cannot be imported: {first_line(error)}") from None
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()

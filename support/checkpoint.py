@@ -96,8 +96,9 @@ def locked(path: Path, wait: bool = False):
             raise ValueError(f"{path.parent} is written by {owner}: wait until it ends") from None
         except OSError as error:
             print(f"warning: {path} cannot be locked ({first_line(error)})", file=sys.stderr)
-        if os.fstat(file.fileno()).st_nlink:  # else its owner has just removed it
-            break
+        with contextlib.suppress(FileNotFoundError):  # else its owner has just removed it
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
         file.close()
     with file:
         try:

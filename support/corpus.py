@@ -50,7 +50,6 @@ import numpy as np
 import tiktoken
 import torch
 
-from layers import at_least
 from support.checkpoint import first_line, parse_json
 from support.distributed import rank, world
 from support.vocabulary import TOKENIZER, dtype_of, encode, n_bytes, tokenizer, tokenizer_hash
@@ -87,7 +86,9 @@ def read_text(
     single = source != "stdlib" and Path(source).is_file()
     passed = Counter()
     empty = True
-    for name, path in _files(source, passed, set() if seen is None else seen):
+    seen = set() if seen is None else seen
+    before = len(seen)
+    for name, path in _files(source, passed, seen):
         for row, text in _contents(path, field):
             why = "is empty" if not len(text) else None if row else _why_not_text(text)
             if not why:
@@ -101,7 +102,7 @@ def read_text(
     if passed and rank() == 0:
         counts = ", ".join(f"{n} {kind}" for kind, n in sorted(passed.items()))
         print(f"note: data {source!r}: passed over {counts}", file=sys.stderr)
-    if empty and not passed[AGAIN]:
+    if empty and (len(seen) > before or not passed[AGAIN]):  # none, and none read before
         raise ValueError(f"data {source!r} is empty: no UTF-8 text file in the folder")
 
 
@@ -173,8 +174,10 @@ def _contents(path: Path, field: str) -> Iterator[tuple[str, bytes | mmap.mmap]]
         else:
             yield "", b""
     except Exception as error:  # of the disk, of gzip, JSON, parquet
-        what = f"row {number} has no text {field!r}" if number else "could not be read"
-        raise ValueError(f"data '{path}': {what} ({error!r})") from None
+        lacking = isinstance(error, (KeyError, TypeError, AttributeError))
+        what = f"has no text {field!r}" if lacking else "could not be read"
+        where = f"row {number} " if number else ""
+        raise ValueError(f"data '{path}': {where}{what} ({error!r})") from None
 
 
 def _rows(path: Path, field: str) -> Iterator[dict]:
@@ -474,8 +477,10 @@ def batch(
     Rows of an array begin anywhere. Shards are read in passes: rows lie side by side, and each
     comes once in a pass, in the pass's own order. ValueError where the data is too short for a row.
     """
-    at_least(1, batch_size=batch_size, seq_len=seq_len)
-    at_least(0, seed=seed, step=step)
+    sizes = {"batch_size": (batch_size, 1), "seq_len": (seq_len, 1), "seed": (seed, 0)}
+    for name, (value, least) in (sizes | {"step": (step, 0)}).items():
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     if len(tokens) < 2:
         raise ValueError(f"training needs at least 2 tokens, got {len(tokens)}")
     if len(tokens) <= seq_len:

@@ -184,9 +184,9 @@ class Run:
     def logging(self, on_step: Callable[[dict], None] | None = None):
         """A function that appends a record to metrics.jsonl, shows it to on_step and to wandb."""
         first = rank() == 0
-        wandb = _wandb(self.folder, self.config) if self.config.wandb and first else None
         path = self.folder / "metrics.jsonl"
         with self.lock, open(path, "a") if first else contextlib.nullcontext() as log:
+            wandb = _wandb(self.folder, self.config) if self.config.wandb and first else None
 
             def report(record: dict) -> None:
                 if log:
@@ -302,7 +302,7 @@ def _prepare(config: TrainConfig, folder: Path | None) -> dict:
         was = saved["corpus"].items()
         differs = "; ".join(f"{k} {now.get(k)}, not {v}" for k, v in was if now.get(k) != v)
         raise ValueError(f"data {config.data!r} is not what {folder} was trained on: {differs}")
-    if is_shards(config.data):
+    if is_shards(config.data) and folder is not None:  # not for each cell of a benchmark
         check_shards(config.data, "train")
     batch(corpus.train, 1, config.seq_len, config.seed, 0)  # raises for rows that are too long
     parts = {"corpus": corpus, "encoding": encoding, "folder": folder, "saved": saved}

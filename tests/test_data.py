@@ -227,10 +227,10 @@ def test_rows_of_jsonl_and_parquet_are_documents_and_gzip_is_read(tmp_path, smal
 def test_rows_that_have_no_text_are_refused_by_file_and_row(tmp_path, monkeypatch):
     refused = {
         b'{"text": "a"}\n{"content": "b"}': r"a.jsonl': row 2 has no text 'text' \(KeyError",
-        b'{"text": "a"}\n{"text": "b': "row 2 has no text 'text' .JSONDecodeError",
+        b'{"text": "a"}\n{"text": "b': "row 2 could not be read .JSONDecodeError",
         b'{"text": 5}': "row 1 has no text 'text' .AttributeError",
         b'{"text": null}': "row 1 has no text 'text' .AttributeError",
-        b'{"text": "\\ud800"}': "row 1 has no text 'text' .UnicodeEncodeError",
+        b'{"text": "\\ud800"}': "row 1 could not be read .UnicodeEncodeError",
         b'"text"': "row 1 has no text",
         b"[" * 100_000: "row 1 .*nested too deep",
         b"": "is empty",

@@ -32,6 +32,7 @@ from optimizers import (
     memorize,
     newton_schulz,
     optimizer_by_name,
+    root_of_squares,
     split_parameters,
     to_rms,
     unit,
@@ -549,6 +550,12 @@ def test_zeros_after_one_gradient_are_the_same_at_every_scale(name, steps, rates
     # numbers below float32's least normal one do not decay: Adam's M, at eps 0 divided by its root
     least = 1e-35 if name == "Adam" else 1e-38
     assert_alike(*moved(name, [1.0, least, 1e38], plan, **rates))
+
+
+def test_squares_that_an_earlier_version_summed_are_taken_over():
+    state = {"H": torch.full((2, 2), 4.0)}
+    assert torch.equal(root_of_squares(state, torch.zeros(2, 2), 1.0, 1.0), torch.full((2, 2), 2.0))
+    assert state.keys() == {"R"}
 
 
 def test_a_memory_of_orthogonal_reads_keeps_its_direction_through_zeros():

@@ -650,7 +650,7 @@ def test_trained_memories_stay_bounded_over_many_tokens(seed, memory):
     torch.manual_seed(seed)
     text = torch.tensor(list(Path(__file__).read_bytes()))
     sizes = dict(d_model=32, n_layers=2, n_heads=2, hidden=64, levels=[None])
-    m = Hope(HopeConfig(memory=memory, **sizes))
+    m = Hope(HopeConfig(**sizes, **MEMORIES[memory]))
     optimizer = torch.optim.AdamW(m.parameters(), lr=1e-2)
     for _ in range(60):
         rows = torch.stack([text[i : i + 257] for i in torch.randint(len(text) - 257, (8,))])
