@@ -163,6 +163,7 @@ def silu_derivative(z):
 
 
 TARGET = 2.0  # longest target of an MLP memory
+LONGEST = 1000.0  # of weights and momentum, in Frobenius norm
 
 
 def at_most(x, length):
@@ -170,6 +171,12 @@ def at_most(x, length):
     square = x.square().sum(-1, keepdim=True)
     scale = (square / length**2).clamp(min=1).rsqrt()
     return x * scale, scale
+
+
+def settled(W):
+    """(W [..., m, n], scale): of norm LONGEST at most, where a chunk with momentum begins."""
+    y, scale = at_most(W.flatten(-2), LONGEST)
+    return y.view_as(W), scale
 
 
 def at_most_backward(grad, y, scale, length):
@@ -439,6 +446,12 @@ class _SelfModify(torch.autograd.Function):
             qc = q[:, i : i + chunk]
             C = xc.shape[1]
             start = [W, S, W2, S2]
+            scales = [None] * 4
+            if momentum:  # deviation 27
+                for j, weights in enumerate(start):
+                    if weights is not None:
+                        start[j], scales[j] = settled(weights)
+                W, S, W2, S2 = start
             # generate from the boundary weights
             B = W + W0
             g = xc @ B[:, d:].mT  # [N, C, R - d]
@@ -498,8 +511,8 @@ class _SelfModify(torch.autograd.Function):
                 yc.baddbmm_(hq, W02[::n].mT)
             y[:, i : i + chunk] = yc
             if any(ctx.needs_input_grad):
-                saved += [*start, kv, norm, X, r, P, c, alpha, sig, eta, z_alpha, theta, rest]
-                saved += [P_theta, p, zg, z, t, st, e, g2, shrink, X2, r2, y1]
+                saved += [*start, *scales, kv, norm, X, r, P, c, alpha, sig, eta, z_alpha]
+                saved += [theta, rest, P_theta, p, zg, z, t, st, e, g2, shrink, X2, r2, y1]
         ctx.save_for_backward(x, q, W0, A, W02, *saved)
         ctx.options = (chunk, step, adaptive)
         # copies: the first boundary is an input
@@ -531,7 +544,10 @@ class _SelfModify(torch.autograd.Function):
         dA = torch.zeros_like(A)
         for i in range((T - 1) // chunk * chunk, -1, -chunk):
             j = i // chunk * per_chunk
-            W, S, W2, S2, kv, norm, X, r, P, c, alpha, sig, *more = saved[j : j + per_chunk]
+            start = saved[j : j + 4]
+            scales = saved[j + 4 : j + 8]
+            kv, norm, X, r, P, c, alpha, sig, *more = saved[j + 8 : j + per_chunk]
+            W, S, W2, S2 = start
             eta, z_alpha, theta, rest, P_theta, p, zg, z, *more = more
             t, st, e, g2, shrink, X2, r2, y1 = more
             xc = x[:, i : i + chunk]
@@ -640,6 +656,13 @@ class _SelfModify(torch.autograd.Function):
                 dW.add_(d_boundary)
                 if mlp:
                     dW2.add_(d_boundary2)
+            if dS is not None:
+                before = []
+                for g, y, scale in zip((dW, dS, dW2, dS2), start, scales, strict=True):
+                    if g is not None:
+                        g = at_most_backward(g.flatten(1), y.flatten(1), scale, LONGEST).view_as(g)
+                    before.append(g)
+                dW, dS, dW2, dS2 = before
         db_eta, db_alpha, *db_theta = dz.sum(2, keepdim=True)
         rest = (None, None, *(db_theta or [None]), dS, dW2, dW02, dS2)
         return dx, None if adaptive else dq, dW, dW0, db_eta, db_alpha, dA, *rest

@@ -173,14 +173,15 @@ def by_chunk(position, T, *chunks):
         i += left
 
 
-def over_chunks(step, streams, state, chunk, all_chunks=None):
+def over_chunks(step, streams, state, chunk, all_chunks=None, settle=None):
     """The one loop over chunks: read and write T tokens with a memory that learns.
 
     streams: a tree of what the tokens bring, [B, H, T, ...] each. step(now, boundary, running,
     momentum) -> (y, running, momentum) takes a piece of them within one chunk. `boundary` is the
     weights at the end of the chunk before, `running` those so far. all_chunks(now, running,
     momentum) -> (y, boundary, running, momentum), if given, takes all tokens from the first
-    boundary on at once, where there is a whole chunk of them.
+    boundary on at once, where there is a whole chunk of them. settle, if given: what happens to
+    each tensor of running and momentum where a chunk begins.
 
     state: {"position", "boundary", "running"}, maybe "momentum". Chunks sit at absolute positions,
     so any way of cutting a sequence into calls gives the same result.
@@ -194,6 +195,8 @@ def over_chunks(step, streams, state, chunk, all_chunks=None):
     outputs = []
     for piece, begins in by_chunk(position, T, chunk):
         if begins:
+            if settle is not None:
+                running, momentum = map_state(settle, (running, momentum))
             boundary = running
         if begins and all_chunks is not None and T - piece.start >= chunk:
             now = part(streams, piece.start, T)

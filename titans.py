@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import fused
-from fused import EPS, TARGET, at_most, kernels_for, silu_derivative
+from fused import EPS, TARGET, at_most, kernels_for, settled, silu_derivative
 from layers import (
     Recurrent,
     at_least,
@@ -160,7 +160,8 @@ class SelfModifyingTitans(nn.Module):
         def learn_and_read(streams, state):
             insisted = self.backend == "triton" and not self.usual  # on the kernels of `scan`
             at_once = all_chunks if self.fused and not insisted else None
-            return over_chunks(one_chunk, streams, state, self.chunk, at_once)
+            settle = (lambda W: settled(W)[0]) if self.momentum else None  # deviation 27
+            return over_chunks(one_chunk, streams, state, self.chunk, at_once, settle)
 
         with torch.autocast(x.device.type, enabled=False):
             windows = (self.window_reset, self.start_weights)

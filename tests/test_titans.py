@@ -407,6 +407,25 @@ def test_fused_chunk_step_equals_its_definition_where_targets_and_gradients_are_
     assert size == 3 or torch.cat([t.flatten() for t in found[1.0]]).any()
 
 
+@pytest.mark.parametrize("name", [name for name in FUSED if "momentum" in name])
+def test_fused_chunk_step_equals_its_definition_where_weights_are_too_long(name, monkeypatch):
+    m = build(name)
+    x = torch.randn(2, 19, D)
+    _, state = m(x)
+    monkeypatch.setattr("fused.LONGEST", 0.5 * state["running"][0].norm(dim=(2, 3)).min().item())
+    y, state, gradients = read_and_differentiate(m, x, True, True)
+    expected, expected_state, expected_gradients = read_and_differentiate(m, x, False, True)
+    for a, b in zip([y, *tensors(state)], [expected, *tensors(expected_state)], strict=True):
+        close(a, b)
+    for label, g in expected_gradients.items():
+        close(gradients[label], g)
+    first, state = m(x[:, :7])
+    rest, state = m(x[:, 7:], state)
+    close(torch.cat([first, rest], 1), y)
+    for a, b in zip(tensors(state), tensors(expected_state), strict=True):
+        close(a, b)
+
+
 def assert_gradients_are_those_of_the_definition(m):
     x = torch.randn(2, 12, D)
     _, _, gradients = read_and_differentiate(m, x, True, True)
