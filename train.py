@@ -160,10 +160,9 @@ def parallel(run: Run) -> nn.Module:
     model = run.model
     config = run.config
     learns = model.config.cms_updates != "off"
-    steps = learns and config.seq_len > model.config.levels[0]
     for block in model.blocks:
         block.recompute = config.recompute or config.fsdp
-        if block.cms.log_step is not None and not steps:
+        if block.cms.log_step is not None and not learns:
             block.cms.log_step.requires_grad_(False)  # unused; DDP would wait for its gradient
     module = LossModule(model)
     compiled = plan.compiles(model, config, run.device)

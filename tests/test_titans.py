@@ -731,7 +731,7 @@ def test_rows_of_one_chunk_give_every_parameter_a_gradient(name):
         tokens = torch.zeros(1, T, dtype=torch.int64)
         m(tokens, targets=tokens).backward()
         without = {name.split(".")[-1] for name, p in m.named_parameters() if p.grad is None}
-        assert without <= {"log_step"}  # which train.parallel leaves out
+        assert without <= {"log_step"}  # training refuses rows in which no level takes a step
 
 
 # --------------------------------------------------------------------------------------------------

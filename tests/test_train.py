@@ -450,16 +450,6 @@ def test_first_parameter_with_a_non_finite_gradient_is_named():
         training.gradient_norm(model, 1.0)
 
 
-@pytest.mark.parametrize("seq_len, learned", [(8, False), (9, True)])
-def test_rows_that_end_before_a_step_leave_its_size_alone(seq_len, learned):
-    """DDP would wait for its gradient."""
-    model = Hope(HopeConfig(**SMALL | {"levels": [8, None]}))
-    config = TrainConfig(seq_len=seq_len, device="cpu")
-    run = types.SimpleNamespace(model=model, config=config, device=torch.device("cpu"))
-    training.parallel(run)
-    assert model.blocks[-1].cms.log_step.requires_grad == learned
-
-
 # What is logged
 
 
