@@ -78,7 +78,7 @@ class MLP(nn.Module):
         return {name: getattr(self, name).expand(batch, -1, -1) for name in ("w_in", "w_out")}
 
 
-def _check(what, weights, like):
+def _check_shapes(what, weights, like):
     """ValueError unless weights or gradients have the names and shapes {name: shape} of `like`."""
     shapes = {name: w.shape for name, w in (weights or {}).items()}
     if shapes != like:  # not even if they would broadcast: a batch never shares a memory
@@ -169,7 +169,7 @@ class CMS(nn.Module):
             raise ValueError(f"state must have the CMS's {len(self.mlps)} levels, got {have}")
         for number, (w, mlp) in enumerate(zip(state["fast"], self.mlps, strict=True)):
             if w is not None:
-                _check(f"fast weights of level {number}", w, mlp.shapes(x.size(0)))
+                _check_shapes(f"fast weights of level {number}", w, mlp.shapes(x.size(0)))
 
     def start_state(self, batch):
         """State at tick 0: each level that has a chunk carries fast weights equal to its start."""
@@ -204,7 +204,8 @@ class CMS(nn.Module):
         for number, (w, g) in enumerate(zip(state["fast"], grads, strict=True)):
             total = state["sums"][number]
             if w is not None:
-                _check(f"gradients of level {number}", g, self.mlps[number].shapes(len(w["w_in"])))
+                shapes = self.mlps[number].shapes(len(w["w_in"]))
+                _check_shapes(f"gradients of level {number}", g, shapes)
                 eta = next(steps)
                 total = g if total is None else {name: total[name] + g[name] for name in g}
                 if number in resets:  # deviation 12: straight to its start, without a last step

@@ -162,28 +162,6 @@ def silu_derivative(z):
     return s * (1 + z * (1 - s))
 
 
-TARGET = 2.0  # longest target of an MLP memory
-LONGEST = 1000.0  # of weights and momentum, in Frobenius norm
-
-
-def at_most(x, length):
-    """(y, scale): x [..., d], scaled to `length` where it is longer, and by how much [..., 1]."""
-    square = x.square().sum(-1, keepdim=True)
-    scale = (square / length**2).clamp(min=1).rsqrt()
-    return x * scale, scale
-
-
-def settled(W):
-    """(W [..., m, n], scale): of norm LONGEST at most, where a chunk with momentum begins."""
-    y, scale = at_most(W.flatten(-2), LONGEST)
-    return y.view_as(W), scale
-
-
-def at_most_backward(grad, y, scale, length):
-    along = torch.linalg.vecdot(y, grad).unsqueeze(-1) * (scale < 1) / length**2
-    return scale * torch.addcmul(grad, along, y, value=-1)
-
-
 class _CausalConv(torch.autograd.Function):
     """SiLU of a depthwise convolution, as shifted multiply-adds: faster than conv1d on a CPU.
 
@@ -244,7 +222,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = F.linear(part, table)  # under autocast narrower than the rest
             narrow = logits.dtype
             logits = logits.to(torch.promote_types(narrow, torch.float32))
-            logits = logits - logits.amax(1, keepdim=True)  # first: a small loss keeps its digits
+            logits.sub_(logits.amax(1, keepdim=True))  # first: a small loss keeps its digits
             top = logits.exp().sum(1, keepdim=True).log_()
             loss = loss + (top - logits.gather(1, target)).sum()
             p = logits.sub_(top).exp_()
@@ -385,6 +363,29 @@ def tile_backward(dy, dW, dS, W, S, X, r, k, v, q, c, eta, p, every=1):
 
 # --------------------------------------------------------------------------------------------------
 # Self-modifying Titans: all chunks of one layer
+
+# deviation 27
+TARGET = 2.0  # longest target of an MLP memory
+LONGEST = 1000.0  # of weights and momentum, in Frobenius norm
+
+
+def at_most(x, length):
+    """(y, scale): x [..., d], scaled to `length` where it is longer, and by how much [..., 1]."""
+    square = x.square().sum(-1, keepdim=True)
+    scale = (square / length**2).clamp(min=1).rsqrt()
+    return x * scale, scale
+
+
+def at_most_backward(grad, y, scale, length):
+    """The gradient at x, from that at y = x * scale."""
+    along = torch.linalg.vecdot(y, grad).unsqueeze(-1) * (scale < 1) / length**2
+    return scale * torch.addcmul(grad, along, y, value=-1)
+
+
+def settled(W):
+    """(W [..., m, n], scale): of norm LONGEST at most, where a chunk with momentum begins."""
+    y, scale = at_most(W.flatten(-2), LONGEST)
+    return y.view_as(W), scale
 
 
 def to_blocks(rows, m):

@@ -241,6 +241,15 @@ LANGUAGES = {
 STEP = {"(aa)*": 2, "(abab)*": 4, "a^n b^n": 2, "a^n b^n c^n": 3}  # one word for each multiple
 
 
+def _at_least(**numbers: tuple[int, int]) -> None:
+    """ValueError for a (value, least) whose value is no integer or below, by its name."""
+    for name, (value, least) in numbers.items():
+        if type(value) is not int:
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def formal(language: str, n: int, shortest: int, longest: int, seed: int = 0):
     """Up to n different words of a language -> (inputs, targets) [m, longest], padded on the right.
 
@@ -249,9 +258,7 @@ def formal(language: str, n: int, shortest: int, longest: int, seed: int = 0):
     """
     if not isinstance(language, str) or language not in LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}")
-    for name, value, least in (("n", n, 1), ("seed", seed, 0)):
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    _at_least(n=(n, 1), seed=(seed, 0))
     if not 1 <= shortest <= longest:
         raise ValueError(f"lengths must be 1 <= shortest <= longest, got {shortest} to {longest}")
     rng = np.random.default_rng([seed, shortest, longest, *language.encode()])
@@ -367,12 +374,7 @@ def _shifted(rows, asked, train: bool):
 
 def _check(n: int, vocab: int, length: int, seed: int, reserved: int = 0) -> None:
     """ValueError for too few rows, ids (besides the reserved ones) or tokens in a row."""
-    least = {"n": (n, 1), "vocab": (vocab, 4 + reserved), "length": (length, 4), "seed": (seed, 0)}
-    for name, (value, wanted) in least.items():
-        if type(value) is not int:
-            raise ValueError(f"{name} must be an integer, got {value!r}")
-        if value < wanted:
-            raise ValueError(f"{name} must be at least {wanted}, got {value}")
+    _at_least(n=(n, 1), vocab=(vocab, 4 + reserved), length=(length, 4), seed=(seed, 0))
 
 
 def recall(n, vocab=16, length=128, noise=0.0, noise_vocab=0, seed=0, train=False):
