@@ -211,7 +211,7 @@ class SelfModifyingTitans(nn.Module):
         if self.momentum:
             z_theta = gates[..., 2] + self.b_theta[:, None]
             theta = torch.sigmoid(z_theta)
-            # deviation 9: stable for any keys; 1 - theta, with all its digits
+            # deviation 9: stable for any unit keys; 1 - theta, with all its digits
             eta = eta * torch.sigmoid(-z_theta).square() / (1 + theta)
         rates = {"eta": eta, "alpha": alpha, "theta": theta}
         rule = {"delta": float(self.dgd), "backend": self.backend}
