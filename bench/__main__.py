@@ -5,6 +5,7 @@
     python -m bench ablation       the same, of Hope without its parts (NL table 6)
     python -m bench optimizers     the same, of models under several optimizers
     python -m bench digits         optimizers on a small vision transformer (scikit-learn)
+    python -m bench position       loss by position in rows longer than those of training
     python -m bench kernels        the fused kernels, on a GPU
     python -m bench suites         small models on synthetic tasks (NL tables 4 and 5)
     python -m bench continual      what is still known after learning something else (NL sec. 9.1)
@@ -34,6 +35,7 @@ COMMANDS = {
     "ablation": ("bench.ablation", "ablation", "add_flags"),
     "optimizers": ("bench.optimizers", "compare_optimizers", "add_flags"),
     "digits": ("bench.optimizers", "digits", "digits_flags"),
+    "position": ("bench.position", "positions", "add_flags"),
     "kernels": ("bench.kernels", "kernel_speed", "add_flags"),
     "suites": ("bench.suites", "suites", "add_flags"),
     "continual": ("bench.continual", "main", None),  # has commands and flags of its own

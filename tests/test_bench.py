@@ -5,7 +5,9 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import bench.ablation
 from bench.__main__ import COMMANDS, main
@@ -16,6 +18,8 @@ from bench.quality import cell_key, corpus_of, current_key
 from bench.tables import published
 from hope import HopeConfig
 from support.config import TrainConfig
+from support.run import Run
+from train import train
 
 TINY = ":d_model=32:n_layers=1:n_heads=2:conv=4"
 MODELS = f"hope{TINY}:chunk=8,transformer{TINY}"
@@ -108,6 +112,31 @@ def test_the_cells_of_results_are_cells_of_today(name):
 
 # --------------------------------------------------------------------------------------------------
 # Measurements
+
+
+def test_position_reads_runs_on_the_text_of_the_first_one(here, capsys):
+    small = {"d_model": 16, "n_layers": 1, "n_heads": 1, "chunk": 8}
+    sizes = {"data": "text.py", "tokens": 128, "batch_size": 2, "seq_len": 32, "device": "cpu"}
+    for out, seq_len, own in (("hope", 32, {"levels": [8, None]}), ("other", 16, {})):
+        sizes["seq_len"] = seq_len
+        train(TrainConfig(set=small | own, out=out, **sizes))
+    assert main("position hope hope@off --context 128 --rows 4 --out out/p.json".split()) == 0
+    made = result_in("out/p.json")
+    assert made["to"] == [32, 64, 128] and made["rows"] == 4
+    on, off = (np.array(row["bits_per_byte"]) for row in made["runs"])
+    run = Run.open("hope", "cpu")
+    rows = torch.from_numpy(run.text()[1][: 4 * 128].astype(np.int64)).view(4, 128)
+    start = torch.full((4, 1), run.encoding.eot_token)
+    with torch.no_grad():
+        logits, _ = run.model(torch.cat([start, rows[:, :-1]], 1))
+    nats = torch.nn.functional.cross_entropy(logits.mT, rows, reduction="none").mean(0)
+    spans = [nats[a:b].mean().item() / math.log(2) for a, b in ((0, 32), (32, 64), (64, 128))]
+    assert np.allclose(on, spans, atol=1e-5) and (np.abs(on - off) > 1e-4).any()
+    assert Path("out/p.png").stat().st_size > 1000
+    capsys.readouterr()
+    for runs, told in (("hope other", "in rows of 32 tokens; other was not"), ("hope@on", "@off")):
+        assert main(f"position {runs} --context 128".split()) == 2
+        assert told in capsys.readouterr().err
 
 
 @pytest.mark.slow
