@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from hope import Hope, HopeConfig
+from layers import tensors
 from support.checkpoint import first_line, json_lines, warned
 from support.config import json_or_text
 from support.flags import whole_number
@@ -79,6 +80,16 @@ def parameters(config: HopeConfig) -> int:
     """How many parameters a model has."""
     with torch.device("meta"):  # counts only
         return sum(p.numel() for p in Hope(config).parameters())
+
+
+def state_numbers(config: HopeConfig, tokens: int) -> int:
+    """Numbers that a row's blocks carry after so many tokens: fast weights, caches, tails.
+
+    What two names share counts once: running weights are the boundary's where a chunk has ended.
+    """
+    with torch.no_grad():
+        _, state = Hope(config)(torch.zeros(1, tokens, dtype=torch.int64))
+    return sum({t.data_ptr(): t.numel() for t in tensors(state["blocks"])}.values())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from bench.cells import (
     parse_spec,
     spec_config,
     split_specs,
+    state_numbers,
     where,
     without_key,
     workers,
@@ -155,13 +156,15 @@ def train_cell(cell: tuple[str, TrainConfig]) -> dict:
 def facts(cell: tuple[str, TrainConfig]) -> dict:
     """What stands before a cell's result in its line."""
     spec, config = cell
+    model = cell_model(config)
     return {
         "spec": spec,
         "lr": config.lr,
         "seed": config.seed,
         "threads": config.threads,
         "tokens": config.steps * config.tokens_per_step,
-        "parameters": parameters(cell_model(config)),
+        "parameters": parameters(model),
+        "state_numbers": state_numbers(model, config.seq_len),
     }
 
 
@@ -305,7 +308,8 @@ def summary(title: str, lines: list[dict]) -> list[dict]:
         first = next(iter(seeds.values()))
         speeds = [line["tokens_per_s"] for line in seeds.values() if line["tokens_per_s"]]
         seconds = statistics.median(line["train_seconds"] for line in seeds.values())
-        row = {"model": spec} | {name: first[name] for name in ("parameters", "lr", "tokens")}
+        same = ("parameters", "state_numbers", "lr", "tokens")
+        row = {"model": spec} | {name: first[name] for name in same}
         row["tokens_per_s"] = statistics.median(speeds) if speeds else None
         row |= {"mean": mean, "std": std, "minutes": seconds / 60}
         row |= {"difference": above, "difference_std": above_std, "seeds": bits}
@@ -334,8 +338,8 @@ def show(title: str, base: str, rows: list[dict]) -> None:
     what = "bits per byte of held-out text, mean ± std of seeds"
     print(f"\n{title}: {what}; difference to {base}\n")
     print(
-        f"{'model':<{width}}{'bits per byte':>17}{'difference':>19}{'parameters':>12}{'lr':>9}"
-        f"{'tokens':>12}{'tokens/s':>10}{'minutes':>9}  each seed"
+        f"{'model':<{width}}{'bits per byte':>17}{'difference':>19}{'parameters':>12}{'state':>10}"
+        f"{'lr':>9}{'tokens':>12}{'tokens/s':>10}{'minutes':>9}  each seed"
     )
     for row in rows:
         bits = with_std(row["mean"], row["std"])
@@ -345,6 +349,6 @@ def show(title: str, base: str, rows: list[dict]) -> None:
             each.append(f"{seed}: none" if value is None else f"{seed}: {value:.4f}")
         print(
             f"{row['model']:<{width}}{bits:>17}{difference:>19}{row['parameters']:>12,}"
-            f"{row['lr']:>9g}{row['tokens']:>12,}{row['tokens_per_s'] or 0:>10,.0f}"
-            f"{row['minutes']:>9.2f}  {', '.join(each)}"
+            f"{row['state_numbers']:>10,}{row['lr']:>9g}{row['tokens']:>12,}"
+            f"{row['tokens_per_s'] or 0:>10,.0f}{row['minutes']:>9.2f}  {', '.join(each)}"
         )

@@ -83,11 +83,12 @@ def quality() -> str:
     """A row a model, best on Python first."""
     python = quality_runs("quality.jsonl")
     novels = quality_runs("quality_novels.jsonl")
-    head = ["model", "parameters", "Python: rate", "seed 0", "three seeds", "2 minutes: tokens"]
-    head += ["seed 0", "novels: rate", "seed 0", "three seeds"]
+    head = ["model", "parameters", "state, numbers a row", "Python: rate", "seed 0", "three seeds"]
+    head += ["2 minutes: tokens", "seed 0", "novels: rate", "seed 0", "three seeds"]
     rows = []
     for spec in sorted(python, key=lambda spec: python[spec]["long"][0]["bits_per_byte"]):
-        row = [f"`{spec}`", f"{python[spec]['long'][0]['parameters']:,}"]
+        first = python[spec]["long"][0]
+        row = [f"`{spec}`", f"{first['parameters']:,}", f"{first['state_numbers']:,}"]
         row += quality_columns(python[spec]["long"])
         timed = python[spec]["timed"]
         row += [f"{timed['tokens']:,}", f"{timed['bits_per_byte']:.3f}"] if timed else ["", ""]
