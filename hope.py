@@ -49,7 +49,7 @@ from baselines import (
 )
 from cms import CMS, Level
 from fused import MANY_LOGITS, linear_cross_entropy
-from layers import component, count, one_of, recomputed, unlike
+from layers import Sampler, component, count, one_of, recomputed, unlike
 from memory import floats, full_precision
 from titans import NeuralMemory, SelfModifyingTitans
 
@@ -467,39 +467,32 @@ class Hope(nn.Module):
         loss = F.cross_entropy(full_precision(predictions).mT, targets, reduction="none")
         return loss, after
 
-    def generate(self, tokens, n, state=None, temperature=1.0, top_k=None):
+    def generate(self, tokens, n, state=None, **how):
         """Sample n tokens after the prompt tokens [B, T]; yields each, [B] int64, once it is known.
 
-        Constant memory for recurrent mixers. temperature 0 takes the most likely token; top_k
-        samples among the k most likely; state continues an earlier call. Raises ValueError or
-        TypeError for what is out of range.
+        Constant memory for recurrent mixers. how: arguments of `Sampler`, as temperature=0.8;
+        state continues an earlier call. Raises ValueError or TypeError for what is out of range.
         """
+        stream = self.generate_with_state(tokens, n, state, **how)
+        return (token for token, _ in stream)
+
+    def generate_with_state(self, tokens, n, state=None, **how):
+        """`generate` that yields (token [B], the state that has read everything before it)."""
         if type(n) is not int or n < 0:
             raise ValueError(f"n must be an integer of at least 0 tokens, got {n!r}")
-        if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")
-        if top_k is not None and (type(top_k) is not int or top_k < 1):
-            raise ValueError(f"top_k must be an integer of at least 1, got {top_k!r}")
         check_shape(tokens)
         self._check_ids(tokens)
-        return self._generate(tokens, n, state, temperature, top_k)
+        return self._generate(tokens, n, state, Sampler(**how))
 
     @torch.no_grad()
-    def _generate(self, tokens, n, state, temperature, top_k):
+    def _generate(self, tokens, n, state, sampler):
+        size = (len(tokens), self.config.vocab_size)
+        seen = torch.zeros(size, dtype=torch.bool, device=tokens.device)
         for _ in range(n):
-            logits, state = self(tokens, state)
-            logits = logits[:, -1]  # [B, vocab]
-            if temperature == 0:
-                token = logits.argmax(-1)
-            else:
-                logits = full_precision(logits)
-                # the largest is 0, so that no temperature overflows; one below 1e-30 is as 1e-30
-                scaled = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
-                if top_k is not None and top_k < logits.shape[-1]:
-                    least = logits.topk(top_k)[0][:, -1:]  # undivided: there are no ties yet
-                    scaled = scaled.masked_fill(logits < least, -math.inf)
-                token = torch.multinomial(scaled.softmax(-1), 1).squeeze(1)
-            yield token
+            for part in tokens.split(4096, 1):  # the logits of a long prompt are never held whole
+                logits, state = self(part, state)
+            token = sampler(logits[:, -1], seen.scatter_(1, tokens, True))
+            yield token, state
             tokens = token[:, None]
 
     def levels(self):

@@ -7,10 +7,11 @@ Nothing here is a concept of the paper; titans.py and baselines.py build theirs 
                    of its projections (nn.Linear)
     components()   its rows of `Hope.levels()`, see `component`
 
-A state is a plain tree of tensors and numbers.
+A state is a plain tree of tensors and numbers. At the end: how tokens are drawn from logits.
 """
 
 import difflib
+import math
 
 import torch
 import torch.nn as nn
@@ -437,6 +438,63 @@ class Recurrent(nn.Module):
     def components(self):
         """Rows of `Hope.levels()`."""
         return [component("matrix memory", "every token", "keys and values, in context")]
+
+
+# --------------------------------------------------------------------------------------------------
+# Drawing tokens
+
+
+class Sampler:
+    """(logits [B, vocab], seen [B, vocab] bool) -> tokens [B] int64, drawn after, in this order:
+
+    repetition_penalty    divides the positive logits of tokens seen, multiplies the negative ones
+                          (Keskar et al. 2019, sec. 4.1); 1: none
+    top_k                 keeps the k most likely tokens; None: all
+    temperature           divides the logits; 0: the most likely token is taken
+    top_p                 keeps the most likely tokens, no more than have this probability together
+                          (Holtzman et al. 2020); 1: all
+    min_p                 keeps those at least so many times as likely as the likeliest; 0: all
+
+    ValueError for what is out of range.
+    """
+
+    def __init__(self, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+        if top_k is not None and (type(top_k) is not int or top_k < 1):
+            raise ValueError(f"top_k must be an integer of at least 1, got {top_k!r}")
+        for name, value, wanted, fits in (
+            ("temperature", temperature, "of at least 0", lambda x: 0 <= x < math.inf),
+            ("top_p", top_p, "above 0 and at most 1", lambda x: 0 < x <= 1),
+            ("min_p", min_p, "from 0 to 1", lambda x: 0 <= x <= 1),
+            ("repetition_penalty", repetition_penalty, "above 0", lambda x: 0 < x < math.inf),
+        ):
+            if not isinstance(value, (int, float)) or not fits(value):
+                raise ValueError(f"{name} must be a number {wanted}, got {value!r}")
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.min_p = min_p
+        self.repetition_penalty = repetition_penalty
+
+    def __call__(self, logits, seen):
+        logits = full_precision(logits)
+        if self.repetition_penalty != 1:
+            by = self.repetition_penalty
+            lower = torch.where(logits > 0, logits / by, logits * by)
+            logits = torch.where(seen, lower, logits)
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        # the largest is 0, so that no temperature overflows; one below 1e-30 is as 1e-30
+        scaled = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, 1e-30)
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            least = logits.topk(self.top_k)[0][:, -1:]  # undivided: there are no ties yet
+            scaled = scaled.masked_fill(logits < least, -math.inf)
+        p = scaled.softmax(-1)
+        if self.top_p < 1:
+            ordered, order = p.sort(-1, descending=True)
+            enough = ordered.cumsum(-1) - ordered >= self.top_p  # before a token; never the first
+            p = p.masked_fill(torch.empty_like(enough).scatter_(-1, order, enough), 0)
+        p = p.masked_fill(p < self.min_p * p.amax(-1, keepdim=True), 0)
+        return torch.multinomial(p, 1).squeeze(1)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,14 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action)
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """A flag's default after its help, if there is one."""
+
+    def _get_help_string(self, action):
+        none = action.default in (None, [])
+        return action.help if none else super()._get_help_string(action)
+
+
 def escape_what_cannot_be_shown() -> None:
     """A terminal that lacks a character, as an ASCII one does, gets its code and not an error."""
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -291,8 +291,9 @@ def declare(folder):
 
     target("Hope.generate", in_eval(written), {
         "tokens": "ids", "n": whole(0, 10), "temperature": at_least_0,
-        "top_k": whole(1, none=True),
-    }, tokens=IDS, n=2, temperature=0.5, top_k=3)
+        "top_k": whole(1, none=True), "top_p": number(lambda v: 0 < v <= 1),
+        "min_p": number(lambda v: 0 <= v <= 1), "repetition_penalty": positive,
+    }, tokens=IDS, n=2, temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=2.0)
 
     # optimizers: one step
     def stepped(kind):

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ import layers
 from baselines import delta_net, gated_delta_net, linear_attention, retention
 from fused import linear_cross_entropy
 from hope import LEARNING, MIXERS, PRESETS, Hope, HopeConfig, loss_fn
-from layers import map_state, tensors
+from layers import Sampler, map_state, tensors
 from memory import l2norm, read, scan, scan_stepwise, surprise, write
 from support.checkpoint import load_state, save_state
 from support.plan import flops_per_token
@@ -395,6 +395,68 @@ def test_sampling_follows_temperature_and_top_k():
     close(frequencies(top_k=100).double(), logits.softmax(-1), 0.04)
 
 
+def drawn_from(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty):
+    """What Sampler draws from, [(token, probability)], by the words of its docstring."""
+    logits = [
+        (x / repetition_penalty if x > 0 else x * repetition_penalty) if again else x
+        for x, again in zip(logits, seen, strict=True)
+    ]
+    ranked = sorted(enumerate(logits), key=lambda pair: -pair[1])[:top_k]
+    p = [(token, math.exp((x - ranked[0][1]) / temperature)) for token, x in ranked]
+    total = sum(x for _, x in p)
+    kept = []
+    for token, x in p:
+        if sum(x for _, x in kept) / total < top_p and x >= min_p * p[0][1]:
+            kept.append((token, x))
+    total = sum(x for _, x in kept)
+    return [(token, x / total) for token, x in kept]
+
+
+def test_tokens_are_drawn_from_what_the_filters_leave(monkeypatch):
+    seen_by = []
+    draw = torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, n: seen_by.append(p) or draw(p, n))
+    generator = torch.Generator().manual_seed(0)
+    cases = product(
+        (0.5, 2.0), (None, 3, 99), (1.0, 0.7, 1e-300), (0.0, 0.2, 1.0), (1.0, 1.5, 0.5)
+    )
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    for case in cases:
+        logits = 2 * torch.randn(2, 11, generator=generator, dtype=torch.float64)
+        seen = torch.rand(2, 11, generator=generator) < 0.5
+        how = dict(zip(names, case, strict=True))
+        tokens = Sampler(**how)(logits, seen)
+        for row in range(2):
+            expected = drawn_from(logits[row].tolist(), seen[row].tolist(), **how)
+            p = seen_by[-1][row]
+            whole = torch.zeros(11, dtype=torch.float64)
+            for token, value in expected:
+                whole[token] = value
+            close(p / p.sum(), whole, 1e-12)
+            assert whole[tokens[row]] > 0
+
+
+def test_a_repetition_penalty_counts_the_prompt_and_what_was_written():
+    model, text = build("hope"), tokens(1, 6)
+    strong = {"temperature": 0, "repetition_penalty": 1e30}
+    others = 11 - len(text.unique())
+    written = [int(token) for token in model.generate(text, others, **strong)]
+    assert sorted({*written, *text[0].tolist()}) == list(range(11))  # nothing comes twice
+
+
+def test_a_long_prompt_is_read_in_pieces():
+    model = build("linear_attention")
+    text = tokens(1, 4100)
+    seen = []
+    model.register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1]))
+    token, state = next(model.generate_with_state(text, 1, temperature=0))
+    with torch.no_grad():
+        logits, whole = model(text)
+    assert seen == [4096, 4, 4100] and torch.equal(token, logits[:, -1].argmax(-1))
+    assert state["position"] == 4100
+    close(model(text[:, :1], state)[0], model(text[:, :1], whole)[0])
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_temperatures_at_their_extremes_are_greedy_and_uniform(scale):
     model = build("transformer", tied=False).float()
@@ -468,6 +530,11 @@ def test_generation_continues_from_a_state(name):
         (dict(temperature="1"), r"temperature must be a number of at least 0, got '1'"),
         (dict(top_k=0), r"top_k must be an integer of at least 1, got 0"),
         (dict(top_k=2.0), r"top_k must be an integer of at least 1, got 2.0"),
+        (dict(top_p=0), r"top_p must be a number above 0 and at most 1, got 0"),
+        (dict(top_p=1.5), r"top_p must be a number above 0 and at most 1, got 1.5"),
+        (dict(min_p=-0.1), r"min_p must be a number from 0 to 1, got -0.1"),
+        (dict(min_p=None), r"min_p must be a number from 0 to 1, got None"),
+        (dict(repetition_penalty=0), r"repetition_penalty must be a number above 0, got 0"),
         (dict(tokens=torch.zeros(1, 0, dtype=torch.int64)), r"T >= 1, got shape \(1, 0\)"),
         (dict(tokens=torch.zeros(3, dtype=torch.int64)), r"\[B, T\].*got shape \(3,\)"),
     ],
