@@ -33,7 +33,7 @@ from bench.harness import check_there, harness
 from bench.long_context import babilong_accuracy, needle_words, needles, position
 from bench.scorer import Scorer
 from bench.tables import beside, cell, draw_position, markdown, published
-from support.flags import Parser, Progress, updates_flag, whole_number, whole_numbers
+from support.flags import DEVICES, Parser, Progress, updates_flag, whole_number, whole_numbers
 from support.run import Run
 from support.vocabulary import n_bytes
 from train import NonFinite, validate
@@ -291,7 +291,7 @@ def parser() -> Parser:
     p.add_argument("--samples", **number, default=100, help=samples)
     p.add_argument("--context", **number, help="tokens of a row of position (default: 8 rows)")
     p.add_argument("--seed", type=int, default=0, help="of table1 and babilong (default: 0)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    p.add_argument("--device", default="auto", help=f"{DEVICES} (default: auto)")
     updates_flag(p)
     return p
 

@@ -141,31 +141,31 @@ class HopeConfig:
 
     model: str = "hope"  # a name of MIXERS
     vocab_size: int = 257  # symbols
-    d_model: int = 128
-    n_layers: int = 5
-    n_heads: int = 2
+    d_model: int = 128  # hidden size
+    n_layers: int = 5  # blocks
+    n_heads: int = 2  # of every mixer
     hidden: int | None = None  # feed-forward width, all levels together; None: equal parameters
     levels: list | None = None  # chunks of the CMS in tokens, fast to slow; a None never updates
-    variant: str = "sequential"  # of the CMS, see cms.VARIANTS
-    cms_updates: str | None = None  # one of learn.UPDATES; None: first_order if a level updates
+    variant: str = "sequential"  # of the CMS: sequential, nested or independent
+    cms_updates: str | None = None  # off, first_order, full; None: first_order if a level updates
     cms_blocks: int | None = None  # the last so many blocks have `levels`; None: all
     cms_step: float | list | None = 1.0  # first inner step(s), then learned; None: see `learn`
     cms_clip: float = 1.0  # longest inner gradient of a row; a longer one is scaled to it
     conv: int | None = None  # tokens of the short convolution, 0: none; None: the model's usual
     chunk: int = 64  # tokens between generations of keys, values, rates (TTT, Memora: <= 16)
     memory: str = "matrix"  # or "mlp"
-    adaptive: list = field(default_factory=lambda: ["k", "v"])  # projections that are memories
+    adaptive: list = field(default_factory=lambda: ["k", "v"])  # memories among k, v, q
     momentum: bool = False  # of self-modifying Titans
     inner_step: float = 1.0  # 0 freezes self-modifying memories: the control
     mode: str = "token"  # where reads look: "token" or "boundary"
     dgd: bool = True  # delta rule at the running weights
-    retention: bool = True
+    retention: bool = True  # memories may forget; false: alpha is 1
     gate: bool = True  # output gate
     depth: int = 2  # layers of the memory of Titans and DLA
     expand: int | None = None  # value width / key width; None: 2 for RetNet, Mamba-2, else 1
     window: int = 128  # tokens attention sees in Samba, TTT-E2E, MAG, MAL; a segment of MAC
     window_reset: int | None = None  # tokens, whole chunks, after which Titans' memories begin anew
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-6  # of the norms between parts
     tied: bool = True  # one table for tokens in and out
     rope_base: float = 10000.0  # of hope_attention, ttt_e2e
 

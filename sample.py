@@ -20,7 +20,7 @@ import sys
 import torch
 
 from support.checkpoint import first_line, load_state, save_state
-from support.flags import Defaults, Help, Parser, updates_flag, whole_number
+from support.flags import DEVICES, Defaults, Help, Parser, updates_flag, whole_number
 from support.run import Run, precision
 
 
@@ -199,7 +199,7 @@ def writing_flags(p, n: int, stop: list[str]) -> None:
     draw.add_argument("--min-p", type=float, default=0.0, metavar="X", help=what)
     draw.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws")
     machine = p.add_argument_group("machine and model")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    machine.add_argument("--device", default="auto", help=DEVICES)
     updates_flag(machine)
 
 

@@ -10,7 +10,8 @@
     python train.py --cms-periods 1,8                       # CMS levels on the clock of steps, too
     python train.py --preset 340m --dry-run                 # what it would cost (support/plan.py)
     torchrun --nproc_per_node=8 train.py --preset 340m      # on 8 GPUs; --fsdp shards the weights
-    python train.py --help                                  # every flag, with its default
+    python train.py --config runs/hope-nano/config.json --seed 1    # or a TOML; flags override it
+    python train.py --help                                  # every flag; --set help: the model's
 
 A token's way: corpus.documents -> corpus.join -> corpus.batch -> micro_batches -> LossModule ->
 Hope.loss -> learn.read_and_update -> update. A run is a folder (support/run.py). The presets from

@@ -28,7 +28,7 @@ from hope import Hope, HopeConfig
 from layers import tensors
 from support.checkpoint import first_line, json_lines, warned
 from support.config import json_or_text
-from support.flags import whole_number
+from support.flags import DEVICES, whole_number
 from support.run import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,7 +232,7 @@ def numbers(text: str, kind: type) -> list:
 def machine_flags(parser, out: str | None) -> None:
     """--device, --threads and --out, which most commands have."""
     at_least_0 = partial(whole_number, least=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--device", default="auto", help=DEVICES)
     parser.add_argument(
         "--threads", type=at_least_0, default=0, help="CPU threads of a process; 0: all cores"
     )

@@ -19,7 +19,7 @@ from layers import count, one_of
 from support import checkpoint
 from support.checkpoint import atomic_write, first_line
 from support.config import TrainConfig
-from support.flags import Parser, whole_number
+from support.flags import DEVICES, Parser, whole_number
 from support.monitor import ProgressBar, interrupts, say
 from support.run import device_for, write_json
 from tasks import IGNORE, MOVES, WAIT, image_folder, mazes, prefix_labels, read_image
@@ -453,7 +453,7 @@ def parser() -> Parser:
     add("--batch-size", type=whole_number, default=64, help="rows of a step (default 64)")
     add("--lr", type=float, help="largest learning rate (default: by task)")
     add("--seed", type=int, default=0, help="of weights and data (default 0)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help=DEVICES)
     add("--compile", action="store_true", help="torch.compile of a tick, without a graph break")
     add("--out", help="folder of the run (default runs/ctm-TASK, the first that is free)")
     add("--resume", metavar="RUN", help="go on with a run, or measure it again")

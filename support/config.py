@@ -5,19 +5,21 @@ test, and whether a resumed run may change it.
 """
 
 import argparse
+import inspect
 import json
 import math
 import os
+import re
 import shlex
-import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 from hope import MIXERS, PRESETS, HopeConfig
+from layers import one_of
 from optimizers import OPTIMIZERS
-from support.checkpoint import parse_json
-from support.flags import Help, Parser
+from support.checkpoint import first_line, parse_json
+from support.flags import DEVICES, Help, Parser
 
 
 def flag(default, help, wanted="", check=lambda value: True, on_resume=False):
@@ -60,7 +62,7 @@ class TrainConfig:
     model: str = flag("hope", "one of " + ", ".join(MIXERS))
     preset: str = flag("nano", "size of the model, one of " + ", ".join(PRESETS))
     set: dict = flag(
-        {}, "set a field of HopeConfig, as --set n_layers=2 (repeatable; listed below)", *FREE
+        {}, "a field of HopeConfig, as --set n_layers=2 (repeatable; --set help lists them)", *FREE
     )
     pretrained: str | None = flag(
         None, "folder of a Llama checkpoint to start from (support/pretrained.py)"
@@ -132,7 +134,7 @@ class TrainConfig:
         *AT_LEAST_0,
         on_resume=True,
     )
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N", on_resume=True)
+    device: str = flag("auto", DEVICES, on_resume=True)
     threads: int = flag(0, "CPU threads; 0: torch's own choice", *AT_LEAST_0, on_resume=True)
     compile: bool | None = flag(
         None,
@@ -297,15 +299,46 @@ def dry_run_flags(parser) -> None:
 
 
 def settings() -> str:
-    """The fields of --set with their defaults, as lines of --help."""
-    texts = []
+    """The fields of --set, a line each: the default, and what hope.py says of it."""
+    source = inspect.getsource(HopeConfig)
+    lines = ["fields of --set with the defaults of HopeConfig (presets have some of their own):"]
     for f in fields(HopeConfig):
         if f.name not in ("model", "vocab_size"):
             default = f.default if f.default_factory is MISSING else f.default_factory()
-            texts.append(f"{f.name}={json.dumps(default).replace(' ', '')}")
-    text = textwrap.fill("  ".join(texts), 88, break_on_hyphens=False)
-    head = "fields of --set, with the defaults of HopeConfig (hope.py says what each is):"
-    return f"{head}\n{textwrap.indent(text, '  ')}"
+            text = f"{f.name}={json.dumps(default, separators=(',', ':'))}"
+            said = re.search(rf"^    {f.name}: .*  # (.*)", source, re.MULTILINE)[1]
+            lines.append(f"  {text:<23} {said.replace('None', 'null')}")
+    return "\n".join(lines)
+
+
+def from_file(path: str) -> dict:
+    """Fields of TrainConfig from a TOML file or a run's config.json. ValueError for all else."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        found = _toml(text) if path.endswith(".toml") else parse_json(text)
+        if isinstance(found, dict) and "corpus" in found:  # of a run: not where that one went
+            found = {key: found["train"][key] for key in found["train"].keys() - {"out", "resume"}}
+        found = {key.replace("-", "_"): value for key, value in found.items()}
+        for name in found:
+            one_of("field of TrainConfig", name, [f.name for f in fields(TrainConfig)])
+        if "set" in found:  # as texts of flags: TOML lacks null, but has levels = "[64, null]"
+            pairs = found["set"].items()
+            found["set"] = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in pairs]
+        return found
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        wanted = "TOML or a run's config.json"
+        raise ValueError(f"config {path!r} must be {wanted}: {first_line(error)}") from None
+
+
+def _toml(text: str) -> dict:
+    try:
+        import tomllib
+    except ImportError:  # before Python 3.11
+        try:
+            import tomli as tomllib
+        except ImportError:
+            raise ValueError("this Python reads no TOML before: pip install tomli") from None
+    return tomllib.loads(text)
 
 
 def parse(argv: list[str] | None, description: str, resumed: Callable) -> TrainConfig:
@@ -316,7 +349,6 @@ def parse(argv: list[str] | None, description: str, resumed: Callable) -> TrainC
     parser = Parser(
         description=description,
         formatter_class=Help,
-        epilog=settings(),
         usage="python train.py [--flag value ...]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -325,7 +357,9 @@ def parse(argv: list[str] | None, description: str, resumed: Callable) -> TrainC
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
         default = "none" if f.default is MISSING or f.default is None else f.default
-        text = f"{f.metadata['help']} (default: {default})"
+        wanted = f.metadata["wanted"]
+        legal = "" if wanted.startswith("one of") else wanted + "; " * bool(wanted)
+        text = f"{f.metadata['help']} ({legal}default: {default})"
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
         if f.type in (bool, bool | None):
             group.add_argument(*names, help=text, action=argparse.BooleanOptionalAction)
@@ -337,13 +371,21 @@ def parse(argv: list[str] | None, description: str, resumed: Callable) -> TrainC
         if f.name == "set":
             what = "MLP memories, adaptive q, momentum; short for --set published=true"
             group.add_argument("--published", help=what, action="store_true")
+            what = "TOML, or config.json of a run, with values of these flags; flags override it"
+            group.add_argument("--config", help=what, metavar="FILE")
     dry_run_flags(parser)
     given = vars(parser.parse_args(argv))
     for name in ("gpus", "gpu", "utilisation"):
         if name in given:
             raise ValueError(f"--{name} must come with --dry-run, which trains nothing")
+    if "help" in given.get("set", []):
+        print(settings())
+        raise SystemExit(0)
     if given.pop("published", False):
         given["set"] = ["published=true", *given.get("set", [])]
+    if "config" in given:
+        for name, value in from_file(given.pop("config")).items():
+            given[name] = value + given.get(name, []) if name == "set" else given.get(name, value)
     if given.get("resume"):
         return resumed(given.pop("resume"), **given)
     return TrainConfig(**SETUPS.get(given.get("preset"), {}) | given)

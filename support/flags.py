@@ -8,6 +8,8 @@ import sys
 
 from tqdm import tqdm
 
+DEVICES = "auto, cpu, mps, cuda or cuda:N"
+
 
 class Parser(argparse.ArgumentParser):
     """A bad flag is a ValueError, one line like every other message."""

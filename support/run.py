@@ -42,6 +42,7 @@ from support.checkpoint import (
 from support.config import TrainConfig, listed
 from support.corpus import Corpus, batch, check_shards, documents, is_shards, join, load_corpus
 from support.distributed import agreed, gather, rank, world
+from support.flags import DEVICES
 from support.pretrained import from_pretrained
 from support.vocabulary import (
     TOKENIZER,
@@ -444,14 +445,17 @@ def optimizer_for(model, config: TrainConfig):
 
 
 def device_for(name: str) -> torch.device:
-    """The device of that name; "auto": the GPU if there is one. ValueError where there is none."""
+    """The device of that name. ValueError where there is none.
+
+    "auto": the CUDA GPU if there is one. Not "mps", on which nothing here was ever measured.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
-    if kind == "mps":
-        raise ValueError("device mps is not supported: nothing here was tried on it; use cpu")
-    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if kind not in ("cpu", "mps", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise ValueError(f"device must be {DEVICES}, got {name!r}")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device must be auto or cpu where torch sees no GPU of Apple's, got 'mps'")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(index or 0) >= gpus:
         wanted = f"auto, cpu or cuda:N with N < {gpus}, the GPUs that torch sees"

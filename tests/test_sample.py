@@ -271,7 +271,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys)
         "generate damaged": "damaged.config.json",
         "generate x --device cuda:99": "cuda",
         "generate x --device gpu": "gpu",
-        "generate x --device mps": "device mps is not supported: .*; use cpu",
+        "generate x --device mps": "device must be auto or cpu where torch sees no GPU of Apple",
         "generate x --temperature nan": "temperature must be a number of at least 0, got nan",
         "generate x --top-p 0": "top_p must be a number above 0 and at most 1, got 0.0",
         "generate x --min-p 1.5": "min_p must be a number from 0 to 1, got 1.5",
