@@ -1,9 +1,10 @@
-"""Show a corpus, and make token shards: for text beyond memory, or with a vocabulary of its own.
+"""Show a corpus, make token shards of large ones, and fetch the data sets of the benchmarks.
 
     python data.py                # what the embedded corpus is: this Python's own standard library
     python data.py notes.txt      # the same for a text file, a folder of text, a folder of shards
     python data.py text PATHS... --vocab 32768 --out data/mine       # shards of text, or 'stdlib'
     python data.py fineweb-edu --tokens 15e9 --vocab 32768 --out data/fineweb           # streamed
+    python data.py get wikitext2 piqa --out data/sets     # for --data-dir; without names: lists all
 
 What a corpus is, and the files of a folder of shards: support/corpus.py. The vocabulary is a
 byte-level BPE trained on the training text, or a ready one (--vocab gpt2, bytes, a tokenizer.json).
@@ -36,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support import released
 from support.checkpoint import atomic_write, first_line, locked
 from support.corpus import (
     HELD_OUT,
@@ -455,6 +457,15 @@ def show(source: str = "stdlib") -> None:
         print("-" * 80 + "\n" + encoding.decode(row.tolist()))
 
 
+def get(names: list[str], out: str) -> None:
+    """Fetch released data sets into a folder; without names, print what there is."""
+    if not names:
+        print(released.table())
+    for name in names:
+        for path in released.get(name, out):
+            print(f"{path}, its sha256 is right ({released.SETS[name].licence})")
+
+
 def _show_part(name: str, tokens, size: int, files: tuple[str, ...]) -> None:
     shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
     counts = f"{len(files):,} files, {size:,} bytes, {len(tokens):,} tokens"
@@ -473,7 +484,7 @@ def _vocab(text: str) -> int | str:
 def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=form)
-    commands = parser.add_subparsers(dest="command", metavar="[SOURCE | text | fineweb-edu]")
+    commands = parser.add_subparsers(dest="command", metavar="[SOURCE | text | fineweb-edu | get]")
     text = commands.add_parser("text", help="token shards of local text")
     paths = "text files, .txt.gz, .jsonl, .jsonl.gz, .parquet, folders of them, 'stdlib'"
     text.add_argument("paths", nargs="+", help=paths)
@@ -487,6 +498,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--out", required=True, help="folder; one that a kill left: goes on")
         command.add_argument("--vocab", type=_vocab, default=32768, help=symbols)
         command.add_argument("--jobs", **number, default=0, help="processes (default: all CPUs)")
+    sets = commands.add_parser("get", help="released data sets (needs datasets)")
+    legal = ", ".join(released.SETS)
+    sets.add_argument("names", nargs="*", help=f"of {legal} (default: list them)")
+    sets.add_argument("--out", default="data/sets", help="folder (default: data/sets)")
     return parser
 
 
@@ -496,9 +511,11 @@ def main(argv: list[str] | None = None) -> None:
     escape_what_cannot_be_shown()
     if not argv:
         return show()
-    if argv[0] not in ("text", "fineweb-edu", "-h", "--help"):
+    if argv[0] not in ("text", "fineweb-edu", "get", "-h", "--help"):
         return show(argv[0])
     args = _parser().parse_args(argv)
+    if args.command == "get":
+        return get(args.names, args.out)
     web = args.command == "fineweb-edu"
     with tempfile.TemporaryDirectory() as folder:  # in TMPDIR
         rows = Path(folder, "rows")
