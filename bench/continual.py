@@ -5,9 +5,10 @@
     python -m bench continual classes --data FOLDER    # step clock: CLINC150 by its 10 domains
     python -m bench continual classes --set banking77  # or Banking77 in 7 groups of classes
     python -m bench continual cost                     # token clock: time and memory
-    python -m bench continual domains --quick          # a minute, to see that it runs
+    python -m bench continual domains --quick          # a minute, to see that it runs: without
+                                                       # --data on the standard library's text alone
 
-FOLDER holds the data sets (streams.py; default: $NESTED_DATA); learners.py has the learners. Every
+FOLDER holds the data sets (docs/data.md; default: $NESTED_DATA); learners.py: the learners. Every
 stage is scored after every stage: R[i][j] is the score on stage j after learning stage i, row 0
 before learning anything. From it
 
@@ -48,7 +49,7 @@ from bench.learners import (
     second_half,
     stream_model,
 )
-from bench.streams import WORDS, banking77, clinc150, domains, joined, texts
+from bench.streams import WORDS, banking77, clinc150, code_lines, domains, joined, texts
 from layers import one_of
 from support.checkpoint import atomic_write, first_line, warned
 from support.flags import Parser
@@ -72,6 +73,8 @@ def cell(args, record, settings, measure):
     flags = {"command": args.command, "quick": args.quick}
     if args.command == "classes":
         flags["set"] = args.set
+    if args.data is None:
+        flags["text"] = "standard library"
     key = json.dumps(flags | settings, sort_keys=True)
     if key not in record.finished:
         line = record.add(key, settings | measure(**settings))
@@ -85,7 +88,9 @@ def staged(args, record):
     if args.command == "domains":
         to_choose, to_report = domains(args.data)
     else:
-        sets = {name: stages_of(args.data) for name, stages_of in SETS.items()}
+        sets = {}
+        for half, (name, stages_of) in enumerate(SETS.items()):
+            sets[name] = code_lines(half) if args.data is None else stages_of(args.data)
         to_choose, to_report = sets.pop(args.set)
         _, other = sets.popitem()[1]
         count = sum(len(stage.classes) for stage in to_report)
@@ -139,6 +144,8 @@ def stream(args, record):
     rows = 2 if args.quick else 4
     length = 4_096 if args.quick else 16_384
     root = Path("runs/continual-quick" if args.quick else "runs/continual")
+    if args.data is None:
+        root = root.with_name("continual-stdlib")
     to_choose, to_report = texts(args.data, root / "texts", rows, length)
 
     def choose(learner, seed):
@@ -329,7 +336,7 @@ def parser():
     raw = argparse.RawDescriptionHelpFormatter
     p = Parser(prog="python -m bench continual", description=__doc__, formatter_class=raw)
     p.add_argument("command", help=", ".join(COMMANDS))
-    p.add_argument("--data", help="folder of the data sets (default: $NESTED_DATA)")
+    p.add_argument("--data", help="folder of the data sets (default: $NESTED_DATA; docs/data.md)")
     p.add_argument("--set", default="clinc150", help="of classes: " + " or ".join(SETS))
     p.add_argument("--learners", help=f"comma-separated, of {', '.join(LEARNERS)} (default: all)")
     p.add_argument("--seeds", type=int, default=3, help="0, 1, ... (default: 3)")
@@ -348,8 +355,9 @@ def main(argv=None):
         if args.command == "cost":
             cost(args.quick)
             return 0
-        args.data = args.data or os.environ.get("NESTED_DATA")
-        if not args.data:
+        if not args.quick:
+            args.data = args.data or os.environ.get("NESTED_DATA")
+        if not args.data and not args.quick:
             raise ValueError("no data: name its folder with --data or $NESTED_DATA")
         if not 1 <= args.seeds <= SEARCH_SEED:
             raise ValueError(f"seeds must be 1 to {SEARCH_SEED}, got {args.seeds}")

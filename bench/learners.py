@@ -215,7 +215,7 @@ def trained(folder, data, levels, seed, quick):
             config = TrainConfig(
                 out=str(folder),
                 data=str(data),
-                set={"levels": levels, "cms_updates": "off", **SIZE},
+                set={"levels": levels, "cms_blocks": None, "cms_updates": "off", **SIZE},
                 seed=seed,
                 eval_every=0,
                 tokens=8_192 if quick else 800_000,
@@ -292,7 +292,6 @@ def read_novels(name, model, read, step):
     length = novel.shape[1]
     half = length // 2
     again = novel[:, half:]
-    again = novel[:, length // 2 :]
     still = read_still(model, novel)
     loss, state = learned(model, novel, step=step)
     curve = []

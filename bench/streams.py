@@ -9,7 +9,7 @@ A stage is what is learned before something else comes. It has
 
 Every set of stages is made twice: scored on text to choose settings on, and on text to report. The
 folder of the data sets holds novels/, tinyshakespeare/, wikitext2/, clinc150/, banking77/ in their
-released form; code is this Python's standard library.
+released form; code is this Python's standard library. Without a folder, all is made of the latter.
 """
 
 import csv
@@ -30,6 +30,7 @@ from train import validate
 FRONT_MATTER = 20_000  # bytes at the beginning of a book that are not read
 WORDS = 4096  # hash buckets of words: no vocabulary is learned from any data
 LENGTH = 16  # words of a query that are read
+PACKAGES = ("asyncio", "email", "encodings", "multiprocessing")  # domains without a folder
 EPOCHS = 4  # of a stage of classes
 
 
@@ -75,23 +76,17 @@ class Domain:
 def domains(data, scored=9_216):
     """Stages code, Shakespeare, novels, WikiText: (to choose settings on, to report).
 
-    What is held out are files, or the end of one file; `scored` bytes of it are scored.
+    What is held out are files, or the end of one file; `scored` bytes of it are scored. Without
+    data: four packages of the standard library.
     """
-    folder = existing(data, "novels")
-    plays = existing(data, "tinyshakespeare", "input.txt").read_bytes()
-    test = existing(data, "wikitext2", "test.txt").read_bytes()
-    valid = existing(data, "wikitext2", "valid.txt").read_bytes()
-    code = [text for _, text in documents("stdlib") if len(text) > scored]
-    novels = [text[FRONT_MATTER:] for _, text in documents(str(folder))]
-    end = len(plays) * 9 // 10
-    middle = len(plays) * 19 // 20
-    half = len(test) // 2
-    parts = {  # to train on, to choose on, to report
-        "code": (code[6:], code[:3], code[3:6]),
-        "Shakespeare": ([plays[:end]], [plays[end:middle]], [plays[middle:]]),
-        "novels": (novels[6:], novels[:3], novels[3:6]),
-        "WikiText": ([valid], [test[:half]], [test[half:]]),
-    }
+    if data is None:
+        parts = dict.fromkeys(PACKAGES, b"")
+        for name, text in documents("stdlib"):
+            if (package := name.split("/")[0]) in parts:
+                parts[package] += text
+        parts = {name: cut(text) for name, text in parts.items()}
+    else:
+        parts = released_domains(data, scored)
     both = [], []
     for name, (texts, *held_out) in parts.items():
         train = join(texts, tokenizer())
@@ -99,6 +94,30 @@ def domains(data, scored=9_216):
             pieces = [encode(text, tokenizer())[: scored // len(own)] for text in own]
             stages.append(Domain(name, train, np.concatenate(pieces)))
     return both
+
+
+def cut(text):
+    """(texts to train on, to choose on, to report): the last two are its last tenth."""
+    end = len(text) * 9 // 10
+    middle = len(text) * 19 // 20
+    return [text[:end]], [text[end:middle]], [text[middle:]]
+
+
+def released_domains(data, scored):
+    """{name: (texts to train on, to choose on, to report)}"""
+    folder = existing(data, "novels")
+    plays = existing(data, "tinyshakespeare", "input.txt").read_bytes()
+    test = existing(data, "wikitext2", "test.txt").read_bytes()
+    valid = existing(data, "wikitext2", "valid.txt").read_bytes()
+    code = [text for _, text in documents("stdlib") if len(text) > scored]
+    novels = [text[FRONT_MATTER:] for _, text in documents(str(folder))]
+    half = len(test) // 2
+    return {
+        "code": (code[6:], code[:3], code[3:6]),
+        "Shakespeare": cut(plays),
+        "novels": (novels[6:], novels[:3], novels[3:6]),
+        "WikiText": ([valid], [test[:half]], [test[half:]]),
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -213,6 +232,19 @@ def banking77(data, stages=7):
     return [to_choose, class_stages(groups, train, rows("test.csv"))]
 
 
+def code_lines(half, stages=3, modules=4):
+    """Without data: which module of the standard library has this line? half: 0 or 1, of them."""
+    files = [(name, text) for name, text in documents("stdlib") if len(text) > 30_000]
+    groups = {}
+    rows = []
+    for i, (name, text) in enumerate(files[half::2][: stages * modules]):
+        groups.setdefault(f"group {1 + i // modules}", []).append(name)
+        lines = [line.strip() for line in text.decode("utf-8", "replace").splitlines()]
+        rows += [(line, name) for line in lines if len(line.split()) > 3]
+    train = [row for i, row in enumerate(rows) if i % 10 > 1]
+    return [class_stages(groups, train, rows[i::10]) for i in (0, 1)]
+
+
 def joined(stages, after):
     """All stages of another set as one, with classes from `after` on: to be trained on before."""
     train = zip(*[(s.x, s.last, s.y + after) for s in stages], strict=True)
@@ -232,13 +264,14 @@ def texts(data, folder, rows, length):
     """What to read, {"novel", "another novel", "code"}: int64 tokens [rows, length] each.
 
     Two such dictionaries, to choose step sizes on and to report, all of different books and files.
-    The beginnings of still others are written to `folder`, to train on.
+    The beginnings of still others are written to `folder`, to train on. Without data, long modules
+    of the standard library are the novels.
     """
-    novels = []
-    for _, text in documents(str(existing(data, "novels"))):
-        if len(text) > FRONT_MATTER + length:
-            novels.append(text[FRONT_MATTER:])
-    code = b"\n".join(text for _, text in documents("stdlib"))
+    code = [text for _, text in documents("stdlib")]
+    novels = code if data is None else [t for _, t in documents(str(existing(data, "novels")))]
+    novels = [text for text in novels if len(text) > FRONT_MATTER + length][: 4 * rows + 40]
+    code = b"\n".join(text for text in code if text not in novels)
+    novels = [text[FRONT_MATTER:] for text in novels]
     read = 2 * rows * length
     if not folder.exists():
         folder.mkdir(parents=True)

@@ -157,7 +157,8 @@ def _fetch(folder: str, file: str) -> Path:
     try:
         from datasets import DownloadManager
     except ImportError:
-        raise ValueError("data sets are fetched by datasets: pip install datasets") from None
+        how = "pip install -r requirements-data.txt"
+        raise ValueError(f"data sets are fetched by datasets: {how}") from None
     archive, _, inside = folder.partition("#")
     try:
         if inside:

@@ -1,6 +1,8 @@
 """bench continual: what its numbers mean, and that its learners differ only in what they should."""
 
+import json
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +24,7 @@ from bench.learners import (
     run,
     train_stage,
 )
-from bench.streams import Domain, banking77, clinc150, domains, joined, texts
+from bench.streams import Domain, banking77, clinc150, code_lines, domains, joined, texts
 from hope import Hope, HopeConfig
 from optimizers import split_parameters
 
@@ -220,7 +222,7 @@ def novels(tmp_path):
 
 @pytest.mark.slow
 def test_a_stream_is_measured_once_and_then_only_drawn(novels, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(learners, "SIZE", TINY)
+    monkeypatch.setattr(learners, "SIZE", TINY | {"n_layers": 2})
     monkeypatch.chdir(tmp_path)
     command = ["stream", "--quick", "--seeds", "1", "--data", novels]
     assert main(command) == 0
@@ -236,12 +238,51 @@ def test_a_stream_is_measured_once_and_then_only_drawn(novels, tmp_path, monkeyp
     assert first in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["domains", "classes", "classes --set banking77"])
+def test_quick_needs_no_data_but_the_standard_library(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(learners, "SIZE", TINY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NESTED_DATA", "nowhere")  # it is not even asked
+    monkeypatch.setattr(continual, "domains", partial(domains, scored=1024))
+    words = [*command.split(), "--quick", "--seeds=1", "--learners=hope 3 levels"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert out.count("hope 3 levels") >= 5
+    (results,) = tmp_path.glob("runs/quick/*.jsonl")
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert lines and all(np.isfinite(line["matrix"]).all() for line in lines)
+
+
+def test_domains_and_lines_of_the_standard_library_share_nothing():
+    to_choose, to_report = domains(None)
+    for a, b in zip(to_choose, to_report, strict=True):
+        assert a.name == b.name and len(a.train) > 100_000
+        assert len(a.held_out) == len(b.held_out) == 9_216
+        text = a.train.astype(np.uint8).tobytes()
+        for held_out in (a.held_out, b.held_out):
+            assert held_out.astype(np.uint8).tobytes() not in text
+        assert not np.array_equal(a.held_out, b.held_out)
+    first, second = code_lines(0)[1], code_lines(1)[1]
+    assert [len(stage.classes) for stage in (*first, *second)] == [4] * 6
+    assert all(set(stage.y.tolist()) == set(stage.classes) for stage in first)
+
+
+def test_a_stream_of_the_standard_library_reads_each_file_once(tmp_path):
+    parts = texts(None, tmp_path / "texts", 2, 4096)
+    rows = torch.cat([tokens for part in parts for tokens in part.values()])
+    assert len(rows.unique(dim=0)) == len(rows) == 12
+    read = [bytes(row.tolist()) for row in rows]
+    for path in (tmp_path / "texts").iterdir():
+        text = path.read_bytes()
+        assert text and not any(row[:1000] in text or text[:1000] in row for row in read)
+
+
 @pytest.mark.parametrize("name", ["domains", "classes_clinc150", "stream"])
 def test_committed_results_are_finished_cells_of_the_commands_that_made_them(name, tmp_path):
     """Every line is found by the settings it holds, so the recorded command trains nothing."""
     command = name.partition("_")[0]
     record = continual.Record(ROOT / f"results/continual_{name}.jsonl")
-    args = SimpleNamespace(command=command, quick=False, set="clinc150")
+    args = SimpleNamespace(command=command, quick=False, set="clinc150", data="")
     own = ("learner", "seed") if command == "stream" else ("learner", "seed", "lr", "ewc")
     lines = list(record.finished.values())
     assert len(lines) == {"domains": 38, "classes_clinc150": 38, "stream": 12}[name]
@@ -270,7 +311,9 @@ def test_a_setting_that_diverges_is_not_chosen(monkeypatch, tmp_path):
 
 def test_bad_input_is_named_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NESTED_DATA", raising=False)
     cases = {
+        "domains": "no data: name its folder with --data or $NESTED_DATA",
         "domain": "did you mean 'domains'",
         "domains --data nowhere": "nowhere/novels does not exist",
         "domains --data x --seeds 0": "seeds must be 1 to 100, got 0",

@@ -86,7 +86,7 @@ def test_nothing_is_written_of_a_file_that_has_changed_or_cannot_be_fetched(netw
     with pytest.raises(ValueError, match="unknown data set 'plane': .* did you mean 'plain'"):
         data.main(["get", "plane"])
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="pip install datasets"):
+    with pytest.raises(ValueError, match="pip install -r requirements-data.txt"):
         data.main(["get", "plain"])
     assert not Path("data").exists() and not Path("sets").exists()
 
