@@ -498,7 +498,8 @@ class Hope(nn.Module):
     def levels(self):
         """The model as a nested system (NL Definition 2), from the highest update frequency on.
 
-        Rows {"component", "level", "updates", "context", "parameters"}; level 1 updates most often.
+        Rows as of `layers.component`, with the "level": level 1 updates most often, one of infinite
+        period in training alone.
         Parameters of a level that learns in context are its initial weights.
         """
         rows = {}
@@ -519,7 +520,7 @@ class Hope(nn.Module):
         rows = [*rows.values(), static]
         periods = sorted({row["period"] for row in rows})
         for row in rows:
-            row["level"] = periods.index(row.pop("period")) + 1
+            row["level"] = periods.index(row["period"]) + 1
         return rows
 
 

@@ -116,7 +116,7 @@ def scan(W, k, u, eta, alpha, q=None, *, theta=None, S=None, delta=1.0, tile=64,
     if not torch.compiler.is_compiling():  # a context variable cannot be traced
         seen = _watching.get()
         if seen is not None:
-            seen.append((eta.mean(), alpha.mean()))
+            seen.append(dict(W=W, k=k, u=u, eta=eta, alpha=alpha, theta=theta, S=S, delta=delta))
     args = _aligned(W, k, u, eta, alpha, q, theta, S, delta)
     wide = u if u.element_size() > k.element_size() else k  # in whose type the kernels multiply
     kind = "series" if torch.is_tensor(delta) or delta not in (0, 1) else float(delta)
@@ -222,7 +222,7 @@ _watching = contextvars.ContextVar("watching", default=None)
 
 @contextlib.contextmanager
 def watch():
-    """A list to which every `scan` within (of this thread) appends its mean (eta, alpha)."""
+    """A list to which every `scan` within (of this thread) appends its arguments, but for q."""
     seen = []
     token = _watching.set(seen)
     try:

@@ -1,8 +1,9 @@
-"""Text from a trained model, streamed, at constant memory.
+"""Text from a trained model, streamed, at constant memory; and a look inside.
 
     python sample.py generate runs/hope-nano --prompt "def "
     python sample.py generate runs/hope-nano --prompt-file notes.txt --samples 3 --top-p 0.9
     python sample.py chat runs/hope-nano
+    python sample.py look runs/hope-nano          # what its memories do with a text: look.html
 
 `chat` reads what is typed, line by line, and writes on after each. All of it goes into one state,
 in which the CMS levels learn where the model's do, and which stands apart from the weights:
@@ -19,6 +20,7 @@ import sys
 
 import torch
 
+from bench import look
 from support.checkpoint import first_line, load_state, save_state
 from support.flags import DEVICES, Defaults, Help, Parser, updates_flag, whole_number
 from support.run import Run, precision
@@ -175,9 +177,12 @@ def parser() -> Parser:
     what = "texts to write, each after the prompt; several are printed at the end"
     g.add_argument("--samples", type=whole_number, default=1, metavar="N", help=what)
     writing_flags(g, 400, [])
+    g.set_defaults(do=generate)
     c = commands.add_parser("chat", help="talk to a run, which remembers", **form)
     c.add_argument("run", help="run folder of train.py")
     writing_flags(c, 200, ["<|endoftext|>"])
+    c.set_defaults(do=chat)
+    look.command(commands)
     return p
 
 
@@ -203,14 +208,11 @@ def writing_flags(p, n: int, stop: list[str]) -> None:
     updates_flag(machine)
 
 
-COMMANDS = {"generate": generate, "chat": chat}
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0 done, 2 bad input, 130 stopped by Ctrl-C."""
     try:
         args = parser().parse_args(argv)
-        COMMANDS[args.command](args)
+        args.do(args)
         return 0
     except (ValueError, RuntimeError, OSError) as error:
         print(f"sample.py: error: {first_line(error)}", file=sys.stderr)

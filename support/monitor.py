@@ -81,9 +81,10 @@ def rates(model: nn.Module, tokens: torch.Tensor) -> dict:
     found = {"eta": [], "alpha": []}
     with watch() as seen, plain(model), torch.compiler.set_stance("force_eager"):
 
-        def collect(*_):  # after each mixer: the means of its memories, one pair per call of `scan`
-            for i, means in enumerate(found.values()):
-                means.append(float(sum(pair[i] for pair in seen)) / len(seen) if seen else None)
+        def collect(*_):  # after each mixer: the means of its memories, over all calls of `scan`
+            for name, means in found.items():
+                each = [call[name].mean().item() for call in seen]
+                means.append(sum(each) / len(each) if each else None)
             seen.clear()
 
         hooks = [block.mixer.register_forward_hook(collect) for block in model.blocks]

@@ -728,7 +728,7 @@ def test_levels_account_for_every_parameter_from_fast_to_slow(name):
     frozen = model.config.inner_step == 0
     assert rows[0]["level"] == 1 and rows[0]["updates"].startswith("every token") != frozen
     assert rows[-1]["updates"] == "every training step"
-    assert {"component", "level", "updates", "context", "parameters"} == set(rows[0])
+    assert {"component", "level", "updates", "context", "parameters", "period"} == set(rows[0])
     updating = [row["updates"] for row in rows if row["component"].startswith("CMS")]
     assert updating == [
         f"every {chunk} tokens" for chunk in model.config.levels if chunk is not None
