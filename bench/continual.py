@@ -51,8 +51,9 @@ from bench.learners import (
 )
 from bench.streams import WORDS, banking77, clinc150, code_lines, domains, joined, texts
 from layers import one_of
-from support.checkpoint import atomic_write, first_line, warned
+from support.checkpoint import first_line, warned
 from support.flags import Parser
+from support.plots import heat_map, picture
 from train import NonFinite
 
 LRS = (1.7e-4, 5e-4, 1.5e-3, 4.5e-3)  # of the stages after the first, to choose from
@@ -253,18 +254,17 @@ def learning(own):
 def plot(lines, command, path):
     """The lines of the record as a picture, seeds averaged."""
     if command == "stream":
-        figure = draw_stream(lines)
-    else:
-        figure = draw_matrices(lines, command == "classes")
-    with warned():
-        atomic_write(path, lambda beside: figure.savefig(beside, dpi=120, format="png"))
+        with warned(), picture(path, 10, 3.8) as figure:
+            draw_stream(figure, lines)
+        return
+    learners = {line["learner"] for line in lines}
+    rows = -(-(len(learners) + 1) // 3)
+    with warned(), picture(path, 12, 3.4 * rows, dpi=100) as figure:
+        draw_matrices(figure.subplots(rows, 3, squeeze=False), lines, command == "classes")
 
 
-def draw_stream(lines):
+def draw_stream(figure, lines):
     """What learning gains while a novel is read, and what is left of it after something else."""
-    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
-
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
     reading, left = figure.subplots(1, 2)
     lines = [line for line in lines if line["seed"] != SEARCH_SEED]
     for number, (learner, own) in enumerate(in_order(lines).items()):
@@ -283,35 +283,32 @@ def draw_stream(lines):
     left.set(ylabel="gain on the novel (bits per byte)")
     for axes in (reading, left):
         axes.axhline(0, color="gray", linewidth=0.8)
-        axes.legend(frameon=False, fontsize=7)
-    return figure
+        axes.legend()
 
 
-def draw_matrices(lines, higher_is_better):
-    """A heat-map of the matrix for every learner, and all settings that were tried."""
-    from matplotlib.figure import Figure
+def draw_matrices(grid, lines, higher_is_better):
+    """A heat-map of the matrix for every learner, and all settings that were tried.
 
+    grid: axes [rows, 3], at least one more than there are learners.
+    """
+    grid = grid.flatten().tolist()
     chosen = [line for line in lines if line["seed"] != SEARCH_SEED]
     learners = in_order(chosen)
-    rows = -(-(len(learners) + 1) // 3)
-    figure = Figure(figsize=(10.5, 3.2 * rows), layout="constrained")
-    grid = figure.subplots(rows, 3, squeeze=False).flatten()
-    high = 1.0
-    if not higher_is_better:
-        high = np.percentile([line["matrix"][1:] for line in chosen], 95)
-    for axes, (learner, own) in zip(grid, learners.items(), strict=False):
-        R = np.mean(column(own, "matrix"), 0)[1:]
-        low = 0.0 if higher_is_better else np.min(R)
-        colors = "viridis" if higher_is_better else "viridis_r"
-        image = axes.imshow(R, cmap=colors, vmin=low, vmax=high)
-        for (i, j), value in np.ndenumerate(R):
-            light = sum(image.cmap(image.norm(value))[:3]) > 1.6
-            color = "black" if light else "white"
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontsize=6)
-        names = chosen[0]["stages"]
-        axes.set(title=learner, xlabel="scored on stage", ylabel="after stage")
-        axes.set_xticks(range(len(R)), names, fontsize=6, rotation=40, ha="right")
-        axes.set_yticks(range(len(R)), names, fontsize=6)
+    matrices = [np.mean(column(own, "matrix"), 0)[1:] for own in learners.values()]
+    names = chosen[0]["stages"]
+    if higher_is_better:
+        scale = {"vmin": 0, "vmax": 1, "form": "{:.0%}"}
+        legend = "accuracy"
+    else:  # what diverges must not hide all else
+        scale = {"vmin": np.min(matrices), "vmax": np.percentile(matrices, 95)}
+        scale["cmap"] = "viridis_r"
+        legend = "bits per byte"
+    for number, (learner, matrix) in enumerate(zip(learners, matrices, strict=True)):
+        axes = grid[number]
+        left = number % 3 == 0
+        image = heat_map(axes, matrix, names if left else [""] * len(names), names, **scale)
+        axes.set(title=learner, xlabel="scored on stage", ylabel="after stage" if left else "")
+    axes.figure.colorbar(image, ax=grid, label=legend, shrink=0.6, aspect=40)
     axes = grid[len(learners)]
     searched = [line for line in lines if line["seed"] == SEARCH_SEED]
     for learner, tried in in_order(searched).items():
@@ -319,13 +316,12 @@ def draw_matrices(lines, higher_is_better):
         for strength, points in itertools.groupby(tried, lambda line: line["ewc"]):
             points = np.array([(line["forgetting"], line["last"]) for line in points])
             label = f"{learner} {strength:g}" if strength else learner
-            axes.plot(*points.T, "o-", markersize=3, label=label)
+            axes.plot(*points.T, "o-", linewidth=1.2, markersize=3, label=label)
     unit = "" if higher_is_better else " (bits per byte)"
     axes.set(title="all settings tried", xlabel="forgetting", ylabel=f"last stage{unit}")
-    axes.legend(frameon=False, fontsize=6)
+    axes.legend(fontsize=7)
     for axes in grid[len(learners) + 1 :]:
         axes.remove()
-    return figure
 
 
 # --------------------------------------------------------------------------------------------------

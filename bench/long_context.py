@@ -82,9 +82,9 @@ def position(scorer: Scorer, tokens: np.ndarray, seq_len: int, context: int, row
     every seq_len tokens. tokens [N]: its first disjoint rows, at most `rows` of them.
 
     Returns "kept", "fresh": bits per token of the positions up to seq_len, from there to 2 seq_len,
-    to 4 seq_len ... ("to"); "curve": nats per token [context] of the first reading; "peak_mib":
-    most memory held until half way and until the end of it; "rows". Raises ValueError where the
-    text is shorter than context, NonFinite.
+    to 4 seq_len ... ("to"); "curve": nats of each token [rows, context] in the first reading;
+    "peak_mib": most memory held until half way and until the end of it; "rows". Raises ValueError
+    where the text is shorter than context, NonFinite.
     """
     if not 1 <= context <= len(tokens):
         legal = f"1 to {len(tokens)} tokens, the length of the text"
@@ -100,14 +100,14 @@ def position(scorer: Scorer, tokens: np.ndarray, seq_len: int, context: int, row
         return token_losses(logits, targets), state
 
     # the memory kept
-    kept = torch.zeros(context)
+    kept = torch.zeros(rows, context)
     peak = []
     state = None
     step = max(1, scorer.limit // rows)
     for at in range(0, context, step):
         here = slice(at, at + step)
         nats, state = losses(inputs[:, here], targets[:, here], state)
-        kept[here] = nats.mean(0)
+        kept[:, here] = nats
         if at < context / 2 <= at + step or at + step >= context:
             peak.append(peak_memory(scorer.device))
     # the memory afresh in every window; the last one may be shorter
@@ -120,7 +120,7 @@ def position(scorer: Scorer, tokens: np.ndarray, seq_len: int, context: int, row
         windows = [t[:, span].reshape(-1, length).split(at_once) for t in (inputs, targets)]
         nats = torch.cat([losses(x, y)[0] for x, y in zip(*windows, strict=True)])
         fresh[span] = nats.view(rows, -1).mean(0)
-    wrong = ~torch.isfinite(kept + fresh)
+    wrong = ~torch.isfinite(kept.mean(0) + fresh)
     if wrong.any():
         raise NonFinite(f"position: the loss at {int(wrong.nonzero()[0])} is not finite")
     # means over spans that double
@@ -128,7 +128,7 @@ def position(scorer: Scorer, tokens: np.ndarray, seq_len: int, context: int, row
     while to[-1] < context:
         to.append(min(2 * to[-1], context))
     means = {"kept": [], "fresh": []}
-    for name, curve in (("kept", kept), ("fresh", fresh)):
+    for name, curve in (("kept", kept.mean(0)), ("fresh", fresh)):
         for begin, end in zip([0, *to], to, strict=False):
             means[name].append(curve[begin:end].mean().item() / math.log(2))
     result = means | {"to": to, "rows": rows, "curve": kept.numpy()}

@@ -6,12 +6,10 @@
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure  # a Figure of its own needs no display
 from matplotlib.patches import FancyBboxPatch
 
-from support.checkpoint import atomic_write
+from support.plots import INK, picture
 
-INK = "#222222"
 FAINT = "#8a8a8a"
 STATIC = "#ececec"
 TITANS = "#f6b48a"
@@ -66,9 +64,9 @@ def clock(axes, left, right, y, period, color, label):
     axes.text(left, y + 0.24, label, fontsize=8.5, color=INK, va="bottom")
 
 
-def draw() -> Figure:
+def draw(figure) -> None:
     """Left the block, from tokens to logits; right the clocks."""
-    figure = Figure(figsize=(7, 5.6))
+    figure.set_layout_engine("none")  # all places are given
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, 7), ylim=(0.1, 6.5))
     axes.axis("off")
@@ -103,13 +101,12 @@ def draw() -> Figure:
             axes.text(2.2, 4.545, "x, q", fontsize=8.5, color=INK, va="center")
         else:
             arrow(axes, (stream, y), (left, y))
-    return figure
 
 
 def main() -> None:
     path = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/hope.png")
-    figure = draw()
-    atomic_write(path, lambda beside: figure.savefig(beside, format="png", dpi=200))
+    with picture(path, 7, 5.6, dpi=200) as figure:
+        draw(figure)
     print(f"in {path}")
 
 

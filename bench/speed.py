@@ -25,10 +25,11 @@ import torch
 from bench.cells import machine_flags, parameters, spec_config, split_specs, where
 from bench.tables import markdown
 from hope import Hope, HopeConfig
-from support.checkpoint import atomic_write, warned
+from support.checkpoint import warned
 from support.config import TrainConfig
 from support.flags import whole_number, whole_numbers
 from support.plan import peak_memory
+from support.plots import INK, label_ends, picture
 from support.run import device_for, optimizer_for, precision
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -204,29 +205,31 @@ def wait(device) -> None:
 
 
 def draw(path: Path, specs: list[str], lengths: list[int], rows: list[dict]) -> None:
-    """Tokens per second and peak memory against the length of rows; Hope's models are thick."""
-    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
+    """Speed and peak memory as multiples of the Transformer's, against the length of rows.
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    Hope's models are thick.
+    """
     panels = {
-        "tokens_per_s": "tokens/s of a training step",
-        "memory_mib": "peak memory of a training step, MiB",
+        "ratio": "speed of a training step",
+        "memory_ratio": "peak memory of a training step",
     }
-    for axes, (name, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for i, spec in enumerate(specs):
-            own = spec.startswith("hope")
-            values = [row[name] for row in rows if row["model"] == spec]
-            if None in values:
-                continue
-            color = "tab:red" if spec == "hope" else f"C{i % 10}"
-            style = {"marker": "o" if own else ".", "linewidth": 2.5 if own else 1}
-            style["linestyle"] = ("-", "--", ":")[i // 10 % 3]
-            axes.plot(lengths, values, color=color, label=spec, **style)
-        axes.set(xscale="log", yscale="log", title=title, xlabel="tokens in a row")
-        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
-    with warned():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
+    with warned(), picture(path, 12, 6) as figure:
+        for axes, (name, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+            ends = []
+            for i, spec in enumerate(specs):
+                values = [row[name] for row in rows if row["model"] == spec]
+                if None in values:
+                    continue
+                thick = spec.startswith("hope")
+                color = f"C{i % 7}" if i else INK  # the last of the cycle is the axes' grey
+                style = {"marker": "o" if thick else ".", "linewidth": 2.6 if thick else 1.2}
+                style["linestyle"] = ("-", "--", ":")[i // 7 % 3]
+                axes.plot(lengths, values, color=color, **style)
+                ends.append((spec, lengths[-1], values[-1], color))
+            axes.set(xscale="log", yscale="log", title=title, xlabel="tokens in a row")
+            axes.set(ylabel=f"times {specs[0]}'s, at the same length")
+            axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 3, 5))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
+            label_ends(axes, ends)

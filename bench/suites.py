@@ -58,9 +58,10 @@ from bench.small_tasks import GRIDS, Cell, data_sets, protocol, train_cell
 from bench.tables import cell as shown
 from bench.tables import markdown, published, short
 from layers import one_of
-from support.checkpoint import atomic_write, warned
+from support.checkpoint import warned
 from support.config import TrainConfig
 from support.flags import whole_number
+from support.plots import heat_map, picture
 from support.run import device_for
 from tasks import LANGUAGES
 
@@ -256,8 +257,6 @@ def table(suite: str, tasks: list[str], rows: list[dict], args) -> str:
 
 def draw(path: Path, suite: str, tasks: list[str], rows: list[dict]) -> None:
     """Heat-map of mean accuracy: our models, and below them the published ones."""
-    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
-
     bins = BINS[suite]
     names = [row["model"] for row in rows]
     values = [np.concatenate([row["mean"][task] for task in tasks]) for row in rows]
@@ -271,20 +270,9 @@ def draw(path: Path, suite: str, tasks: list[str], rows: list[dict]) -> None:
     labels = []
     for task, number in product(tasks, range(bins)):
         labels.append(COLUMNS[suite][task] + (f" bin {number}" if bins > 1 else ""))
-    size = (2.5 + 0.7 * len(labels), 1.5 + 0.35 * len(names))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    values = np.array(values, float)
-    axes.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
-    for (i, j), value in np.ndenumerate(values):
-        if not math.isnan(value):
-            color = "black" if value > 60 else "white"
-            where = {"ha": "center", "va": "center", "fontsize": 8}
-            axes.text(j, i, f"{value:.0f}", color=color, **where)
-    axes.axhline(len(rows) - 0.5, color="white", linewidth=3)
-    axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_title("accuracy %")
-    with warned():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, lambda beside: figure.savefig(beside, dpi=120, format="png"))
+    with warned(), picture(path, 3.5 + 0.7 * len(labels), 1.5 + 0.35 * len(names)) as figure:
+        axes = figure.add_subplot()
+        values = np.array(values, float)
+        image = heat_map(axes, values, names, labels, "{:.0f}", vmin=0, vmax=100)
+        figure.colorbar(image, label="accuracy %", pad=0.02)
+        axes.axhline(len(rows) - 0.5, color="white", linewidth=3)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from support.checkpoint import atomic_write, warned
+from support.checkpoint import warned
+from support.plots import picture
 
 
 def published(table: str) -> dict:
@@ -70,24 +71,20 @@ def beside(table: str, made: dict, run, guess: list | None = None) -> str:
 
 
 def draw(path: Path, paper: dict, values: list, facts: dict) -> None:
-    """A panel for each column: this run red, the published Hope black, other rows grey."""
-    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
-
+    """A panel for each column: this run orange, the published Hope black, other rows grey."""
     columns = paper["columns"]
-    figure = Figure(figsize=(1.4 * len(columns) + 1, 4), layout="constrained")
-    panels = zip(figure.subplots(1, len(columns)), columns, values, strict=True)
-    for i, (axes, column, value) in enumerate(panels):
-        for row in paper["rows"]:
-            color = "black" if row["model"] == "Hope" else "0.75"
-            axes.plot(np.atleast_1d(row["values"][i]), "o", color=color)
-        if value is not None:
-            axes.plot(np.atleast_1d(value), "D", color="tab:red")
-        axes.set(title=column, xticks=[], yscale="log" if "ppl" in column else "linear")
-    red = f"red: {facts['model']}, {_size(facts)}"
-    others = "black: published Hope; grey: other published rows"
-    figure.suptitle(f"{paper['title']}\n{red}; {others}")
-    with warned():
-        atomic_write(path, lambda target: figure.savefig(target, format="png", dpi=120))
+    with warned(), picture(path, 1.4 * len(columns) + 1, 4) as figure:
+        panels = zip(figure.subplots(1, len(columns)), columns, values, strict=True)
+        for i, (axes, column, value) in enumerate(panels):
+            for row in paper["rows"]:
+                color = "black" if row["model"] == "Hope" else "0.75"
+                axes.plot(np.atleast_1d(row["values"][i]), "o", color=color)
+            if value is not None:
+                axes.plot(np.atleast_1d(value), "D", color="C1")
+            axes.set(title=column, xticks=[], yscale="log" if "ppl" in column else "linear")
+        orange = f"orange: {facts['model']}, {_size(facts)}"
+        others = "black: published Hope; grey: other published rows"
+        figure.suptitle(f"{paper['title']}\n{orange}; {others}")
 
 
 def draw_position(run, made: dict) -> None:
@@ -95,30 +92,32 @@ def draw_position(run, made: dict) -> None:
 
     Points are means up to 1, 2, 4 ... training rows.
     """
-    from matplotlib.figure import Figure
-
-    curve = made["curve"] / math.log(2)
+    curve = made["curve"] / math.log(2)  # [rows, context]
     to = made["to"]
     length = run.config.seq_len
     facts = run.facts()
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    top, bottom = figure.subplots(2, sharex=True, height_ratios=[2, 1])
-    edges = np.unique(np.geomspace(1, len(curve) + 1, 40).astype(int)) - 1
-    steps = [curve[a:b].mean() for a, b in zip(edges, edges[1:], strict=False)]
-    top.stairs(steps, edges + 1, baseline=None, color="tab:blue", alpha=0.5)
-    top.plot(to, made["kept"], "o", color="tab:blue", label="mean since the point before")
-    # the first few tokens would hide all others
-    top.set_ylim(0.9 * min(made["kept"]), 1.2 * max(made["kept"]))
-    bottom.plot(to, np.subtract(made["fresh"], made["kept"]), "o-", color="tab:orange")
-    bottom.axhline(0, color="0.7", linewidth=1)
-    for axes in (top, bottom):
-        axes.axvline(length, color="0.7", linestyle=":", label="length of training rows")
-    top.legend()
-    top.set(xscale="log", ylabel="bits per token", title=f"{facts['model']}, {_size(facts)}")
-    bottom.set(xlabel="position (tokens)", ylabel=f"worse if begun\nafresh every {length}")
-    path = run.folder / "position.png"
-    with warned():
-        atomic_write(path, lambda target: figure.savefig(target, format="png", dpi=120))
+    first = min(32, curve.shape[1] // 2)  # the first tokens, hard to foresee, would hide all others
+    edges = np.unique(np.geomspace(first + 1, curve.shape[1] + 1, 30).astype(int)) - 1
+    spans = zip(edges, edges[1:], strict=False)
+    means = np.stack([curve[:, a:b].mean(1) for a, b in spans])  # [spans, rows]
+    mean = means.mean(1)
+    middle = np.sqrt((edges[:-1] + 1) * edges[1:])
+    with warned(), picture(run.folder / "position.png", 7, 6) as figure:
+        top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+        top.plot(middle, mean, color="C0", linewidth=1, label="mean of the rows")
+        if len(curve) > 1:
+            spread = means.std(1, ddof=1)
+            label = f"standard deviation of the {len(curve)} rows"
+            style = {"color": "C0", "alpha": 0.18, "linewidth": 0}
+            top.fill_between(middle, mean - spread, mean + spread, label=label, **style)
+        top.plot(to, made["kept"], "o", color="C0", label="mean since the point before")
+        bottom.plot(to, np.subtract(made["fresh"], made["kept"]), "o-", color="C1")
+        bottom.axhline(0, color="0.7", linewidth=1)
+        for axes in (top, bottom):
+            axes.axvline(length, color="0.5", linestyle=":", label="length of training rows")
+        top.legend()
+        top.set(xscale="log", ylabel="bits per token", title=f"{facts['model']}, {_size(facts)}")
+        bottom.set(xlabel="position (tokens)", ylabel=f"worse if begun\nafresh every {length}")
 
 
 def _size(facts: dict) -> str:

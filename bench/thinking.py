@@ -17,10 +17,11 @@ import ctm
 from ctm import CTM, CTMConfig, loss_fn
 from layers import count, one_of
 from support import checkpoint
-from support.checkpoint import atomic_write, first_line
+from support.checkpoint import first_line
 from support.config import TrainConfig
 from support.flags import DEVICES, Parser, whole_number
 from support.monitor import ProgressBar, interrupts, say
+from support.plots import picture
 from support.run import device_for, write_json
 from tasks import IGNORE, MOVES, WAIT, image_folder, mazes, prefix_labels, read_image
 from train import learning_rate, update
@@ -385,8 +386,6 @@ def busiest(rows: list) -> np.ndarray:
 @torch.no_grad()
 def draw(folder: Path, task: Task, model, result: dict, columns: int = 8) -> None:
     """ctm.png: where one row looks at, its neurons, their synchronisation, certainty, by tick."""
-    from matplotlib.figure import Figure  # slow to import; needs no display
-
     model.eval()
     inputs, targets = next(iter(task.test()))
     inputs = inputs[:1].to(next(model.parameters()).device)
@@ -399,36 +398,40 @@ def draw(folder: Path, task: Task, model, result: dict, columns: int = 8) -> Non
         S.append((state["output"]["alpha"] * state["output"]["beta"].rsqrt())[0].cpu())
         certainty.append(sure.item())
     shown = sorted({round(i) for i in np.linspace(0, len(looks) - 1, columns)})
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    strip, below = figure.subfigures(2, 1, height_ratios=(1, 2))
-    axes = strip.subplots(1, len(shown) + 1, squeeze=False)[0]
-    image = inputs[0, None] if inputs.ndim == 2 else (inputs[0].permute(1, 2, 0) + 1) / 2
-    axes[0].imshow(image.cpu().numpy(), cmap="gray")
-    axes[0].set_title("data")
-    for at, tick in zip(axes[1:], shown, strict=True):
-        at.imshow(looks[tick].numpy(), vmin=0, vmax=max(look.max().item() for look in looks))
-        at.set_title(f"tick {tick + 1}")
-    for at in axes:
-        at.set(xticks=[], yticks=[])
-    strip.suptitle("attention, mean of the heads")
-    traces, pairs, sure = below.subplots(1, 3)
-    ticks = range(1, len(z) + 1)
-    lively, synchronous = (busiest(rows) for rows in (z, S))
-    for i, trace in enumerate(lively[:12]):
-        traces.plot(ticks, 0.5 * trace + i, linewidth=1)
-    traces.set(title="the twelve neurons that change most", xlabel="tick", yticks=[])
-    extent = (0.5, len(z) + 0.5, 0, 1)
-    how = {"aspect": "auto", "cmap": "RdBu", "vmin": -1, "vmax": 1, "interpolation": "nearest"}
-    pairs.imshow(synchronous[:48], extent=extent, **how)
-    pairs.set(title="synchronisation, pairs that change most", xlabel="tick", yticks=[])
-    sure.plot(ticks, certainty, label="certainty of this row")
-    sure.plot(ticks, result["certainty"], label="certainty, mean")
-    sure.plot(ticks, result["by_tick"], label="right, mean")
-    sure.set(xlabel="tick", ylim=(0, 1.02), title=f"{result['right']:.1%} right")
-    sure.legend(frameon=False)
-    for at in (traces, pairs, sure):
-        at.xaxis.get_major_locator().set_params(integer=True)
-    atomic_write(folder / "ctm.png", lambda path: figure.savefig(path, dpi=110, format="png"))
+    with picture(folder / "ctm.png", 11, 5.5, dpi=110) as figure:
+        strip, below = figure.subfigures(2, 1, height_ratios=(1, 2))
+        axes = strip.subplots(1, len(shown) + 1, squeeze=False)[0]
+        pixels = inputs[0, None] if inputs.ndim == 2 else (inputs[0].permute(1, 2, 0) + 1) / 2
+        axes[0].imshow(pixels.cpu().numpy(), cmap="gray", aspect="equal")
+        axes[0].set_title("data")
+        most = max(look.max().item() for look in looks)
+        for at, tick in zip(axes[1:], shown, strict=True):
+            look = at.imshow(looks[tick].numpy(), vmin=0, vmax=most, aspect="equal")
+            at.set_title(f"tick {tick + 1}")
+        for at in axes:
+            at.set(xticks=[], yticks=[])
+            at.spines[:].set_visible(True)
+        strip.colorbar(look, ax=axes, label="attention,\nmean of the heads")
+        traces, pairs, sure = below.subplots(1, 3)
+        ticks = range(1, len(z) + 1)
+        lively, synchronous = (busiest(rows) for rows in (z, S))
+        for i, trace in enumerate(lively[:12]):
+            traces.plot(ticks, 0.5 * trace + i, linewidth=1)
+        traces.set(title="neurons that change most", xlabel="tick", yticks=[])
+        extent = (0.5, len(z) + 0.5, 0, 1)
+        how = {"cmap": "RdBu", "vmin": -1, "vmax": 1, "interpolation": "nearest"}
+        image = pairs.imshow(synchronous[:48], extent=extent, **how)
+        below.colorbar(image, ax=pairs, label="of each pair's largest")
+        pairs.set(title="synchronisation of pairs", xlabel="tick", yticks=[])
+        for at in (*axes, pairs):
+            at.grid(False)
+        sure.plot(ticks, certainty, label="certainty of this row")
+        sure.plot(ticks, result["certainty"], label="certainty, mean")
+        sure.plot(ticks, result["by_tick"], label="right, mean")
+        sure.set(xlabel="tick", ylim=(0, 1.02), title=f"{result['right']:.1%} right")
+        sure.legend()
+        for at in (traces, pairs, sure):
+            at.xaxis.get_major_locator().set_params(integer=True)
 
 
 # --------------------------------------------------------------------------------------------------

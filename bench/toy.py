@@ -6,10 +6,12 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from optimizers import M3, DeepMomentum, DeltaMomentum, Momentum, Muon
+from support.plots import picture
 
 STEEP = 10.0  # k of NL eq. 53: how much steeper the ravine is across than along
 BEND = 1.0  # its alpha
@@ -46,32 +48,26 @@ def steps_to_stay(path: list[tuple], below: float = 1e-3) -> float:
 
 def draw(paths: dict[str, list], omega: float, file: Path) -> None:
     """The toy's level lines with the paths by name, and psi step by step, as a picture."""
-    import numpy as np
-    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
-
     xlim = (-5, 3)
     ylim = (-5.5, 3.5)
     r, theta = np.meshgrid(np.linspace(*xlim, 300), np.linspace(*ylim, 300))
     psi = r**2 + STEEP * (r - theta + BEND * np.sin(omega * r)) ** 2
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    plane, fall = figure.subplots(1, 2)
-    plane.contourf(r, theta, np.log10(psi + 1e-3), 24, cmap="Greys_r", alpha=0.6)
-    colors = ("tab:blue", "tab:orange", "tab:green")
-    for (name, path), color in zip(paths.items(), colors, strict=True):
-        x, y, value = np.array(path).T
-        plane.plot(x, y, ".-", color=color, markersize=4, linewidth=1, label=name)
-        fall.semilogy(value, color=color, label=f"{name}: {steps_to_stay(path)} steps")
-    plane.plot(0, 0, "*", color="black", markersize=12)
-    plane.plot(*START, "o", color="black")
-    title = f"k {STEEP:g}, alpha {BEND:g}, omega {omega:g}"
-    plane.set(xlabel="r", ylabel="theta", xlim=xlim, ylim=ylim, title=title)
-    fall.axhline(1e-3, color="black", linewidth=0.8, linestyle=":")
-    fall.set(xlabel="step", ylabel="psi", ylim=(1e-6, 1e3), xlim=(0, 200))
-    for axes in (plane, fall):
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    file.parent.mkdir(exist_ok=True)
-    figure.savefig(file, dpi=130)
+    with picture(file, 11, 4.5) as figure:
+        plane, fall = figure.subplots(1, 2)
+        image = plane.contourf(r, theta, np.log10(psi + 1e-3), 24, cmap="Greys_r", alpha=0.6)
+        figure.colorbar(image, ax=plane, label="log10 psi")
+        for name, path in paths.items():
+            x, y, value = np.array(path).T
+            plane.plot(x, y, ".-", markersize=4, linewidth=1, label=name)
+            fall.semilogy(value, label=f"{name}: {steps_to_stay(path)} steps")
+        plane.plot(0, 0, "*", color="black", markersize=12)
+        plane.plot(*START, "o", color="black")
+        title = f"k {STEEP:g}, alpha {BEND:g}, omega {omega:g}"
+        plane.set(xlabel="r", ylabel="theta", xlim=xlim, ylim=ylim, title=title)
+        fall.axhline(1e-3, color="black", linewidth=0.8, linestyle=":")
+        fall.set(xlabel="step", ylabel="psi", ylim=(1e-6, 1e3), xlim=(0, 200))
+        for axes in (plane, fall):
+            axes.legend()
 
 
 def ravine() -> None:

@@ -14,6 +14,7 @@ from memory import watch
 from support.checkpoint import atomic_write
 from support.distributed import rank
 from support.flags import Progress
+from support.plots import picture
 from support.run import Run, precision
 
 
@@ -103,40 +104,35 @@ def trailing_mean(y: np.ndarray, window: int) -> np.ndarray:
 
 
 def plot(run: Run) -> None:
-    """loss.png from metrics.jsonl."""
-    from matplotlib.figure import Figure  # slow to import; needs no display
-
+    """loss.png from metrics.jsonl: the loss, and under it the learning rate."""
     records = run.metrics()
-    train = [(r["tokens"], r["bits_per_byte"]) for r in records if "bits_per_byte" in r]
+    train = [r for r in records if "bits_per_byte" in r]
     val = [(r["tokens"], r["val_bits_per_byte"]) for r in records if "val_bits_per_byte" in r]
     if not train:
         return
-    x, y = np.array(train).T
-    val = np.array(val).reshape(-1, 2)
+    x, y, lr = np.array([[r[key] for key in ("tokens", "bits_per_byte", "lr")] for r in train]).T
     window = min(len(y), max(20, len(y) // 50))
     smooth = trailing_mean(y, window)
     units = [(1e9, "billion"), (1e6, "million")]
     unit, name = next((unit for unit in units if x[-1] >= unit[0]), (1e3, "thousand"))
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(x / unit, y, color="tab:blue", alpha=0.2, linewidth=0.8, label="training, each step")
-    label = f"training, mean of {window} steps"
-    axes.plot(x / unit, smooth, color="tab:blue", linewidth=1.8, label=label)
-    if len(val):
-        at = val[:, 0] / unit
-        color = "tab:orange"
-        axes.plot(at, val[:, 1], "o-", color=color, markersize=5, label="held-out files")
-        style = {"ha": "right", "color": color, "fontweight": "bold"}
-        offset = {"xytext": (0, 8), "textcoords": "offset points"}
-        axes.annotate(f"{val[-1, 1]:.3f}", (at[-1], val[-1, 1]), **offset, **style)
-    axes.set(xlabel=f"training tokens ({name})", ylabel="loss (bits per byte)", title=run.title)
-    shown = np.concatenate([smooth, val[:, 1]])
-    axes.set_ylim(0.95 * shown.min(), 1.02 * shown.max())
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    atomic_write(run.folder / "loss.png", lambda path: figure.savefig(path, dpi=150, format="png"))
+    at, held_out = np.array(val).reshape(-1, 2).T
+    with picture(run.folder / "loss.png", 8, 5.4) as figure:
+        loss, rate = figure.subplots(2, sharex=True, height_ratios=(4, 1))
+        loss.plot(x / unit, y, color="C0", alpha=0.25, linewidth=0.8, label="training, each step")
+        loss.plot(x / unit, smooth, color="C0", label=f"training, mean of {window} steps")
+        loss.plot(at / unit, held_out, "o-", color="C1", label="held-out files")
+        if val:
+            style = {"ha": "right", "color": "C1", "fontweight": "bold"}
+            offset = {"xytext": (0, 8), "textcoords": "offset points"}
+            end = (at[-1] / unit, held_out[-1])
+            loss.annotate(f"{held_out[-1]:.3f}", end, **offset, **style)
+        # the first tenth falls from far above: it would leave no room for the rest
+        shown = np.concatenate([smooth[len(smooth) // 10 :], held_out])
+        loss.set_ylim(0.94 * shown.min(), 1.03 * shown.max())
+        loss.set(ylabel="loss (bits per byte)", title=run.title)
+        loss.legend()
+        rate.plot(x / unit, lr, color="C7")
+        rate.set(xlabel=f"training tokens ({name})", ylabel="learning rate", ylim=(0, None))
 
 
 def write_sample(run: Run) -> str:
