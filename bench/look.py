@@ -37,6 +37,7 @@ TEMPLATE = Path(__file__).with_name("look.html")
 # A memory that is watched: the arguments of one `scan` over the text, all in `call`
 
 
+@torch.no_grad()
 def watched(model, tokens):
     """Read tokens [1, T] as the model's config says, and see what its memories write.
 
@@ -45,9 +46,9 @@ def watched(model, tokens):
     """
     made = {}
     hooks = []
-    with torch.no_grad(), watch() as seen, plain(model):
+    with precision(tokens.device), watch() as seen, plain(model):
 
-        def collect(own, output):
+        def collect(own, memory, args, output):
             layers = len(output[1].get("running", [None]))
             for i, call in enumerate(seen):
                 own.setdefault(i % layers, []).append(call)
@@ -60,8 +61,7 @@ def watched(model, tokens):
                 own = made[number] = {}
                 # what learning computes again, backward, is no new write
                 hooks.append(memory.register_forward_pre_hook(lambda *_: seen.clear()))
-                after = partial(lambda own, *call: collect(own, call[-1]), own)
-                hooks.append(memory.register_forward_hook(after))
+                hooks.append(memory.register_forward_hook(partial(collect, own)))
         try:
             logits, state = model(tokens)
         finally:
@@ -76,13 +76,13 @@ def joined(calls):
     whole = dict(calls[0])
     for name, axis in AXES.items():
         if torch.is_tensor(whole[name]):
-            whole[name] = torch.cat([call[name].detach() for call in calls], axis)
-    inner = {name: 2 if name in ("W", "S", "k", "u") else 1 for name in whole}
-    given = {name: x for name, x in whole.items() if torch.is_tensor(x)}
-    lead = torch.broadcast_shapes(*(x.shape[: x.ndim - inner[name]] for name, x in given.items()))
-    for name, x in given.items():
-        whole[name] = x.expand(*lead, *x.shape[x.ndim - inner[name] :])[0]
-    return whole
+            whole[name] = torch.cat([call[name] for call in calls], axis)
+    own = {name: -2 if name in ("W", "S", "k", "u") else -1 for name in whole}  # dimensions
+    given = {name: x.detach() for name, x in whole.items() if torch.is_tensor(x)}
+    lead = torch.broadcast_shapes(*(x.shape[: own[name]] for name, x in given.items()))
+    return whole | {
+        name: x.expand(*lead, *x.shape[own[name] :])[0] for name, x in given.items()
+    }
 
 
 def part(call, begin, end, W, S):
@@ -148,6 +148,7 @@ def planted(call, lags, starts=8, pairs=4):
 # What the page shows
 
 
+@torch.no_grad()
 def report(model, tokens, symbols):
     """Everything on the page, of tokens [T + 1] of which the first only begins the text.
 
@@ -180,7 +181,7 @@ def report(model, tokens, symbols):
     if model.config.cms_updates == "off":
         made["lacks"].append("steps of CMS levels in context: off, so there is no gain of theirs")
     else:
-        with torch.no_grad():
+        with precision(tokens.device):
             without, _ = model(tokens[None], updates="off")
         made["gain"] = numbers(bits(without, tokens) - loss)
     made["levels"] = levels(model, state)
@@ -294,9 +295,8 @@ def look(args):
     if len(ids) < 3:
         raise ValueError(f"text must have at least 2 tokens, got {len(ids) - 1}")
     tokens = torch.tensor(ids, device=run.device)
-    with precision(run.device):
-        made = report(run.model, tokens, shown(ids[1:], run.encoding))
-    html = page({"text": name, **run.facts()} | made)
+    made = report(run.model, tokens, shown(ids[1:], run.encoding))
+    html = page({"text": name} | run.facts() | made)
     atomic_write(path, lambda beside: beside.write_text(html, "utf-8"))
     mean = sum(made["loss"]) / len(made["loss"])
     size = f"{len(html.encode()) / 1e6:.1f} MB"
