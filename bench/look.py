@@ -168,7 +168,7 @@ def report(model, tokens, symbols):
     made |= {"points": points, "moments": moments, "lags": lags}
     for number, layers in found.items():
         for i, call in enumerate(layers):
-            name = f"block {number + 1}" + (f", layer {i + 1} of its memory" if layers[1:] else "")
+            name = f"block {number + 1}" + (f", layer {i + 1}" if layers[1:] else "")
             heads = of_heads(call, points, moments, lags)
             rows = stacked(model.blocks[number].mixer, i, call)
             made["memories"].append({"name": name, "rows": rows, "heads": heads})
