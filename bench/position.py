@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from bench.long_context import position
 from bench.scorer import Scorer
-from bench.tables import markdown
-from support.checkpoint import atomic_write, warned
-from support.flags import whole_number
+from bench.tables import markdown, spans
+from support.checkpoint import warned
+from support.flags import DEVICES, whole_number
+from support.plots import label_ends, picture
 from support.run import Run
 from support.vocabulary import n_bytes
 
@@ -26,7 +27,7 @@ def add_flags(parser) -> None:
     number = {"type": whole_number}
     parser.add_argument("--context", **number, default=8192, help="tokens of a row")
     parser.add_argument("--rows", **number, default=16, help="the most rows that are read")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--device", default="auto", help=DEVICES)
     parser.add_argument("--out", default="results/position.json", help="file of the result")
 
 
@@ -59,7 +60,7 @@ def positions(args) -> dict:
     result = {"text": text, "rows": made["rows"], "to": made["to"], "runs": rows}
     print(f"bits per byte by position, {made['rows']} x {args.context:,} tokens of {text}\n")
     print(table(result))
-    draw(Path(args.out).with_suffix(".png"), length, result, curves)
+    draw(Path(args.out).with_suffix(".png"), length, curves)
     return result
 
 
@@ -74,22 +75,18 @@ def table(result: dict) -> str:
     return markdown(["run", "parameters", *spans], lines)
 
 
-def draw(path: Path, length: int, result: dict, curves: dict[str, np.ndarray]) -> None:
-    """A line a run: means over spans that grow by a quarter, from position 32 on."""
-    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, curve in curves.items():
-        first = min(32, len(curve) - 1)
-        count = 2 + int(np.log(len(curve) / first) / np.log(1.25))
-        edges = np.unique(np.geomspace(first, len(curve), count).astype(int))
-        means = [curve[a:b].mean() for a, b in zip(edges, edges[1:], strict=False)]
-        axes.plot(np.sqrt(edges[:-1] * edges[1:]), means, ".-", label=Path(name).name)
-    axes.axvline(length, color="0.7", linestyle=":", label="length of training rows")
-    axes.set(xscale="log", xlabel="position (tokens)", ylabel="bits per byte")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with warned():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
+def draw(path: Path, length: int, curves: dict[str, np.ndarray]) -> None:
+    """A line a run, see `spans`."""
+    with warned(), picture(path, 7, 4) as figure:
+        axes = figure.subplots()
+        ends = []
+        for i, (name, curve) in enumerate(curves.items()):
+            middle, means = spans(curve)
+            mean = means.mean(1)
+            axes.plot(middle, mean, color=f"C{i}")
+            ends.append((Path(name).name, middle[-1], mean[-1], f"C{i}"))
+        axes.axvline(length, color="0.5", linestyle=":")
+        axes.annotate("length of training rows", (length, axes.get_ylim()[1]), fontsize=8, va="top")
+        axes.set(xscale="log", xlabel="position (tokens)", ylabel="bits per byte")
+        figure.draw_without_rendering()
+        label_ends(axes, ends)

@@ -96,12 +96,8 @@ def draw_position(run, made: dict) -> None:
     to = made["to"]
     length = run.config.seq_len
     facts = run.facts()
-    first = min(32, curve.shape[1] // 2)  # the first tokens, hard to foresee, would hide all others
-    edges = np.unique(np.geomspace(first + 1, curve.shape[1] + 1, 30).astype(int)) - 1
-    spans = zip(edges, edges[1:], strict=False)
-    means = np.stack([curve[:, a:b].mean(1) for a, b in spans])  # [spans, rows]
+    middle, means = spans(curve)
     mean = means.mean(1)
-    middle = np.sqrt((edges[:-1] + 1) * edges[1:])
     with warned(), picture(run.folder / "position.png", 7, 6) as figure:
         top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
         top.plot(middle, mean, color="C0", linewidth=1, label="mean of the rows")
@@ -118,6 +114,17 @@ def draw_position(run, made: dict) -> None:
         top.legend()
         top.set(xscale="log", ylabel="bits per token", title=f"{facts['model']}, {_size(facts)}")
         bottom.set(xlabel="position (tokens)", ylabel=f"worse if begun\nafresh every {length}")
+
+
+def spans(curve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """curve [rows, context] -> positions in the middle of 29 growing spans, their means [29, rows].
+
+    From position 32 on: the first tokens, hard to foresee, would hide all others.
+    """
+    length = curve.shape[1]
+    edges = np.unique(np.geomspace(min(32, length // 2) + 1, length + 1, 30).astype(int)) - 1
+    means = [curve[:, a:b].mean(1) for a, b in zip(edges, edges[1:], strict=False)]
+    return np.sqrt((edges[:-1] + 1) * edges[1:]), np.stack(means)
 
 
 def _size(facts: dict) -> str:
