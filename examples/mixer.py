@@ -1,6 +1,6 @@
 """A mixer of your own, registered and trained against the rest.
 
-    python -m examples.mixer          # four models, 32,768 bytes of Python each: two minutes
+    python -m examples.mixer          # four small models, 65,536 bytes of Python each: a minute
 
 A line of MIXERS makes it a model like all others: train.py, generation, states, `levels()`, FLOPs
 and benchmarks know it by its name as soon as this module is imported, and its feed-forward width is
@@ -58,11 +58,14 @@ MIXERS["averages"] = lambda config: Averages(config.d_model, config.out_scale)
 def main(models=("averages", "linear_attention", "deltanet", "hope"), **how):
     """Train all on the same batches; print and return bits per byte. how: fields of TrainConfig."""
     package = str(Path(asyncio.__file__).parent)  # half a million bytes of Python
-    how = {"data": package, "tokens": 32_768, "eval_every": 0} | how
+    small = {"n_layers": 2, "d_model": 64, "n_heads": 1}
+    how = {"data": package, "tokens": 65_536, "seq_len": 256, "eval_every": 0, "set": small} | how
     bits = {}
     with tempfile.TemporaryDirectory() as folder:
         for model in models:
             result = train(TrainConfig(model=model, out=str(Path(folder, model)), **how))
+            if result["interrupted"]:
+                break
             bits[model] = result["val_bits_per_byte"]
     for model in sorted(bits, key=bits.get):
         print(f"{bits[model]:.3f} bits per byte  {model}")
