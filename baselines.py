@@ -60,19 +60,22 @@ from titans import NeuralMemory
 
 
 @lru_cache(maxsize=8)
-def rotations(position, T, width, base, dtype, device):
+def rotations(position, T, width, base, factors, dtype, device):
     """exp(i t base^(-2j / width)) for t = position.. (T of them), j < width / 2: [T, 1, width / 2].
 
-    Angles are float64: a far position is as exact as a near one. One cache serves all layers.
+    factors: width / 2 numbers, a tuple, that divide the angles; None: 1. Angles are float64: a far
+    position is as exact as a near one. One cache serves all layers.
     """
     with torch.inference_mode(False):  # a table first needed in generation must serve training too
         t = torch.arange(position, position + T, dtype=torch.float64)
         frequency = base ** (torch.arange(0, width, 2, dtype=torch.float64) / -width)
+        if factors is not None:
+            frequency = frequency / torch.tensor(factors, dtype=torch.float64)
         angle = torch.outer(t, frequency)
         return torch.complex(angle.cos(), angle.sin())[:, None].to(device=device, dtype=dtype)
 
 
-def rotate(x, position, base=10000.0):
+def rotate(x, position, base=10000.0, factors=None):
     """RoPE of x [B, T, H, dk] at positions position..position + T - 1; neighbours form the pairs.
 
     One complex product: with its gradient three times faster on a CPU than sines and cosines on
@@ -80,7 +83,7 @@ def rotate(x, position, base=10000.0):
     """
     exact = x if x.dtype == torch.float64 else x.float()
     pairs = torch.view_as_complex(exact.unflatten(-1, (-1, 2)))  # [B, T, H, dk / 2]
-    table = rotations(position, x.shape[1], x.shape[-1], base, pairs.dtype, x.device)
+    table = rotations(position, x.shape[1], x.shape[-1], base, factors, pairs.dtype, x.device)
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
@@ -99,19 +102,30 @@ class Attention(nn.Module):
 
     conv: width of a short convolution (with SiLU) over q, k and v, 0 for none. out_scale: factor on
     the initial output projection. window: tokens a query sees, itself included (None: all).
+    rope_factors: dk / 2 numbers that divide RoPE's frequencies (None: 1).
     State: "k" (rotated), "v" [B, H, S, dk], with a window S < window; "position" in tokens; "conv",
     the tail, where there is a convolution.
-    Raises ValueError where n_heads does not divide d_model, for an odd head width and window < 1.
+    Raises ValueError where n_heads does not divide d_model, for an odd head width, window < 1 and
+    other factors.
     """
 
-    def __init__(self, d_model, n_heads, conv=0, rope_base=10000.0, out_scale=1.0, window=None):
+    def __init__(
+        self, d_model, n_heads, conv=0, rope_base=10000.0, out_scale=1.0, window=None,
+        rope_factors=None,
+    ):
         super().__init__()
         self.n_heads = n_heads
         self.width = head_width(d_model, n_heads)
         self.rope_base = rope_base
+        self.rope_factors = None if rope_factors is None else tuple(rope_factors)
         self.window = window
         if self.width % 2:
             raise ValueError(f"d_model / n_heads must be even for RoPE, got {self.width}")
+        if rope_factors is not None:
+            positive = all(type(f) in (int, float) and 0 < f < math.inf for f in rope_factors)
+            if len(rope_factors) != self.width // 2 or not positive:
+                wanted = f"{self.width // 2} numbers above 0"
+                raise ValueError(f"rope_factors must be {wanted}, got {rope_factors}")
         if window is not None:
             at_least(1, window=window)
         self.qkv = linear(d_model, 3 * d_model)
@@ -146,7 +160,8 @@ class Attention(nn.Module):
     def split(self, qkv, position):
         """[B, T, 3 d_model] -> q, k (both rotated; deviation 37), v, each [B, H, T, dk]."""
         q, k, v = (z.unflatten(-1, (self.n_heads, self.width)) for z in qkv.chunk(3, -1))
-        q, k = (rotate(z, position, self.rope_base).transpose(1, 2) for z in (q, k))
+        rope = (position, self.rope_base, self.rope_factors)
+        q, k = (rotate(z, *rope).transpose(1, 2) for z in (q, k))
         # contiguous costs nothing measurable, and the cache does not keep all of qkv alive
         return q, k, v.transpose(1, 2).contiguous()
 

@@ -8,6 +8,7 @@
     python eval.py RUN --tasks babilong --data-dir DIR --lengths 4096,1e6        # NL fig. 9
     python eval.py RUN --tasks position --data book.txt --context 1e6            # NL fig. 10
     python eval.py RUN --tasks piqa,boolq --limit 100 # any task of lm-eval, by its name there
+    python eval.py --pretrained PATH --tasks table2   # a Llama checkpoint, a GGUF file, an export
 
 Tables 2 and 3 go through lm-eval (bench/harness.py; pip install -r requirements-eval.txt), because
 the published rows did; with --data-dir DIR they read released files in DIR and need no network.
@@ -235,6 +236,17 @@ TABLES = {
 MOVED = {"tasks": "python -m bench suites", "continual": "python -m bench continual"}
 
 
+def opened(args) -> Run:
+    """The run, or the checkpoint, that the command names. ValueError unless it names one."""
+    if (args.run is None) == (args.pretrained is None):
+        raise ValueError("eval.py needs the folder of a run, or --pretrained PATH (--help)")
+    if args.run is not None:
+        return Run.open(args.run, args.device, args.cms_updates)
+    run = Run.pretrained(args.pretrained, args.device, args.cms_updates)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    return run
+
+
 def run_tasks(args) -> None:
     """Everything named in --tasks: printed, drawn, added to eval.json."""
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
@@ -247,13 +259,14 @@ def run_tasks(args) -> None:
         near = difflib.get_close_matches(name, TABLES, 1, 0.82)
         if near:
             raise ValueError(f"unknown task {name!r}: did you mean {near[0]!r}?")
-    run = Run.open(args.run, args.device, args.cms_updates)
+    run = opened(args)
     if others or {"table2", "table3"} & {*names}:
         check_there(args.data_dir)
     facts = run.facts()
+    training = "unknown" if facts['training_tokens'] is None else f"{facts['training_tokens']:,}"
     print(
-        f"{args.run}: {facts['model']}, {facts['parameters']:,} parameters, "
-        f"{facts['training_tokens']:,} training tokens of {facts['trained_on']}, "
+        f"{args.run or args.pretrained}: {facts['model']}, {facts['parameters']:,} parameters, "
+        f"{training} training tokens of {facts['trained_on']}, "
         f"CMS steps in context {facts['cms_steps_in_context']}",
         flush=True,
     )
@@ -276,7 +289,9 @@ def run_tasks(args) -> None:
 def parser() -> Parser:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     number = {"type": whole_number}
-    p.add_argument("run", help="folder of the run")
+    p.add_argument("run", nargs="?", help="folder of the run")
+    checkpoint = "instead: a Llama checkpoint's folder, a GGUF file, or what hope.py exported"
+    p.add_argument("--pretrained", metavar="PATH", help=f"{checkpoint}; eval.json goes to runs/")
     p.add_argument("--tasks", help=f"{', '.join(TABLES)}, or names of lm-eval's tasks, with commas")
     data = "a text file or a folder, scored whole, or shards, of which the held-out part is"
     p.add_argument("--data", help=f"{data} (default: the run's held-out text)")
@@ -306,14 +321,14 @@ def main(argv: list[str] | None = None) -> int:
         if args.tasks is not None:
             run_tasks(args)
             return 0
-        run = Run.open(args.run, args.device, args.cms_updates)
+        run = opened(args)
         result = score(run, args.data)
     except (ValueError, OSError, NonFinite, torch.OutOfMemoryError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         return 2
     size = f"{result['bytes']:,} bytes, {result['tokens']:,} tokens"
     steps = f"CMS steps in context {result['cms_steps_in_context']}"
-    print(f"{args.run} on {result['text']} ({size}), {steps}")
+    print(f"{args.run or args.pretrained} on {result['text']} ({size}), {steps}")
     print(f"{result['bits_per_byte']:>10.4f} bits per byte")
     print(f"{result['byte_perplexity']:>10.4f} perplexity per byte")
     print(f"{result['token_perplexity']:>10.4f} perplexity per token")

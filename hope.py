@@ -17,6 +17,7 @@ saved, loaded, moved and continued. Any way of cutting a sequence into calls giv
 
     python hope.py               the model as a nested system: who learns when, from what
     python hope.py --model samba --preset 340m
+    python hope.py export RUN FOLDER    a run as safetensors, for others (support/export.py)
 """
 
 import dataclasses
@@ -72,7 +73,9 @@ MIXERS = {
         c.d_model, c.n_heads, c.chunk, c.memory, c.adaptive, c.momentum, c.inner_step, c.conv_width,
         c.gate, c.mode, c.dgd, c.retention, c.out_scale, c.window_reset,
     ),
-    "hope_attention": lambda c: Attention(*c.sizes, c.conv_width, c.rope_base, c.out_scale),
+    "hope_attention": lambda c: Attention(
+        *c.sizes, c.conv_width, c.rope_base, c.out_scale, rope_factors=c.rope_factors,
+    ),
     "ttt_e2e": lambda c: Attention(*c.sizes, c.conv_width, c.rope_base, c.out_scale, c.window),
     "titans": lambda c: NeuralMemory(
         *c.sizes, c.chunk, c.depth, c.conv_width, c.window_reset, c.out_scale,
@@ -168,6 +171,7 @@ class HopeConfig:
     norm_eps: float = 1e-6  # of the norms between parts
     tied: bool = True  # one table for tokens in and out
     rope_base: float = 10000.0  # of hope_attention, ttt_e2e
+    rope_factors: list | None = None  # of hope_attention: divide each pair's frequency; None: 1
 
     def __post_init__(self):
         one_of("model", self.model, MIXERS)
@@ -525,6 +529,10 @@ class Hope(nn.Module):
 
 
 if __name__ == "__main__":
+    import sys
     from runpy import run_module
 
-    run_module("bench.demos", run_name="hope")
+    if sys.argv[1:2] == ["export"]:
+        run_module("support.export", run_name="__main__")
+    else:
+        run_module("bench.demos", run_name="hope")

@@ -24,6 +24,7 @@ from bench import look
 from support.checkpoint import first_line, load_state, save_state
 from support.flags import DEVICES, Defaults, Help, Parser, updates_flag, whole_number
 from support.run import Run, precision
+from support.vocabulary import encode
 
 
 def generate(args) -> None:
@@ -107,8 +108,9 @@ def opened(args) -> Run:
 
 def tokens_of(run: Run, typed: bytes) -> torch.Tensor:
     """[1, T]; of no text: <|endoftext|>."""
-    ids = run.encoding.encode(typed.decode("utf-8", "replace"), disallowed_special=())
-    return torch.tensor([ids or [run.encoding.eot_token]], device=run.device)
+    text = typed.decode("utf-8", "replace")
+    ids = encode(text.encode(), run.encoding).tolist() or [run.encoding.eot_token]
+    return torch.tensor([ids], device=run.device)  # [1, T]
 
 
 def show(row: int, text: bytes) -> None:

@@ -37,8 +37,10 @@ def cell(value) -> str:
     return f"{value:,.2f}" if isinstance(value, float) else str(value)
 
 
-def short(n: int) -> str:
+def short(n: int | None) -> str:
     """1,029,854 -> 1.03M."""
+    if n is None:
+        return "unknown"
     for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
         if n >= unit:
             return f"{n / unit:.3g}{name}"

@@ -43,13 +43,9 @@ from support.config import TrainConfig, listed
 from support.corpus import Corpus, batch, check_shards, documents, is_shards, join, load_corpus
 from support.distributed import agreed, gather, rank, world
 from support.flags import DEVICES
-from support.pretrained import from_pretrained
-from support.vocabulary import (
-    TOKENIZER,
-    save_tokenizer,
-    tokenizer,
-    tokenizer_of,
-)
+from support.pretrained import from_pretrained, tokenizer_path
+from support.pretrained import read_config as read_checkpoint
+from support.vocabulary import save_tokenizer, tokenizer, tokenizer_of
 
 
 @dataclass
@@ -62,7 +58,7 @@ class Run:
     device: torch.device
     folder: Path | None = None  # None: a run that is not kept (bench)
     corpus: Corpus | None = None  # None: opened to read, see `text`
-    saved: dict | None = None  # config.json of a run that exists
+    saved: dict | None = None  # config.json of a run that exists, None: of a checkpoint of others
     begun: bool = False  # whether there is something to continue
     step: int = 0  # of the checkpoint that was read
     lock: contextlib.AbstractContextManager = contextlib.nullcontext()  # while it is written
@@ -121,6 +117,25 @@ class Run:
         model = model.to(device).eval()
         settle_kernels(model, device)
         return cls(config, model, encoding, device, Path(folder), saved=saved, step=step)
+
+    @classmethod
+    def pretrained(cls, path: str | Path, device: str = "auto", cms_updates=None) -> "Run":
+        """A checkpoint that `from_pretrained` reads, as `open` does a run; results go to runs/.
+
+        cms_updates: None is off for a checkpoint of others, which never learned in context.
+        """
+        checkpoint = read_checkpoint(path)
+        if cms_updates is None and checkpoint.get("model_type") != "hope":
+            cms_updates = "off"
+        model = from_pretrained(path, **({"cms_updates": cms_updates} if cms_updates else {}))
+        encoding = tokenizer(tokenizer_path(path))
+        check_vocabulary(f"{path} has", model.config, encoding)
+        longest = checkpoint.get("max_position_embeddings") or 2048
+        config = TrainConfig(pretrained=str(path), batch_size=1, seq_len=min(longest, 2048))
+        device = device_for(device)
+        model = model.to(device)
+        settle_kernels(model, device)
+        return cls(config, model, encoding, device, Path("runs", config.preset))
 
     # What training does with a run
 
@@ -220,6 +235,8 @@ class Run:
 
     def text(self, data: str | None = None):
         """(name, tokens [N], bytes) of `data`, or of the held-out part of the run's own corpus."""
+        if data is None and self.saved is None:
+            raise ValueError("a pre-trained checkpoint has no held-out text: name one with --data")
         if data is not None and not is_shards(data):
             files = [content for _, content in documents(data)]
             return data, join(files, self.encoding), sum(len(content) for content in files)
@@ -240,8 +257,8 @@ class Run:
         return {
             "model": f"{self.config.model} ({self.config.preset})",
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "training_tokens": self.step * self.config.tokens_per_step,
-            "trained_on": self.saved["corpus"].get("name"),
+            "training_tokens": self.step * self.config.tokens_per_step if self.saved else None,
+            "trained_on": self.saved["corpus"].get("name") if self.saved else "texts of others",
             "cms_steps_in_context": self.model.config.cms_updates,
         }
 
@@ -279,7 +296,7 @@ def _prepare(config: TrainConfig, folder: Path | None) -> dict:
     if saved:
         name = tokenizer_of(folder, saved["tokenizer"])
     else:
-        name = config.pretrained and f"{config.pretrained}/{TOKENIZER}"
+        name = config.pretrained and tokenizer_path(config.pretrained)
     corpus = load_corpus(config.data, name and tokenizer(name))
     encoding = corpus.encoding
     model, model_config = _model_of(config, folder, saved, encoding)

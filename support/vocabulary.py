@@ -5,7 +5,7 @@
     encoding.decode_bytes(ids.tolist())         # the same bytes again
 
 All are a tiktoken.Encoding. A tokenizer.json holds one: its name, its pattern, its special tokens
-and all other tokens (base64) in order of rank. Hugging Face's format is read, too.
+and all other tokens (base64) in order of rank. Hugging Face's format is read, too, and a GGUF file.
 """
 
 import base64
@@ -23,6 +23,7 @@ import tiktoken
 from support.checkpoint import atomic_write, parse_json
 
 END = "<|endoftext|>"
+UNKNOWN = "\ufffd".encode()
 TOKENIZER = "tokenizer.json"
 # What BPE never merges across: contractions, words with the space before them, up to three digits,
 # punctuation, line ends, white space but for its last character.
@@ -31,6 +32,11 @@ PATTERN = (  # deviation 42: GPT-4's split
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Where digits stand alone first, which Hugging Face has as a step of its own, as in SmolLM.
+DIGITS = {"type": "Digits", "individual_digits": True}
+DIGITS_SPLIT = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+)
 # Hugging Face's ByteLevel writes a byte as the character of that number where that is printable,
 # else as the next character from 256 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -49,7 +55,8 @@ def tokenizer(name: str = "bytes") -> tiktoken.Encoding:
     """The encoding of that name. ValueError for one that is unknown, damaged or not to be had.
 
     "bytes": the 256 bytes, and <|endoftext|> = 256. "gpt2": GPT-2's, which tiktoken downloads once.
-    Else the path of a tokenizer.json: of shards, of a run, or of a Llama checkpoint.
+    Else the path of a tokenizer.json, of shards, of a run, or of a Llama checkpoint, or of a GGUF
+    file.
     """
     if name == "bytes":
         return tiktoken.Encoding(
@@ -65,14 +72,21 @@ def tokenizer(name: str = "bytes") -> tiktoken.Encoding:
         except Exception as error:  # of requests, of the disk, of a checksum
             why = type(error).__name__
             raise ValueError(f"tokenizer 'gpt2' could not be downloaded ({why})") from None
-    if not (isinstance(name, str) and name.endswith(".json")):
+    if not (isinstance(name, str) and name.endswith((".json", ".gguf"))):
         wanted = "'bytes', 'gpt2' or a tokenizer.json of shards or of a run"
         raise ValueError(f"tokenizer must be {wanted}, got {name!r}")
     try:
         if not Path(name).is_file():  # a named pipe would wait for ever
             raise FileNotFoundError
+        if name.endswith(".gguf"):
+            from support import gguf
+
+            return _checked(_hugging_face(name, *gguf.tokenizer(name)))
         saved = parse_json(Path(name).read_text(encoding="utf-8"))
-        return _checked(_hugging_face(name, saved) if "model" in saved else _saved(saved))
+        if "model" not in saved:
+            return _checked(_saved(saved))
+        eos = parse_json(Path(name).with_name("config.json").read_text())["eos_token_id"]
+        return _checked(_hugging_face(name, saved, eos[0] if isinstance(eos, list) else eos))
     except FileNotFoundError:
         raise ValueError(f"tokenizer {name!r} does not exist, or is no file") from None
     except Exception as error:  # of a dozen kinds
@@ -80,9 +94,9 @@ def tokenizer(name: str = "bytes") -> tiktoken.Encoding:
 
 
 def _checked(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
-    """An encoding of all text. ValueError for one that lacks a byte or drops characters."""
-    lacking = [b for b in range(256) if bytes([b]) not in encoding._mergeable_ranks]
-    if lacking:  # tiktoken would panic
+    """An encoding of all text. ValueError for one that lacks U+FFFD or drops characters."""
+    lacking = _lacking(encoding)
+    if not set(lacking).isdisjoint(UNKNOWN):
         raise ValueError(f"it has no token for {len(lacking)} of the 256 bytes, as {lacking[0]}")
     encode(PROBE.encode(), encoding)
     return encoding
@@ -102,25 +116,29 @@ def _saved(saved: dict) -> tiktoken.Encoding:
     )
 
 
-def _hugging_face(path: str, saved: dict) -> tiktoken.Encoding:
+def _hugging_face(path: str, saved: dict, eos: int) -> tiktoken.Encoding:
     """A byte-level BPE in Hugging Face's format, as of Llama 3 or GPT-2.
 
-    The eos_token_id of the config.json beside it is <|endoftext|>. ValueError names the part that
-    is not supported.
+    eos, the eos_token_id of its config.json, is <|endoftext|>; another token of that name is called
+    by its number. ValueError names the part that is not supported.
     """
     try:
-        eos = parse_json(Path(path).with_name("config.json").read_text())["eos_token_id"]
         vocab = saved["model"]["vocab"]
         merges = saved["model"]["merges"]
         split = saved["pre_tokenizer"]
         added = {token["id"]: token["content"] for token in saved["added_tokens"]}
         # either ByteLevel with its own split, GPT-2's, or one split and a ByteLevel without
         *first, last = split["pretokenizers"] if split["type"] == "Sequence" else [split]
-        pattern = first[0]["pattern"]["Regex"] if first else GPT2_SPLIT
+        pattern = GPT2_SPLIT
+        if first == [DIGITS]:
+            pattern = DIGITS_SPLIT
+            first = []
+        elif first:
+            pattern = first[0]["pattern"]["Regex"]
         fits = len(first) == (not last.get("use_regex", True))
         fits = fits and all(step["behavior"] == "Isolated" for step in first)
         fits = fits and last["type"] == "ByteLevel" and not last["add_prefix_space"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no tokenizer of byte-level BPE: {error!r}") from None
     if saved.get("normalizer") or not fits:
         part = "normalizer" if saved.get("normalizer") else "pre_tokenizer"
@@ -130,8 +148,10 @@ def _hugging_face(path: str, saved: dict) -> tiktoken.Encoding:
     order = [vocab["".join(pair)] for pair in pairs]
     if order != sorted(order):  # tiktoken merges in the order of ranks
         raise ValueError(f"{path} has merges in another order than its symbols")
-    eos = eos[0] if isinstance(eos, list) else eos
-    special = {content: i for i, content in added.items() if i != eos} | {END: eos}
+    special = {END: eos}
+    for i, content in added.items():
+        if i != eos:
+            special[f"<|{i}|>" if content == END else content] = i
     ranks = {bytes(map(BYTE.get, piece)): i for piece, i in vocab.items() if i not in added}
     return tiktoken.Encoding(path, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
@@ -149,10 +169,13 @@ def encode(text: bytes, encoding: tiktoken.Encoding) -> np.ndarray:
     """Token ids [tokens] (`dtype_of`) of any bytes, which decode to the same bytes.
 
     An "<|endoftext|>" written in the text is ordinary text. Each byte that is no UTF-8 is a token.
+    One that a vocabulary lacks, as SmolLM's does some control characters, is read as U+FFFD.
     ValueError where the tokenizer's pattern drops some of the text.
     """
     if encoding.name == "bytes":  # the same ids, without a loop over characters
         return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
+    if lacking := _lacking(encoding):  # tiktoken would panic
+        text = re.sub(b"[" + re.escape(lacking) + b"]", UNKNOWN, text)
     ids = []
     parts = re.split("([\udc80-\udcff]+)", text.decode("utf-8", errors="surrogateescape"))
     for i, part in enumerate(parts):
@@ -165,6 +188,12 @@ def encode(text: bytes, encoding: tiktoken.Encoding) -> np.ndarray:
     if dropped:
         raise ValueError(f"tokenizer {encoding.name!r}: its pattern drops {dropped} bytes of text")
     return ids
+
+
+@lru_cache(maxsize=8)
+def _lacking(encoding: tiktoken.Encoding) -> bytes:
+    """The bytes that are no tokens."""
+    return bytes(b for b in range(256) if bytes([b]) not in encoding._mergeable_ranks)
 
 
 def _encode(text: str, encoding: tiktoken.Encoding) -> list[np.ndarray]:
@@ -257,6 +286,39 @@ def tokenizer_text(encoding: tiktoken.Encoding) -> str:
         "tokens": [token.get(rank, "") for rank in range(max(token) + 1)],  # "": a special one
     }
     return json.dumps(content, indent=0) + "\n"
+
+
+def hugging_face(encoding: tiktoken.Encoding) -> dict:
+    """The same in Hugging Face's format, which `tokenizer` and transformers read."""
+    character = {byte: char for char, byte in BYTE.items()}
+
+    def text(token):
+        return "".join(map(character.get, token))
+
+    ranks = encoding._mergeable_ranks
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        for i in range(1, len(token)):  # tiktoken joins any two tokens that make a third
+            pair = token[:i], token[i:]
+            if ranks.keys() >= set(pair):
+                merges.append([*map(text, pair)])
+    added = []
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for content, i in sorted(encoding._special_tokens.items(), key=lambda item: item[1]):
+        added.append({"id": i, "content": content, **plain, "special": True})
+    split = {"type": "Split", "pattern": {"Regex": encoding._pat_str}, "behavior": "Isolated"}
+    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    steps = [split | {"invert": False}, bytewise | {"use_regex": False}]
+    vocab = {text(token): i for token, i in ranks.items()} | encoding._special_tokens
+    model = {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": True}
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "decoder": bytewise | {"use_regex": True},
+        "model": model,
+    }
 
 
 @lru_cache(maxsize=8)

@@ -792,7 +792,7 @@ def test_a_folder_of_shards_has_one_writer(library, tmp_path):
 
 def test_a_tokenizer_that_drops_text_is_refused(tmp_path):
     ranks = {bytes([i]): i for i in range(256)}
-    lacks = {bytes([i]): i for i in range(255)} | {b"ab": 255}
+    lacks = {bytes([i]): i for i in range(256) if i != 0xBD} | {b"ab": 0xBD}
     special = {"special_tokens": {END: 256}}
     rare = tiktoken.Encoding("x", pat_str=r"[^🙃]", mergeable_ranks=ranks, **special)
     with pytest.raises(ValueError, match="tokenizer 'x': its pattern drops 4 bytes"):
@@ -801,7 +801,7 @@ def test_a_tokenizer_that_drops_text_is_refused(tmp_path):
         "words": (r"\w+", ranks, "drops [0-9]+ bytes"),
         "all but one": (r"[^\u1234]", ranks, "drops 3 bytes"),
         "ascii": (r"[\x00-\x7f]", ranks, "drops [0-9]+ bytes"),
-        "255 bytes": (r"[\s\S]", lacks, "no token for 1 of the 256 bytes, as 255"),
+        "255 bytes": (r"[\s\S]", lacks, "no token for 1 of the 256 bytes, as 189"),
     }
     for name, (pattern, own, message) in refused.items():
         made = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=own, **special)
