@@ -130,7 +130,14 @@ class _Header:
 
 
 def _read(path: Path) -> tuple[dict, dict]:
-    """(metadata, {tensor: (shape, kind, its first byte in the file, bytes)}). ValueError."""
+    """(metadata, {tensor: (shape, kind, first byte in the file, bytes)}). ValueError for damage."""
+    try:
+        return _read_whole(path)
+    except (ValueError, struct.error) as error:
+        raise ValueError(f"{path} is no whole GGUF file: {error}") from None
+
+
+def _read_whole(path: Path) -> tuple[dict, dict]:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         front = _Header(data)
         if front.take(4) != b"GGUF":
@@ -193,10 +200,7 @@ def header(path: str | Path) -> tuple[dict, dict]:
     metadata = {}
     tensors = {}
     for file in found:
-        try:
-            own, placed = _read(file)
-        except (ValueError, struct.error) as error:
-            raise ValueError(f"{file} is no whole GGUF file: {error}") from None
+        own, placed = _read(file)
         metadata = own | metadata
         tensors |= {name: (*where, file) for name, where in placed.items()}
     parts = metadata.get("split.count") or 1
@@ -280,7 +284,7 @@ def _dequantised(shape, kind, first, n_bytes, file) -> torch.Tensor:
 
 def tokenizer(path: str | Path) -> tuple[dict, int]:
     """(what tokenizer.json would say, eos_token_id). ValueError for other than byte-level BPE."""
-    metadata, _ = header(path)
+    metadata, _ = _read(Path(path))  # of several parts the first has it
 
     def get(name):
         return metadata.get(f"tokenizer.ggml.{name}")

@@ -26,8 +26,18 @@ SMALL = {
     "initializer_range": 0.2,
     "tie_word_embeddings": False,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 KINDS = {
     "plain": {},
+    "Llama 3's RoPE": {"rope_parameters": LLAMA3},
+    "linear RoPE": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e3, "factor": 3.0}},
     "grouped keys and values": {"num_key_value_heads": 2},
     "one key for all": {"num_key_value_heads": 1},
     "tied": {"tie_word_embeddings": True},
@@ -52,7 +62,7 @@ def checkpoint(folder, **changes):
 def test_at_the_start_and_with_step_0_it_is_the_pre_trained_model(kind, levels, tmp_path):
     llama = checkpoint(tmp_path, **KINDS[kind])
     x = torch.randint(61, (2, 21))
-    model = from_pretrained(tmp_path, levels)
+    model = from_pretrained(tmp_path, levels, cms_blocks=3)
     with torch.no_grad():
         expected = llama(x).logits
         assert expected.std() > 0.1
@@ -69,7 +79,7 @@ def test_at_the_start_and_with_step_0_it_is_the_pre_trained_model(kind, levels, 
 
 def test_the_levels_of_a_pre_trained_model_are_trained_on_both_clocks(tmp_path):
     checkpoint(tmp_path, num_key_value_heads=2)
-    model = from_pretrained(tmp_path, [4, 8, None], cms_step=0.1)
+    model = from_pretrained(tmp_path, [4, 8, None], cms_step=0.1, cms_blocks=3)
     x = torch.randint(61, (2, 21))
     before = model.learn(x, updates="full")[0].mean()
     before.backward()
@@ -78,15 +88,58 @@ def test_the_levels_of_a_pre_trained_model_are_trained_on_both_clocks(tmp_path):
     assert model.learn(x)[0].mean() < before
 
 
+def test_only_the_last_blocks_become_levels(tmp_path):
+    checkpoint(tmp_path, num_hidden_layers=8)
+    learners = [len(block.cms.mlps) for block in from_pretrained(tmp_path).blocks]
+    assert learners == [1, 1, 1, 1, 1, 1, 2, 2]
+    learners = [len(block.cms.mlps) for block in from_pretrained(tmp_path, cms_blocks=3).blocks]
+    assert learners == [1, 1, 1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_in_several_files_are_read_exactly(dtype, tmp_path):
+    llama = checkpoint(tmp_path / "whole").to(dtype)
+    llama.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    assert len([*(tmp_path / "parts").glob("*.safetensors")]) > 2
+    llama.float().save_pretrained(tmp_path / "float")
+    ours = from_pretrained(tmp_path / "parts").state_dict()
+    for name, w in from_pretrained(tmp_path / "float").state_dict().items():
+        assert ours[name].dtype == torch.float32 and ours[name].equal(w)
+    # a copy that the index does not name, as some repositories have one, is not read
+    (tmp_path / "parts" / "consolidated.safetensors").write_bytes(b"no weights")
+    from_pretrained(tmp_path / "parts")
+    next((tmp_path / "parts").glob("model-*.safetensors")).write_bytes(b"damage")
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        from_pretrained(tmp_path / "parts")
+
+
+def test_weights_that_are_no_numbers_of_16_or_32_bits_are_refused(tmp_path):
+    checkpoint(tmp_path)
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.int8)
+    save_file(weights, file)
+    with pytest.raises(ValueError, match="model.norm.weight .* float32, .* got torch.int8"):
+        from_pretrained(tmp_path)
+
+
 def test_what_has_no_place_is_named(tmp_path):
     checkpoint(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    llama3 = {"rope_type": "llama3", "rope_theta": 1e4}
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4}
+    torn = {"rope_type": "llama3", "rope_theta": 1e4}
+    two = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    zero = {"rope_type": "linear", "factor": 0}
     for damage, message in (
         ({"hidden_act": "gelu"}, "hidden_act of .* must be 'silu', got 'gelu'"),
         ({"attention_bias": True}, "attention_bias of .* must be False, got True"),
-        ({"rope_parameters": llama3}, "rope type of .* must be 'default', got 'llama3'"),
+        ({"rope_parameters": yarn}, "rope type of .* must be one of default, .* got 'yarn'"),
+        ({"rope_parameters": torn}, "no place here: KeyError.'original_max_position_embeddings'"),
+        ({"rope_parameters": two}, "no place here: .* short_factor must be its long_factor"),
+        ({"rope_parameters": zero}, "rope_factors must be 4 numbers above 0, got .0.0, 0.0"),
         ({"head_dim": 16}, "head_dim of .* must be 8, got 16"),
         ({"num_hidden_layers": 2}, "got model.layers.2.* has no place"),
         ({"num_hidden_layers": 4}, "model.layers.3"),
@@ -126,6 +179,8 @@ def test_a_folder_without_a_checkpoint_and_levels_that_do_not_divide_are_named(t
 TEXT = "\u201cIt's 1877; they'll be ca\u00f1on-fodder\u201d.\n\n"
 TEXT += "    x_1 = f(2048)\t# \u00e9 \U0001f600 <|end|>\r\n"
 TEXT *= 40
+DIGITS = [{"type": "Digits", "individual_digits": True}]
+DIGITS.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True})
 SPLITS = {
     "GPT-2": None,
     "Llama 3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -165,6 +220,19 @@ def test_its_tokenizer_is_read(split, tmp_path):
     assert len(own.encode_ordinary(plain)) < 0.6 * len(plain.encode())
     assert own.decode(own.encode_ordinary(TEXT)) == TEXT
     assert own.n_vocab == bpe.get_vocab_size() and own.eot_token == end
+
+
+def test_digits_that_stand_alone_are_split_as_by_hugging_face(tmp_path):
+    """SmolLM's pre-tokenizer: two steps there, one pattern here."""
+    tokenizers = pytest.importorskip("tokenizers", reason="optional: pip install tokenizers")
+    own = {"type": "Sequence", "pretokenizers": DIGITS}
+    save_tokenizer(tmp_path, pre_tokenizer=own)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0}))
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text = TEXT.replace("<|end|>", "")
+    text += "a1 b22  3 \n 4\t\t5 \u00b2\u0968x's 'll7  z\n\n8 .9. \u2167"
+    ours = tokenizer(str(tmp_path / "tokenizer.json"))
+    assert ours.encode_ordinary(text) == theirs.encode(text).ids
 
 
 @pytest.mark.slow
