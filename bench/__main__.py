@@ -9,6 +9,7 @@
     python -m bench kernels        the fused kernels, on a GPU
     python -m bench suites         small models on synthetic tasks (NL tables 4 and 5)
     python -m bench continual      what is still known after learning something else (NL sec. 9.1)
+    python -m bench pretrained     a pre-trained model that learns while it reads (NL sec. 7.3)
 
     python -m bench COMMAND --help     what a command measures, and its flags
 
@@ -38,6 +39,7 @@ COMMANDS = {
     "position": ("bench.position", "positions", "add_flags"),
     "kernels": ("bench.kernels", "kernel_speed", "add_flags"),
     "suites": ("bench.suites", "suites", "add_flags"),
+    "pretrained": ("bench.pretrained", "pretrained", "add_flags"),
     "continual": ("bench.continual", "main", None),  # has commands and flags of its own
 }
 

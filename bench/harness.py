@@ -122,12 +122,13 @@ def harness(
     data_dir: str | None = None,
     limit: int | None = None,
     optional: bool = False,
+    model=None,
 ) -> dict[str, dict]:
     """{task: {metric: value, "n": items}} of tasks of lm-eval, by name; accuracies from 0 to 1.
 
     window: see adapter. data_dir: read the data from its files. limit: the first so many items of
-    each. optional: leave out tasks whose files are not there. ValueError where lm-eval or data is
-    missing, and for an unknown name.
+    each. optional: leave out tasks whose files are not there. model: an lm-eval LM to ask instead
+    of the scorer. ValueError where lm-eval or data is missing, and for an unknown name.
     """
     check_there(data_dir)
     if data_dir is not None:
@@ -145,7 +146,7 @@ def harness(
     lm_eval.api.task.tqdm = lambda items, **_: items  # ours is the one progress bar
 
     loaded = _load_tasks(names, data_dir, optional)
-    model = adapter(scorer, window, loaded["tasks"].values())
+    model = model or adapter(scorer, window, loaded["tasks"].values())
     done = evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
     results = {}
     for task in loaded["tasks"]:

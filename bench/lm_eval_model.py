@@ -18,7 +18,9 @@ from support.run import Run
 
 @register_model("hope")
 class HopeLM(LM):
-    def __new__(cls, path, device="auto", cms_updates=None, max_length=None, **_):
+    def __new__(
+        cls, path, device=None, cms_updates=None, max_length=None, batch_size=1, max_batch_size=None
+    ):
         opened = Run.open if Path(path, "checkpoints").is_dir() else Run.pretrained
         run = opened(path, device or "auto", cms_updates)
         scorer = Scorer(run.model, run.encoding, run.device, max_length)

@@ -65,7 +65,7 @@ class TrainConfig:
         {}, "a field of HopeConfig, as --set n_layers=2 (repeatable; --set help lists them)", *FREE
     )
     pretrained: str | None = flag(
-        None, "folder of a Llama checkpoint to start from (support/pretrained.py)"
+        None, "Llama checkpoint to start from, folder or GGUF file (support/pretrained.py)"
     )
     data: str = flag(
         "stdlib",

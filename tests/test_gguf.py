@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from support import gguf
+from support.config import TrainConfig
 from support.pretrained import from_pretrained, tokenizer_path
+from support.run import Run
 from support.vocabulary import BYTE, encode, tokenizer
+from train import train
 
 ALL_BYTES = [*BYTE]  # the characters that stand for the 256 bytes
 WIDTHS = {"d": 64, "hidden": 96, "heads": 4, "groups": 2, "layers": 2}
@@ -229,6 +232,21 @@ def test_a_checkpoint_in_several_files_is_read_from_its_folder(tmp_path):
     write(tmp_path / "another.gguf")
     with pytest.raises(ValueError, match="must be 1 GGUF files, got 2: name one of them"):
         from_pretrained(tmp_path)
+
+
+@pytest.mark.slow
+def test_training_begins_at_a_gguf_file_and_keeps_its_tokenizer(tmp_path):
+    path = write(tmp_path / "m.gguf")
+    (tmp_path / "text.txt").write_text("hello shell, 2024\n" * 60)
+    files = {"data": str(tmp_path / "text.txt"), "out": str(tmp_path / "run")}
+    small = {"seq_len": 16, "tokens": 64, "threads": 1, "lr": 1e-12}
+    train(TrainConfig(pretrained=str(path), set={"levels": [4, None]}, **files, **small))
+    run = Run.open(tmp_path / "run", "cpu")
+    said = "hello 7"
+    assert run.encoding.encode_ordinary(said) == tokenizer(str(path)).encode_ordinary(said)
+    x = torch.randint(len(TOKENS), (2, 20))
+    model = from_pretrained(path, [4, None])
+    torch.testing.assert_close(logits(run.model, x), logits(model, x), rtol=0, atol=1e-4)
 
 
 def test_its_tokenizer_is_that_of_hugging_face(tmp_path):
