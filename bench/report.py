@@ -286,6 +286,33 @@ def stream() -> str:
     return markdown(head, rows)
 
 
+def pretrained() -> str:
+    """Nats a token of every text, and by how much each quarter is better with steps."""
+    head = ["text", "step", "nats a token", "better by", "first quarter", "second", "third", "last"]
+    rows = []
+    off = None
+    for name in ("pretrained_steps.json", "pretrained.json"):
+        for row in load(name)["texts"]:
+            line = [row["text"], f"{row['step']:g}", f"{row['nats']:.4f}"]
+            if row["step"]:
+                line.append(f"{off['nats'] - row['nats']:.4f}")
+                for without, own in zip(off["quarters"], row["quarters"], strict=True):
+                    line.append(f"{without - own:.4f}")
+            else:
+                off = row
+            rows.append([*line, *[""] * (len(head) - len(line))])
+    return markdown(head, rows)
+
+
+def pretrained_tasks() -> str:
+    head = ["task", "metric", "items", "ours", "lm-eval's own, on transformers"]
+    rows = []
+    for row in load("pretrained.json")["tasks"]:
+        scores = [f"{row[who]:.4f}" for who in ("ours", "transformers")]
+        rows.append([row["task"], row["metric"], row["items"], *scores])
+    return markdown(head, rows)
+
+
 def holders(learner: str, record: dict) -> list[str]:
     """"all" and, where several levels hold something at the end, each of them."""
     gains = record["gain"]["novel"]
@@ -369,6 +396,8 @@ TABLES = {
     "formal": formal,
     "mad": mad,
     "stream": stream,
+    "pretrained": pretrained,
+    "pretrained_tasks": pretrained_tasks,
     "domains": domains,
     "classes": classes,
     "measured": measured,

@@ -133,7 +133,7 @@ def _read(path: Path) -> tuple[dict, dict]:
     """(metadata, {tensor: (shape, kind, first byte in the file, bytes)}). ValueError for damage."""
     try:
         return _read_whole(path)
-    except (ValueError, struct.error) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no whole GGUF file: {error}") from None
 
 

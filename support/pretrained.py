@@ -26,9 +26,9 @@ def from_pretrained(path, levels=None, **changes) -> Hope:
     """A Llama-family checkpoint as Hope-Attention with CMS levels, in eval mode (NL 7.3).
 
     levels: chunk lengths from fast to slow; None: 512 tokens and never. changes: further fields of
-    HopeConfig, as cms_blocks, here the last quarter of the blocks, and cms_step, which is 0.01
-    here: weights that were not trained to learn in context bear small steps only. What export.py
-    wrote is read as it was but for these. Weights become float32.
+    HopeConfig, as cms_blocks, here the last quarter of the blocks, and cms_step, here 0.05: weights
+    that were not trained to learn in context bear small steps only (docs/results.md). What
+    export.py wrote is read as it was but for these. Weights become float32.
     ValueError for what is no such checkpoint, and for parts that have no place here.
     """
     config = read_config(path)
@@ -40,7 +40,7 @@ def from_pretrained(path, levels=None, **changes) -> Hope:
     weights = read_weights(path)
     check_sizes(path, config, weights)
     try:
-        own = {"model": "hope_attention", "variant": "independent", "cms_step": 0.01}
+        own = {"model": "hope_attention", "variant": "independent", "cms_step": 0.05}
         own["levels"] = config.get("cms_levels", [512, None])  # an export says so
         own["cms_blocks"] = max(1, config["num_hidden_layers"] // 4)
         model = Hope(HopeConfig(**(own | sizes_of(config) | changes)))
@@ -91,9 +91,9 @@ def gguf_of(path) -> list:
 
 def read_config(path) -> dict:
     """config.json, or what the header of a GGUF file says. ValueError where it cannot be read."""
+    if gguf_of(path):
+        return gguf.config(path)
     try:
-        if gguf_of(path):
-            return gguf.config(path)
         config = parse_json((Path(path) / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no readable checkpoint: {first_line(error)}") from None
@@ -149,7 +149,7 @@ def check_parts(path, config: dict) -> None:
     rope = rope_of(config)
     if not isinstance(rope, dict) or type(rope.get("rope_theta")) not in (int, float):
         raise ValueError(f"rope of {path} must be names with values, rope_theta a number")
-    if rope["rope_type"] not in ROPES:
+    if rope["rope_type"] not in list(ROPES):  # it may be of any type
         wanted = f"one of {', '.join(ROPES)}"
         raise ValueError(f"rope type of {path} must be {wanted}, got {rope['rope_type']!r}")
     width = config["hidden_size"] // config["num_attention_heads"]

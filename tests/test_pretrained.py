@@ -137,6 +137,7 @@ def test_what_has_no_place_is_named(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act of .* must be 'silu', got 'gelu'"),
         ({"attention_bias": True}, "attention_bias of .* must be False, got True"),
         ({"rope_parameters": yarn}, "rope type of .* must be one of default, .* got 'yarn'"),
+        ({"rope_parameters": {"rope_type": [1]}}, "rope type of .* got .1."),
         ({"rope_parameters": torn}, "no place here: KeyError.'original_max_position_embeddings'"),
         ({"rope_parameters": two}, "no place here: .* short_factor must be its long_factor"),
         ({"rope_parameters": zero}, "rope_factors must be 4 numbers above 0, got .0.0, 0.0"),
