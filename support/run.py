@@ -124,14 +124,15 @@ class Run:
 
         cms_updates: None is off for a checkpoint of others, which never learned in context.
         """
-        checkpoint = read_checkpoint(path)
-        if cms_updates is None and checkpoint.get("model_type") != "hope":
+        theirs = read_checkpoint(path)
+        if cms_updates is None and theirs.get("model_type") != "hope":
             cms_updates = "off"
         model = from_pretrained(path, **({"cms_updates": cms_updates} if cms_updates else {}))
         encoding = tokenizer(tokenizer_path(path))
         check_vocabulary(f"{path} has", model.config, encoding)
-        longest = checkpoint.get("max_position_embeddings") or 2048
-        config = TrainConfig(pretrained=str(path), batch_size=1, seq_len=min(longest, 2048))
+        longest = theirs.get("max_position_embeddings")
+        seq_len = min(longest, 2048) if type(longest) is int else 2048
+        config = TrainConfig(pretrained=str(path), batch_size=1, seq_len=seq_len)
         device = device_for(device)
         model = model.to(device)
         settle_kernels(model, device)
