@@ -65,7 +65,7 @@ def pretrained(args) -> dict:
         steps = args.steps or [config.cms_step]
         result["texts"] += reading(run, Path(text), args.tokens, steps)
     if args.tasks:
-        result["tasks"] = beside_transformers(run, args)
+        result |= beside_transformers(run, args)
     return result
 
 
@@ -106,8 +106,8 @@ def losses(model, tokens, step: float) -> torch.Tensor:
     return torch.cat(found)
 
 
-def beside_transformers(run: Run, args) -> list[dict]:
-    """A row for each task and metric: our score, that of transformers, and the items."""
+def beside_transformers(run: Run, args) -> dict:
+    """Logits of both and a row for each task and metric: our score, theirs, and the items."""
     import transformers
     from lm_eval.models.huggingface import HFLM
     from tokenizers import Tokenizer
@@ -123,6 +123,11 @@ def beside_transformers(run: Run, args) -> list[dict]:
     window = run.config.seq_len
     theirs = HFLM(pretrained=network, tokenizer=bpe, batch_size=8, max_length=window, device="cpu")
     run.model.config.cms_updates = "off"
+    tokens = torch.arange(512)[None] * 37 % run.encoding.n_vocab
+    with torch.no_grad():
+        logits = network(tokens).logits
+        apart = (run.model(tokens)[0] - logits).abs().max().item()
+    print(f"logits of {logits.std():.2f}, largest difference {apart:.1e}", flush=True)
     scorer = Scorer(run.model, run.encoding)
     asked = (args.tasks, window, args.data_dir, args.limit)
     scores = [harness(scorer, *asked, model=model) for model in (None, theirs)]
@@ -134,4 +139,4 @@ def beside_transformers(run: Run, args) -> list[dict]:
                 rows.append({"task": task, "metric": metric, "items": ours["n"]})
                 rows[-1] |= {"ours": value, "transformers": other}
                 print(f"{task:16} {metric:16} {value:.4f}, transformers {other:.4f}", flush=True)
-    return rows
+    return {"logits_std": logits.std().item(), "logits_largest_difference": apart, "tasks": rows}
