@@ -19,6 +19,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from bench import position
 from bench.ablation import ABLATION
 from bench.tables import markdown, published
 from support.checkpoint import atomic_write
@@ -113,18 +114,47 @@ def quality_columns(cells: dict[int, dict]) -> list[str]:
 
 
 def ablation() -> str:
-    """A row a part of Hope, the paper's mean perplexity beside it."""
+    """A row a part of Hope after 1M tokens, the paper's mean perplexity beside it."""
     paper = {row["model"]: row["values"][0] for row in published("table6")["rows"]}
-    found = {row["model"]: row for row in load("ablation.json")["equal_tokens"]}
+    runs = quality_runs("ablation.jsonl")
+    base = runs["hope"]["long"]
     rows = []
     for fields, (what, row) in ABLATION.items():
         spec = f"hope:{fields}" if fields else "hope"
-        if spec not in found:  # this file is older than the row
+        cells = runs.get(spec, {"long": {}})["long"]
+        if not cells:  # not measured
             continue
-        numbers = [f"{found[spec]['mean']:.3f}", f"{found[spec]['difference']:+.3f}"]
+        above = [cells[s]["bits_per_byte"] - base[s]["bits_per_byte"] for s in cells]
+        more = f"{statistics.mean(above):+.3f}" if fields else ""
+        numbers = [str(len(cells)), spread(bits(cells)), more]
         rows.append([what, f"`{spec}`", *numbers, paper.get(row, "")])
-    head = ["Hope", "model", "bits per byte", "difference", "published, 1.3B: mean perplexity"]
-    return markdown(head, rows)
+    head = ["Hope", "model", "seeds", "bits per byte", "difference, same seeds"]
+    return markdown([*head, "published, 1.3B: mean perplexity"], rows)
+
+
+def ablation_off() -> str:
+    """The same after 0.5M tokens, updates off, one seed."""
+    found = {row["model"]: row for row in load("ablation.json")["equal_tokens"]}
+    rows = []
+    for fields, (what, _) in ABLATION.items():
+        spec = f"hope:{fields}" if fields else "hope"
+        if spec in found:  # this file is older than the others
+            numbers = [f"{found[spec]['mean']:.3f}", f"{found[spec]['difference']:+.3f}"]
+            rows.append([what, f"`{spec}`", *numbers])
+    return markdown(["Hope", "model", "bits per byte", "difference"], rows)
+
+
+def levels() -> str:
+    """A row a choice of levels, the best first."""
+    cells = sorted(load("levels.jsonl"), key=lambda cell: cell["bits_per_byte"])
+    rows = []
+    for cell in cells:
+        model = json.loads(cell["key"])["model"]
+        shown = f"{model['levels']}".replace("None", "null")
+        numbers = [f"{cell['parameters']:,}", f"{cell['state_numbers']:,}"]
+        rows.append([shown, model["cms_blocks"], *numbers, f"{cell['bits_per_byte']:.3f}"])
+    head = ["levels", "blocks that have them", "parameters", "state, numbers a row"]
+    return markdown([*head, "bits per byte"], rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -388,6 +418,9 @@ TABLES = {
     "quality": quality,
     "quality_2048": quality_2048,
     "ablation": ablation,
+    "ablation_off": ablation_off,
+    "levels": levels,
+    "position": lambda: position.table(load("position.json")),
     "speed": speed,
     "speed_lengths": speed_lengths,
     "optimizers": optimizers,
