@@ -254,7 +254,7 @@ def test_continual_pre_training_begins_at_the_pre_trained_model_and_resumes(tmp_
     with torch.no_grad():
         still = run.model(x, updates="off")[0]
         torch.testing.assert_close(still, llama(x).logits, rtol=0, atol=1e-4)
-    assert run.encoding.n_vocab == symbols and len(run.model.blocks[0].cms.steps()) == 2
+    assert run.encoding.n_vocab == symbols and len(run.model.blocks[-1].cms.steps()) == 2
     done = train(resumed(str(out), tokens=640, lr=1e-2))
     assert done["step"] == 10 and done["val_bits_per_byte"] < 8
 
