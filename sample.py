@@ -17,10 +17,12 @@ The input may be a pipe. Then nothing is asked for, and the first error ends the
 
 import os
 import sys
+from functools import partial
 
 import torch
 
 from bench import look
+from layers import Sampler
 from support.checkpoint import first_line, load_state, save_state
 from support.flags import DEVICES, Defaults, Help, Parser, updates_flag, whole_number
 from support.run import Run, precision
@@ -102,8 +104,15 @@ def obey(run: Run, state, line: str):
 
 def opened(args) -> Run:
     run = Run.open(args.run, args.device, args.cms_updates)
+    Sampler(**drawing(args))  # raises for flags out of range, before anything is written
+    Ending(args.stop)
     torch.manual_seed(args.seed)
     return run
+
+
+def drawing(args) -> dict:
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return {name: getattr(args, name) for name in names}
 
 
 def tokens_of(run: Run, typed: bytes) -> torch.Tensor:
@@ -124,11 +133,9 @@ def write_on(run: Run, tokens, args, state, show) -> tuple:
 
     Returns (tokens [B, T] that were not read yet, the state after all before them).
     """
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    how = {name: getattr(args, name) for name in names}
     endings = [Ending(args.stop) for _ in tokens]
     with precision(run.device):
-        for drawn in run.model.generate_with_state(tokens, args.n, state, **how):
+        for drawn in run.model.generate_with_state(tokens, args.n, state, **drawing(args)):
             token, state = drawn
             tokens = token[:, None]
             for row, ending in enumerate(endings):
@@ -190,7 +197,8 @@ def parser() -> Parser:
 
 def writing_flags(p, n: int, stop: list[str]) -> None:
     """The flags of all commands that write text; n and stop: defaults."""
-    p.add_argument("--n", type=int, default=n, help="most tokens to generate, at least 0")
+    at_least_0 = partial(whole_number, least=0)
+    p.add_argument("--n", type=at_least_0, default=n, help="most tokens to generate, at least 0")
     what = "text that ends the writing, and is left out (repeatable)"
     p.add_argument("--stop", action="append", default=stop, metavar="TEXT", help=what)
     draw = p.add_argument_group("how tokens are drawn, in this order")

@@ -263,7 +263,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys)
         "generate": "arguments are required: run",
         "generate nowhere": "nowhere is not the folder of a run",
         "generate x --temperature -1": "temperature must be a number of at least 0, got -1",
-        "generate x --n -3": "n must be an integer of at least 0.*got -3",
+        "generate x --n -3": "n: must be a whole number of at least 0.*got '-3'",
         "generate x --top-k 0": "top_k must be an integer of at least 1, got 0",
         "generate x --top-k many": "invalid int value",
         "generate torn": "step-1 is .*truncated",
@@ -282,11 +282,12 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys)
         "generate x --stop=": "stop must be a text that is not empty, got ''",
         "chat": "arguments are required: run",
         "chat nowhere": "nowhere is not the folder of a run",
+        "chat x --temperature -1": "temperature must be a number of at least 0, got -1",
     }
     for words, message in cases.items():
         assert main(words.split()) == 2, words
-        error = capsys.readouterr().err
-        assert re.search(message, error), error
+        out, error = capsys.readouterr()
+        assert re.search(message, error) and not out, (out, error)
         assert error.count("\n") == 1 and error.startswith("sample.py: error: ")
     assert sorted(tmp_path.rglob("*")) == before
 
