@@ -74,7 +74,7 @@ def chat(args) -> None:
             with torch.no_grad(), precision(run.device):
                 state = run.model(unread, state)[1]
             print(flush=True)
-        except (ValueError, OSError) as error:
+        except (ValueError, RuntimeError, OSError) as error:
             if not asks:
                 raise
             print(f"error: {first_line(error)}", file=sys.stderr)
@@ -91,8 +91,12 @@ def obey(run: Run, state, line: str):
     if name == "/load":
         state = load_state(file, run.device)
         token = torch.zeros(1, 1, dtype=torch.int64, device=run.device)
-        with torch.no_grad(), precision(run.device):
-            read = run.model(token, state)[1]["position"] - 1  # raises for a state of another model
+        try:
+            with torch.no_grad(), precision(run.device):
+                read = run.model(token, state)[1]["position"] - 1
+        except Exception as error:  # a file may hold anything
+            why = first_line(error)
+            raise ValueError(f"{file} holds no state that this model can read: {why}") from None
     elif state is None:
         raise ValueError("nothing was read yet, so there is no state to save")
     else:

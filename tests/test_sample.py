@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from hope import Hope, HopeConfig
 from sample import Ending, main
 from support import checkpoint
 from support.checkpoint import load_state, save_state
+from support.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -226,6 +228,11 @@ def test_bad_lines_of_a_chat_end_it_on_a_pipe_and_not_on_a_terminal(tmp_path, mo
     run_folder(tmp_path / "x")
     other = run_folder(tmp_path / "other", "transformer")
     save_state(other(torch.tensor([[1]]))[1], tmp_path / "state")
+    own = Run.open(tmp_path / "x", "cpu").model(torch.tensor([[1]]))[1]
+    save_state(own | {"blocks": None}, tmp_path / "empty")
+    save_state(own | {"position": "1"}, tmp_path / "text")
+    cut = tree_map_only(torch.Tensor, lambda t: t[..., 1:], own)
+    save_state(cut, tmp_path / "cut")
     words = ["chat", str(tmp_path / "x"), "--n=3"]
     cases = {
         "/sav a": "must be /save FILE, /load FILE or /reset .*: /sav a",
@@ -234,6 +241,9 @@ def test_bad_lines_of_a_chat_end_it_on_a_pipe_and_not_on_a_terminal(tmp_path, mo
         "/load nowhere": "nowhere",
         f"/load {tmp_path}/state": "state must be of a model whose model is 'hope'",
         f"/load {tmp_path}/x/config.json": "config.json",
+        f"/load {tmp_path}/empty": "empty holds no state that this model can read",
+        f"/load {tmp_path}/text": "text holds no state that this model can read",
+        f"/load {tmp_path}/cut": "cut holds no state that this model can read",
     }
     monkeypatch.setattr("sample.show", lambda row, text: print(ascii(text), end=""))
     for line, message in cases.items():
