@@ -325,7 +325,7 @@ def from_file(path: str) -> dict:
             pairs = found["set"].items()
             found["set"] = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in pairs]
         return found
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         wanted = "TOML or a run's config.json"
         raise ValueError(f"config {path!r} must be {wanted}: {first_line(error)}") from None
 
@@ -388,4 +388,4 @@ def parse(argv: list[str] | None, description: str, resumed: Callable) -> TrainC
             given[name] = value + given.get(name, []) if name == "set" else given.get(name, value)
     if given.get("resume"):
         return resumed(given.pop("resume"), **given)
-    return TrainConfig(**SETUPS.get(given.get("preset"), {}) | given)
+    return TrainConfig(**SETUPS.get(str(given.get("preset")), {}) | given)
