@@ -205,7 +205,7 @@ def header(path: str | Path) -> tuple[dict, dict]:
         tensors |= {name: (*where, file) for name, where in placed.items()}
     parts = metadata.get("split.count") or 1
     if parts != len(found):
-        hint = "name the folder of all its parts" if parts > len(found) else "name one of them"
+        hint = "name one of them" if parts == 1 else "name the folder of all its parts"
         raise ValueError(f"{path} must be {parts} GGUF files, got {len(found)}: {hint}")
     family = metadata.get("general.architecture")
     if family != "llama":
@@ -226,9 +226,9 @@ def config(path: str | Path) -> dict:
 
     if get("expert_count"):
         raise ValueError(f"llama.expert_count of {path} must be 0, got {get('expert_count')}")
-    vocabulary = tensors["token_embd.weight"][0][0] if "token_embd.weight" in tensors else None
+    shape, *_ = tensors.get("token_embd.weight", ((),))
     sizes = {
-        "vocab_size": vocabulary,
+        "vocab_size": shape[0] if shape else None,
         "hidden_size": get("embedding_length"),
         "num_hidden_layers": get("block_count"),
         "num_attention_heads": get("attention.head_count"),
@@ -237,7 +237,9 @@ def config(path: str | Path) -> dict:
         "head_dim": get("attention.key_length") or get("rope.dimension_count"),
         "max_position_embeddings": get("context_length"),
     }
-    rope = {"rope_type": get("rope.scaling.type", "default"), "factor": get("rope.scaling.factor")}
+    factor = get("rope.scaling.factor", get("rope.scale_linear"))  # the latter in old files
+    rope = {"rope_type": get("rope.scaling.type", "linear" if factor else "default")}
+    rope["factor"] = factor
     if rope["rope_type"] == "none":
         rope["rope_type"] = "default"
     if "rope_freqs.weight" in tensors:  # each pair's frequency is divided by one of these

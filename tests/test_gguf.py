@@ -164,6 +164,17 @@ def test_a_gguf_file_gives_the_logits_of_transformers(scaled, tmp_path):
     assert (learned - still).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("said", ["scaling.type", "scaling.factor", "scale_linear"])
+def test_a_factor_of_rope_counts_whether_or_not_its_kind_is_said(said, tmp_path):
+    changes = {"scaling.factor": 4.0, "scaling.type": "linear"}
+    if said != "scaling.type":
+        changes = {said: 4.0}
+    changes = {f"llama.rope.{name}": v for name, v in changes.items()}
+    assert from_pretrained(write(tmp_path / "m.gguf", changes)).config.rope_factors == [4.0] * 8
+    changes["llama.rope.scaling.type"] = "none"
+    assert from_pretrained(write(tmp_path / "n.gguf", changes)).config.rope_factors is None
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1", "Q4_K"])
 def test_every_tensor_is_what_gguf_itself_makes_of_it(kind, tmp_path):
     """The file is written by the package's own writer."""
@@ -277,6 +288,7 @@ BAD = {  # metadata: the message
     "a wide lie": ({"llama.feed_forward_length": 2**31}, "is .2147483648, 64., .* has .96, 64."),
     "no heads": ({"llama.attention.head_count": None}, "KeyError|num_attention_heads"),
     "heads by layer": ({"llama.attention.head_count": [4, 4]}, "integer of at least 1, got .4, 4."),
+    "parts": ({"split.count": "2"}, "must be 2 GGUF files, got 1"),
     "alignment": ({"general.alignment": 0}, "general.alignment must be .* got 0"),
 }
 
@@ -316,6 +328,7 @@ LIES = {  # tensors beside those of the model: the message
     "half a block": ({"x": ((8, 63), 8, ZEROS)}, "x must have rows of a multiple of 32|need gguf"),
     "nothing": ({"x": ((8, 0), F32, b"")}, "x must have rows"),
     "a bias": ({"blk.0.attn_q.bias": ((64,), F32, ZEROS[:256])}, "blk.0.attn_q.bias, .* no place"),
+    "a number": ({"token_embd.weight": ((), F32, bytes(4))}, "vocab_size .* at least 1, got None"),
     "another rope": ({"rope_freqs.weight": ((3,), F32, bytes(12))}, "rope_factors must be 8"),
 }
 
