@@ -37,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 
+from layers import one_of
 from support import released
 from support.checkpoint import atomic_write, first_line, locked
 from support.corpus import (
@@ -461,6 +462,8 @@ def get(names: list[str], out: str) -> None:
     """Fetch released data sets into a folder; without names, print what there is."""
     if not names:
         print(released.table())
+    for name in names:
+        one_of("data set", name, released.SETS)
     for name in names:
         for path in released.get(name, out):
             print(f"{path}, its sha256 is right ({released.SETS[name].licence})")

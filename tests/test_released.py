@@ -84,7 +84,7 @@ def test_nothing_is_written_of_a_file_that_has_changed_or_cannot_be_fetched(netw
     with pytest.raises(OSError, match=r"https://gone/a.txt could not .* \(no route to host\)$"):
         data.main(["get", "gone"])
     with pytest.raises(ValueError, match="unknown data set 'plane': .* did you mean 'plain'"):
-        data.main(["get", "plane"])
+        data.main(["get", "plain", "plane"])
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="pip install -r requirements-data.txt"):
         data.main(["get", "plain"])
