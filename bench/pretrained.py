@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
+from bench.cells import numbers
 from bench.harness import check_there, harness
-from bench.scorer import Scorer
+from bench.scorer import Scorer, token_losses
 from support.corpus import sha256_of
 from support.flags import whole_number
 from support.pretrained import gguf_of
@@ -31,15 +31,11 @@ def names(text: str) -> list[str]:
     return text.split(",")
 
 
-def numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
 def add_flags(p) -> None:
     p.add_argument("path", help="a Llama checkpoint's folder, a GGUF file, or an export")
     p.add_argument("--texts", type=names, default=[], help="files, with commas")
     p.add_argument("--tokens", type=whole_number, default=4096, help="of each text")
-    p.add_argument("--steps", type=numbers, help="inner step sizes; none: from_pretrained's own")
+    p.add_argument("--steps", help="inner step sizes; none: from_pretrained's own")
     p.add_argument("--tasks", type=names, default=[], help="of lm-eval, with commas")
     p.add_argument("--limit", type=whole_number, help="only so many items of each task")
     p.add_argument("--data-dir", help="folder of benchmark files: no network is used")
@@ -50,6 +46,7 @@ def pretrained(args) -> dict:
     """The result of the command. ValueError for what cannot be read."""
     if args.tasks:
         check_there(args.data_dir)
+    steps = numbers(args.steps, float) if args.steps else None
     run = Run.pretrained(args.path, "cpu", "first_order")
     files = gguf_of(args.path) or sorted(Path(args.path).glob("*.safetensors"))
     config = run.model.config
@@ -62,8 +59,7 @@ def pretrained(args) -> dict:
         "texts": [],
     }
     for text in args.texts:
-        steps = args.steps or [config.cms_step]
-        result["texts"] += reading(run, Path(text), args.tokens, steps)
+        result["texts"] += reading(run, Path(text), args.tokens, steps or [config.cms_step])
     if args.tasks:
         result |= beside_transformers(run, args)
     return result
@@ -92,17 +88,11 @@ def losses(model, tokens, step: float) -> torch.Tensor:
     """Nats of tokens [1, T] but the first, [T - 1]; step 0: the levels are off."""
     found = []
     state = None
-    last = torch.empty(1, 0, model.config.vocab_size)  # logits of the token before a piece
-    for piece in tokens.split(1024, 1):
-        if step:
-            loss, state = model.learn(piece, state, step=step)
-        else:
-            logits, state = model(piece, state, "off")
-            predictions = torch.cat([last, logits[:, :-1]], 1)
-            last = logits[:, -1:]
-            targets = piece[:, piece.shape[1] - predictions.shape[1] :]
-            loss = F.cross_entropy(predictions.mT, targets, reduction="none")
-        found.append(loss[0])
+    how = ("first_order", step) if step else ("off",)
+    pieces = (part.split(1024, 1) for part in (tokens[:, :-1], tokens[:, 1:]))
+    for piece, targets in zip(*pieces, strict=True):
+        logits, state = model(piece, state, *how)
+        found.append(token_losses(logits, targets)[0])
     return torch.cat(found)
 
 

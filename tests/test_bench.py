@@ -14,9 +14,10 @@ from bench.__main__ import COMMANDS, main
 from bench.ablation import ABLATION, FROM_PUBLISHED
 from bench.cells import ROOT, Record, parse_spec, spec_config, split_specs
 from bench.kernels import kernel_table, modify_work, scan_work
+from bench.pretrained import losses
 from bench.quality import cell_key, corpus_of, current_key
 from bench.tables import published
-from hope import HopeConfig
+from hope import Hope, HopeConfig
 from support.config import TrainConfig
 from support.run import Run
 from train import train
@@ -267,3 +268,20 @@ def test_the_table_of_kernels_shows_what_was_not_measured_as_a_dash():
 def test_the_work_of_a_kernel_grows_with_its_tokens():
     assert scan_work(128, 4096)[0] == 2 * scan_work(128, 2048)[0] == 4 * scan_work(64, 2048)[0]
     assert modify_work(16, 64)[1] == 16 * 64 * (8 * 64 * 2 + 2 * 64 * 4)
+
+
+# --------------------------------------------------------------------------------------------------
+# bench pretrained
+
+
+@pytest.mark.parametrize("step", [0.0, 0.1])
+def test_losses_of_a_text_in_pieces_are_those_of_the_whole(step):
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "hidden": 24}
+    model = Hope(HopeConfig(model="hope_attention", levels=[512, None], **sizes)).double().eval()
+    tokens = torch.randint(257, (1, 1300))
+    with torch.no_grad():
+        logits, _ = model(tokens, None, *(("first_order", step) if step else ("off",)))
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="none")
+    found = losses(model, tokens, step)
+    torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-5, atol=1e-5)
