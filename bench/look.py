@@ -23,7 +23,7 @@ from baselines import Recurrent
 from learn import plain
 from memory import full_precision, scan, watch
 from support.checkpoint import atomic_write
-from support.flags import updates_flag
+from support.flags import DEVICES, updates_flag
 from support.run import Run, precision
 from titans import SelfModifyingTitans
 
@@ -312,6 +312,6 @@ def command(commands):
     what.add_argument("--text", help=f"file to read (default: the held-out text); {beginning}")
     what.add_argument("--prompt", help="text to read")
     p.add_argument("--out", default="look.html", help="the page (default: look.html)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--device", default="auto", help=DEVICES)
     updates_flag(p)
     p.set_defaults(do=look)
