@@ -242,9 +242,7 @@ def opened(args) -> Run:
         raise ValueError("eval.py needs the folder of a run, or --pretrained PATH (--help)")
     if args.run is not None:
         return Run.open(args.run, args.device, args.cms_updates)
-    run = Run.pretrained(args.pretrained, args.device, args.cms_updates)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    return run
+    return Run.pretrained(args.pretrained, args.device, args.cms_updates)
 
 
 def run_tasks(args) -> None:
@@ -291,7 +289,8 @@ def parser() -> Parser:
     number = {"type": whole_number}
     p.add_argument("run", nargs="?", help="folder of the run")
     checkpoint = "instead: a Llama checkpoint's folder, a GGUF file, or what hope.py exported"
-    p.add_argument("--pretrained", metavar="PATH", help=f"{checkpoint}; eval.json goes to runs/")
+    where = "eval.json goes to runs/pretrained-NAME"
+    p.add_argument("--pretrained", metavar="PATH", help=f"{checkpoint}; {where}")
     p.add_argument("--tasks", help=f"{', '.join(TABLES)}, or names of lm-eval's tasks, with commas")
     data = "a text file or a folder, scored whole, or shards, of which the held-out part is"
     p.add_argument("--data", help=f"{data} (default: the run's held-out text)")

@@ -120,7 +120,9 @@ class Run:
 
     @classmethod
     def pretrained(cls, path: str | Path, device: str = "auto", cms_updates=None) -> "Run":
-        """A checkpoint that `from_pretrained` reads, as `open` does a run; results go to runs/.
+        """A checkpoint that `from_pretrained` reads, as `open` does a run.
+
+        Results go to runs/pretrained-NAME: a run may have the name that its export has.
 
         cms_updates: None is off for a checkpoint of others, which never learned in context.
         """
@@ -136,7 +138,7 @@ class Run:
         device = device_for(device)
         model = model.to(device)
         settle_kernels(model, device)
-        return cls(config, model, encoding, device, Path("runs", config.preset))
+        return cls(config, model, encoding, device, Path(f"runs/pretrained-{config.preset}"))
 
     # What training does with a run
 
@@ -256,7 +258,7 @@ class Run:
     def facts(self) -> dict:
         """What must stand beside every number."""
         return {
-            "model": f"{self.config.model} ({self.config.preset})",
+            "model": f"{self.model.config.model} ({self.config.preset})",
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "training_tokens": self.step * self.config.tokens_per_step if self.saved else None,
             "trained_on": self.saved["corpus"].get("name") if self.saved else "texts of others",
@@ -266,14 +268,16 @@ class Run:
     def record(self, result: dict) -> None:
         """Add to eval.json, keeping what other commands wrote there; a warning where that fails."""
         path = self.folder / "eval.json"
-        with warned(), locked(path.with_suffix(".lock"), wait=True):
-            try:
-                kept = dict(parse_json(path.read_text()))
-            except FileNotFoundError:
-                kept = {}
-            except (TypeError, ValueError) as error:
-                raise OSError(f"{path} is damaged and stays so ({first_line(error)})") from None
-            write_json(path, kept | result)
+        with warned():
+            self.folder.mkdir(parents=True, exist_ok=True)  # of a pre-trained checkpoint
+            with locked(path.with_suffix(".lock"), wait=True):
+                try:
+                    kept = dict(parse_json(path.read_text()))
+                except FileNotFoundError:
+                    kept = {}
+                except (TypeError, ValueError) as error:
+                    raise OSError(f"{path} is damaged and stays so ({first_line(error)})") from None
+                write_json(path, kept | result)
 
 
 # --------------------------------------------------------------------------------------------------

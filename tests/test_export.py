@@ -194,7 +194,7 @@ def test_eval_reads_a_checkpoint_as_it_reads_a_run(exported, capsys):
     bits = {}
     for updates in ("first_order", "full", "off"):
         assert evaluation.main([*words, "--cms-updates", updates]) == 0
-        made = json.loads(Path("runs/out/eval.json").read_text())
+        made = json.loads(Path("runs/pretrained-out/eval.json").read_text())
         assert made["cms_steps_in_context"] == updates
         exported.model.config.cms_updates = updates
         exported.config.batch_size = 1
@@ -204,9 +204,10 @@ def test_eval_reads_a_checkpoint_as_it_reads_a_run(exported, capsys):
     assert bits["first_order"] == pytest.approx(bits["full"], abs=1e-6)
     assert abs(bits["first_order"] - bits["off"]) > 1e-4
     assert "CMS steps in context first_order" in capsys.readouterr().out
+    assert not Path("runs/out").exists()  # it may be the run that was exported
     assert evaluation.main([*words, "--tasks", "position", "--context", "128"]) == 0
     assert "unknown training tokens of texts of others" in capsys.readouterr().out
-    assert Path("runs/out/position.png").exists()
+    assert Path("runs/pretrained-out/position.png").exists()
 
 
 def test_a_llama_of_others_learns_only_where_it_is_asked_to(exported, capsys):
@@ -220,6 +221,11 @@ def test_a_llama_of_others_learns_only_where_it_is_asked_to(exported, capsys):
     assert run.facts()["model"] == "hope_attention (llama)"
 
 
+def test_results_of_an_export_name_the_model_it_is(exported):
+    exporting.export(run_of(model="samba"), "x")
+    assert Run.pretrained("x", "cpu").facts()["model"] == "samba (x)"
+
+
 def test_eval_names_what_it_lacks(exported, capsys):
     for words, message in (
         ([], "needs the folder of a run, or --pretrained PATH"),
@@ -231,6 +237,7 @@ def test_eval_names_what_it_lacks(exported, capsys):
         assert evaluation.main([*words, "--device", "cpu"]) == 2, words
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+    assert not Path("runs").exists()
 
 
 def test_lm_eval_finds_the_model_in_its_own_registry(exported):
