@@ -210,7 +210,9 @@ class HopeConfig:
         d = self.d_model
         n = len(self.levels)
         target = 4 * d * d + 3 * d * (8 * round(d / 3)) + 2 * d
-        layers = [count(mixers[layer % len(mixers)]) for layer in range(self.n_layers)]
+        layers = []
+        for i, mixer in enumerate(mixers):
+            layers.append(count(mixer) * len(range(i, self.n_layers, len(mixers))))
         norms = d * (2 + (n - 1) * self.learners / self.n_layers)
         mean = sum(layers) / self.n_layers + norms
         each = round((target - mean) / (3 * d * n) / 4) * 4 if n else 0

@@ -58,16 +58,17 @@ def from_pretrained(path, levels=None, **changes) -> Hope:
 
 def reopened(path, config: dict, changes: dict) -> Hope:
     """What export.py wrote of a model that is no Llama. Errors of `from_pretrained`."""
-    try:
-        own = HopeConfig(**(config["hope"] | changes))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"config.json of {path} is no export of Hope: {error!r}") from None
     weights = read_weights(path)
     numbers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    if len(numbers) != own.n_layers:
-        raise ValueError(f"{path} must have {own.n_layers} blocks, got {len(numbers)}")
-    with torch.device("meta"):  # nothing is allocated
-        wanted = {name: [*w.shape] for name, w in Hope(own).state_dict().items()}
+    try:
+        own = HopeConfig(**(config["hope"] | changes))
+        if len(numbers) != own.n_layers:
+            raise ValueError(f"{path} must have {own.n_layers} blocks, got {len(numbers)}")
+        with torch.device("meta"):  # nothing is allocated
+            wanted = {name: [*w.shape] for name, w in Hope(own).state_dict().items()}
+    except (KeyError, TypeError, RuntimeError) as error:  # the last: sizes beyond 64 bits
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"config.json of {path} is no export of Hope: {why}") from None
     check_shapes(path, weights, wanted | dict.fromkeys(weights.keys() - wanted, "nothing"))
     model = Hope(own)
     model.load_state_dict(weights)
@@ -178,7 +179,7 @@ def check_shapes(path, weights: dict, wanted: dict) -> None:
         have = [*weights[name].shape] if name in weights else "nothing"
         if have != shape:
             what = f"config.json says {name} is {shape}, the file has {have}"
-            raise ValueError(f"{path} is no checkpoint of the Llama family: {what}")
+            raise ValueError(f"{path} is no whole checkpoint: {what}")
 
 
 def sizes_of(config: dict) -> dict:

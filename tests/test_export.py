@@ -51,8 +51,6 @@ def logits(model, x):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_export_is_read_back_to_the_bit(name, tmp_path):
     run = run_of(**CONFIGS[name])
-    if name in PLAIN and run.model.config.variant == "independent":
-        run.model.blocks[0].cms.mix.data.fill_(1.0)
     exporting.export(run, tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["model_type"] == ("llama" if name in PLAIN else "hope")
@@ -109,6 +107,9 @@ def test_its_tokenizer_is_the_same_there_and_here(tmp_path):
 
 LIES = {
     "layers": (lambda c: c["hope"].update(n_layers=10**7), "must have 10000000 blocks, got 3"),
+    "endless": (lambda c: c["hope"].update(n_layers=10**12, hidden=None), "1000000000000 blocks"),
+    "overflow": (lambda c: c["hope"].update(d_model=2**40), "no export of Hope: RuntimeError"),
+    "vocabulary": (lambda c: c["hope"].update(vocab_size=2**62), "no export of Hope: RuntimeError"),
     "width": (lambda c: c["hope"].update(hidden=3 * 2**40), "the file has"),
     "field": (lambda c: c["hope"].update(wings=2), "no export of Hope: TypeError.*wings"),
     "model": (lambda c: c["hope"].update(model="bird"), "model must be|unknown model"),

@@ -144,7 +144,7 @@ def test_what_has_no_place_is_named(tmp_path):
         ({"head_dim": 16}, "head_dim of .* must be 8, got 16"),
         ({"num_hidden_layers": 2}, "got model.layers.2.* has no place"),
         ({"num_hidden_layers": 4}, "model.layers.3"),
-        ({"vocab_size": 62}, "no checkpoint of the Llama family"),
+        ({"vocab_size": 62}, "no whole checkpoint: config.json says .*embed_tokens"),
         # what would be allocated first and then found not to fit
         ({"num_hidden_layers": 10**7}, "layers.9999999.* is .48, 32., the file has nothing"),
         ({"vocab_size": 10**12}, "embed_tokens.weight is .1000000000000, 32., .* has .61, 32."),
