@@ -154,7 +154,13 @@ def check_parts(path, config: dict) -> None:
         wanted = f"one of {', '.join(ROPES)}"
         raise ValueError(f"rope type of {path} must be {wanted}, got {rope['rope_type']!r}")
     width = config["hidden_size"] // config["num_attention_heads"]
+    family = config.get("model_type", "llama")
+    rotated = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1
     parts = {
+        # others have the same names for weights, and other models; Mistral differs by its window
+        "model_type": ("llama" if family == "mistral" else family, "llama"),
+        "sliding_window": (config.get("sliding_window"), None),
+        "partial_rotary_factor": (rotated, 1),
         "hidden_act": (config.get("hidden_act", "silu"), "silu"),
         "attention_bias": (bool(config.get("attention_bias")), False),
         "mlp_bias": (bool(config.get("mlp_bias")), False),

@@ -141,6 +141,9 @@ def test_what_has_no_place_is_named(tmp_path):
         ({"rope_parameters": torn}, "no place here: KeyError.'original_max_position_embeddings'"),
         ({"rope_parameters": two}, "no place here: .* short_factor must be its long_factor"),
         ({"rope_parameters": zero}, "rope_factors must be 4 numbers above 0, got .0.0, 0.0"),
+        ({"model_type": "granite"}, "model_type of .* must be 'llama', got 'granite'"),
+        ({"model_type": "mistral", "sliding_window": 8}, "sliding_window .* must be None, got 8"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor of .* must be 1, got 0.5"),
         ({"head_dim": 16}, "head_dim of .* must be 8, got 16"),
         ({"num_hidden_layers": 2}, "got model.layers.2.* has no place"),
         ({"num_hidden_layers": 4}, "model.layers.3"),
@@ -163,6 +166,8 @@ def test_what_has_no_place_is_named(tmp_path):
         path.write_text(json.dumps(config | damage))
         with pytest.raises(ValueError, match=message):
             from_pretrained(tmp_path)
+    path.write_text(json.dumps(config | {"model_type": "mistral", "sliding_window": None}))
+    from_pretrained(tmp_path)
     for text in ("[1, 2]", '"x"', "null", "7"):
         path.write_text(text)
         with pytest.raises(ValueError, match="config.json must hold names with values, got a "):
