@@ -12,6 +12,7 @@ import base64
 import codecs
 import json
 import math
+import os
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from memory import full_precision, scan, watch
 from support.checkpoint import atomic_write
 from support.flags import DEVICES, updates_flag
 from support.run import Run, precision
+from support.vocabulary import encode
 from titans import SelfModifyingTitans
 
 LONGEST = 4096  # tokens of a text that are looked at
@@ -288,7 +290,7 @@ def look(args):
         raise ValueError(f"--out must be a file in a folder that exists, got {args.out!r}")
     run = Run.open(args.run, args.device, args.cms_updates)
     if args.prompt is not None:
-        name, ids = "the prompt", run.encoding.encode(args.prompt, disallowed_special=())
+        name, ids = "the prompt", encode(os.fsencode(args.prompt), run.encoding)
     else:
         name, ids, _ = run.text(args.text)
     ids = [run.encoding.eot_token, *map(int, ids[:LONGEST])]

@@ -189,6 +189,8 @@ def test_the_command_writes_a_page_of_a_file_or_a_prompt(tmp_path, capsys):
     assert main([*look, "--prompt", "def f", "--cms-updates", "off"]) == 0
     made = data_of(out.read_text("utf-8"))
     assert made["tokens"] == [*"def f"] and made["gain"] is None
+    assert main([*look, "--prompt", "a\udcff"]) == 0  # a byte that is no UTF-8, as it is typed
+    assert len(data_of(out.read_text("utf-8"))["tokens"]) == 2
 
 
 def test_bad_input_is_one_line_and_no_page(tmp_path, monkeypatch, capsys):
