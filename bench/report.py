@@ -84,8 +84,8 @@ def quality() -> str:
     """A row a model, best on Python first."""
     python = quality_runs("quality.jsonl")
     novels = quality_runs("quality_novels.jsonl")
-    head = ["model", "parameters", "state, numbers a row", "Python: rate", "seed 0", "three seeds"]
-    head += ["2 minutes: tokens", "seed 0", "novels: rate", "seed 0", "three seeds"]
+    head = ["model", "parameters", "state, numbers a row", "Python: rate", "seed 0", "mean (seeds)"]
+    head += ["2 minutes: tokens", "seed 0", "novels: rate", "seed 0", "mean (seeds)"]
     rows = []
     for spec in sorted(python, key=lambda spec: python[spec]["long"][0]["bits_per_byte"]):
         first = python[spec]["long"][0]
@@ -109,7 +109,7 @@ def quality_2048() -> str:
 
 
 def quality_columns(cells: dict[int, dict]) -> list[str]:
-    several = spread(bits(cells)) if len(cells) > 1 else ""
+    several = f"{spread(bits(cells))} ({len(cells)})" if len(cells) > 1 else ""
     return [f"{cells[0]['lr']:g}", f"{cells[0]['bits_per_byte']:.3f}", several]
 
 

@@ -242,8 +242,8 @@ def mean(file, spec):
     return statistics.mean(report.bits(runs[spec]["long"]))
 
 
-def seed_0(file, spec):
-    return report.quality_runs(file)[spec]["long"][0]["bits_per_byte"]
+def seed_bits(file, spec, seed=0):
+    return report.quality_runs(file)[spec]["long"][seed]["bits_per_byte"]
 
 
 def ablated(spec):
@@ -257,25 +257,41 @@ def timed():
     return {spec: cell["bits_per_byte"] for spec, cell in own.items()}
 
 
+def parted(spec):
+    """Differences of a part's cells to Hope's of the same seed, with the CMS learning."""
+    runs = report.quality_runs("ablation.jsonl")
+    base = runs["hope"]["long"]
+    cells = runs[spec]["long"].items()
+    return [cell["bits_per_byte"] - base[seed]["bits_per_byte"] for seed, cell in cells]
+
+
 LEARNED_Q = 'hope:adaptive=["k","v","q"]'
 PYTHON = "quality.jsonl"
 NOVELS = "quality_novels.jsonl"
 OFF = "hope:levels=[512,null]:cms_updates=off"  # what was measured before the CMS learned
 FROZEN = "hope:inner_step=0:levels=[512,null]:cms_updates=off"
 SAMBA = mean(PYTHON, OFF) - mean(PYTHON, "samba")
-SAMBA_NOVELS = seed_0(NOVELS, OFF) - seed_0(NOVELS, "samba")
+SAMBA_NOVELS = seed_bits(NOVELS, OFF) - seed_bits(NOVELS, "samba")
 LEARNING = mean(PYTHON, FROZEN) - mean(PYTHON, OFF)
-LEARNING_NOVELS = seed_0(NOVELS, FROZEN) - seed_0(NOVELS, OFF)
+LEARNING_NOVELS = seed_bits(NOVELS, FROZEN) - seed_bits(NOVELS, OFF)
 LONG = "quality_novels_2048.jsonl"
-SAMBA_CMS = "samba:levels=[64,null]:cms_blocks=3"
+LEVELS = ":levels=[64,null]:cms_blocks=3"
+SAMBA_CMS = "samba" + LEVELS
 AHEAD = mean(PYTHON, "samba") - mean(PYTHON, "hope")
-E2E = seed_0(PYTHON, "ttt_e2e") - seed_0(PYTHON, "hope")
-LEVEL = seed_0(PYTHON, "hope") - seed_0(PYTHON, SAMBA_CMS)
-AHEAD_LONG = seed_0(LONG, "samba") - seed_0(LONG, "hope")
+E2E = seed_bits(PYTHON, "ttt_e2e") - seed_bits(PYTHON, "hope")
+LEVEL = statistics.mean(
+    seed_bits(PYTHON, "hope", seed) - seed_bits(PYTHON, SAMBA_CMS, seed) for seed in (0, 1)
+)
+RIVALS = ("gated_deltanet", "titans", "transformer")
+WITH_CMS = [seed_bits(PYTHON, model + LEVELS) for model in RIVALS]
+AHEAD_NOVELS = seed_bits(NOVELS, "samba") - seed_bits(NOVELS, "hope")
+AHEAD_LONG = seed_bits(LONG, "samba") - seed_bits(LONG, "hope")
 CMS = mean(PYTHON, OFF), mean(PYTHON, "hope")
-CMS_LONG = seed_0(LONG, "hope:cms_updates=off"), seed_0(LONG, "hope")
+CMS_LONG = seed_bits(LONG, "hope:cms_updates=off"), seed_bits(LONG, "hope")
 COUNTING = report.load("tasks_formal_quick.json")["rows"][0]["mean"]["a^n b^n"][1]
 CTM = report.load("ctm_parity_8.json")
+PLACES = {Path(r["run"]).name: r["bits_per_byte"] for r in report.load("position.json")["runs"]}
+FURTHER = [PLACES["hope-off"][i] - PLACES["hope-nano"][i] for i in (0, -1)]
 READ = [report.quality_runs(PYTHON)[spec]["timed"]["tokens"] for spec in (OFF, "samba")]
 
 README = [  # what the page must say, made from the files in results/
@@ -284,17 +300,30 @@ README = [  # what the page must say, made from the files in results/
     f"ends at {measured('main_job')} instead of {measured('main_job_off')}",
     f"it took {measured('main_job_minutes')}",
     f"{AHEAD:.3f} bits per byte ahead of Samba (three seeds), {E2E:.3f} of TTT-E2E (one seed)",
-    f"in rows of 2,048, {AHEAD_LONG:.3f} of Samba (one seed)",
-    f"with the same CMS is level with it: {LEVEL:.3f} better (one seed)",
+    f"{AHEAD_NOVELS:.3f} ahead of Samba, in rows of 2,048 {AHEAD_LONG:.3f} (one seed)",
+    f"but Samba is {LEVEL:.3f} ahead (two seeds)",
     f"take {CMS[0]:.3f} bits per byte to {CMS[1]:.3f} on Python (three seeds)",
     f"{CMS_LONG[0]:.3f} to {CMS_LONG[1]:.3f} on those novels (one seed)",
     f"{LEARNING:.3f} bits per byte worse on Python, {LEARNING_NOVELS:.3f} on novels (one seed)",
+    f"they gain more: {FURTHER[1]:.3f} at 16 times",
     f"{COUNTING:.1f}% of longer words",
 ]
+SMALL = [-parted(f"hope:{part}")[0] for part in ("momentum=true", 'adaptive=["k"]')]
+STATIC_K = -statistics.mean(parted('hope:adaptive=["v"]'))
 RESULTS = [
+    f"by {FURTHER[0]:.3f} bits per byte up to the training length and by {FURTHER[1]:.3f}",
+    f"loses {parted('hope:cms_updates=off')[0]:.3f} bits per byte",
+    f"without retention {parted('hope:retention=false')[0]:.3f}",
+    f"without DGD {statistics.mean(parted('hope:dgd=false')):.3f} (two seeds)",
+    f"it is {min(SMALL):.3f} to {max(SMALL):.3f} better",
+    f"with a learned q {parted(LEARNED_Q)[0]:.3f} worse",
+    f"with a static k {STATIC_K:.3f} better (two seeds)",
     f"by {AHEAD:.3f} bits per byte of Samba (three seeds), by {E2E:.3f} of TTT-E2E (one seed)",
     f"steps in context are worth {CMS[0] - CMS[1]:.3f} bits per byte (three seeds)",
-    f"{LEVEL:.3f} better (one seed",
+    f"in these short rows by {AHEAD_NOVELS:.3f} of Samba (one seed)",
+    "has {:.3f}, Titans {:.3f}, the Transformer {:.3f} (one seed)".format(*WITH_CMS),
+    f"ahead of the best of these by {min(WITH_CMS) - seed_bits(PYTHON, 'hope'):.3f}",
+    f"ahead of Hope**: by {LEVEL:.3f}, the mean of two pairs of seeds",
     f"worth {CMS_LONG[0] - CMS_LONG[1]:.3f} bits per byte on novels, too",
     f"Hope is {AHEAD_LONG:.3f} ahead of Samba",
     f"by {SAMBA:.3f} bits per byte on Python (means of three seeds), by {SAMBA_NOVELS:.3f}",
