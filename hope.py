@@ -71,7 +71,7 @@ PUBLISHED = {"memory": "mlp", "adaptive": ["k", "v", "q"], "momentum": True}
 MIXERS = {
     "hope": lambda c: SelfModifyingTitans(
         c.d_model, c.n_heads, c.chunk, c.memory, c.adaptive, c.momentum, c.inner_step, c.conv_width,
-        c.gate, c.mode, c.dgd, c.retention, c.out_scale, c.window_reset,
+        c.gate, c.mode, c.dgd, c.retention, c.out_scale, c.window_reset, c.counters,
     ),
     "hope_attention": lambda c: Attention(
         *c.sizes, c.conv_width, c.rope_base, c.out_scale, rope_factors=c.rope_factors,
@@ -163,6 +163,7 @@ class HopeConfig:
     mode: str = "token"  # where reads look: "token" or "boundary"
     dgd: bool = True  # delta rule at the running weights
     retention: bool = True  # memories may forget; false: alpha is 1
+    counters: int = 0  # heads of Hope that only count: nothing is fed back into what they write
     gate: bool = True  # output gate
     depth: int = 2  # layers of the memory of Titans and DLA
     expand: int | None = None  # value width / key width; None: 2 for RetNet, Mamba-2, else 1

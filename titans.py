@@ -38,10 +38,12 @@ from layers import (
     clock,
     component,
     convolution,
+    count,
     deep_memory,
     head_width,
     heads,
     linear,
+    map_state,
     of_rows,
     one_of,
     over_chunks,
@@ -70,19 +72,25 @@ class SelfModifyingTitans(nn.Module):
     dgd: if True, the delta rule: each token's error uses the weights just before it. If False,
     every gradient uses the chunk-start weights, and eta is divided by the chunk for stability.
     retention: False fixes alpha = 1.
+    counters: how many heads, the last ones, are a `Counter` (deviation 28); q must be static.
     window_reset: tokens, a multiple of chunk, after which W_t is 0 again (deviation 26), or None.
 
     State: "position"; "boundary" and "running" weights W_t, without W_0 (lists: first layers
-    [B, H, rows, d], second layers [B, H, m, d, hidden]); "momentum" (like "running", or None);
-    "conv", the convolution's tail. Raises ValueError for sizes and names that do not fit.
+    [B, H, rows, d], second layers [B, H, m, d, hidden], of the H heads that are no counters);
+    "momentum" (like "running", or None); "conv", the convolution's tail; with counters "counted",
+    their W_t [B, counters, d, d]. Raises ValueError for sizes and names that do not fit.
     """
 
     def __init__(self, d_model, n_heads, chunk=64, memory="matrix", adaptive=("k", "v"),
                  momentum=False, inner_step=1.0, conv=4, gate=True, mode="token", dgd=True,
-                 retention=True, out_scale=1.0, window_reset=None):
+                 retention=True, out_scale=1.0, window_reset=None, counters=0):
         super().__init__()
         d = head_width(d_model, n_heads)
         at_least(1, chunk=chunk)
+        at_least(0, counters=counters)
+        if counters and (counters >= n_heads or "q" in adaptive):
+            wanted = f"below n_heads, {n_heads}, and 0 where q is adaptive"
+            raise ValueError(f"counters must be {wanted}, got {counters} and {adaptive!r}")
         whole_chunks(window_reset, chunk)
         one_of("memory", memory, ("matrix", "mlp"))
         one_of("mode", mode, ("token", "boundary"))
@@ -91,6 +99,7 @@ class SelfModifyingTitans(nn.Module):
         if not (isinstance(inner_step, (int, float)) and 0 <= inner_step <= 1):
             raise ValueError(f"inner_step must be in [0, 1], got {inner_step!r}")
         self.n_heads = n_heads
+        self.counters = counters
         self.d = d
         self.chunk = chunk
         self.window_reset = window_reset
@@ -111,6 +120,7 @@ class SelfModifyingTitans(nn.Module):
         self.in_proj = linear(d_model, streams * d_model)  # deviation 10
         self.gate_proj = linear(d_model, d_model) if gate else None
         self.conv = convolution(streams * d_model, conv)
+        n_heads -= counters
         self.start = nn.Parameter(torch.randn(n_heads, n * d + gates, d) * d**-0.5)  # W_0
         with torch.no_grad():
             self.start[:, n * d :] = 0.0  # the first step sizes are the biases
@@ -130,6 +140,7 @@ class SelfModifyingTitans(nn.Module):
             self.register_buffer("b_alpha", b_alpha)
             self.register_buffer("log_A", log_A - math.inf)
         self.b_theta = nn.Parameter(torch.zeros(n_heads)) if momentum else None
+        self.counter = Counter(counters, d) if counters else None
         self.norm = nn.RMSNorm(d, eps=EPS)
         self.out_proj = linear(d_model, d_model, out_scale)
 
@@ -161,7 +172,14 @@ class SelfModifyingTitans(nn.Module):
             insisted = self.backend == "triton" and not self.usual  # on the kernels of `scan`
             at_once = all_chunks if self.fused and not insisted else None
             settle = (lambda W: settled(W)[0]) if self.momentum else None  # deviation 27
-            return over_chunks(one_chunk, streams, state, self.chunk, at_once, settle)
+            n = self.n_heads - self.counters
+            first = map_state(lambda t: t[:, :n], streams)
+            y, after = over_chunks(one_chunk, first, state, self.chunk, at_once, settle)
+            if self.counter is None:
+                return y, after
+            x, q = streams["x"][:, n:], streams["q"][:, n:]
+            counted, W = self.counter(x, q, state["counted"], self.inner_step, self.backend)
+            return torch.cat([y, counted], 1), after | {"counted": W}
 
         with torch.autocast(x.device.type, enabled=False):
             windows = (self.window_reset, self.start_weights)
@@ -180,7 +198,11 @@ class SelfModifyingTitans(nn.Module):
         """Weights of a state that has learned nothing yet, every row its own."""
         running = [W0.new_zeros(batch, *W0.shape) for W0 in self.initial_weights()]
         momentum = [torch.zeros_like(W) for W in running] if self.momentum else None
-        return {"boundary": running, "running": running, "momentum": momentum}
+        weights = {"boundary": running, "running": running, "momentum": momentum}
+        if self.counter is None:
+            return weights
+        counted = full_precision(self.counter.start).new_zeros(batch, self.counters, self.d, self.d)
+        return weights | {"counted": counted}
 
     def initial_weights(self):
         """W_0 of the first layers, and of the second ones of MLPs."""
@@ -284,7 +306,9 @@ class SelfModifyingTitans(nn.Module):
     def products(self, T):
         d = self.d
         n = 1 + len(self.adaptive)
-        rows = self.start.shape[1]
+        H, rows = self.start.shape[:2]
+        counting = 3 * (5 * d + 1) * d + scan_products(d, d, T, delta=False)
+        counting *= self.counters
         C = min(self.chunk, T)
         generate = (rows - d) * d + d * d  # and the read at the initial weights
         if self.fused:  # fused.self_modify, by its lines
@@ -294,19 +318,53 @@ class SelfModifyingTitans(nn.Module):
             if self.start2 is not None:  # targets and gradients too; the second layers
                 per_chunk += rows * d + (5 * n + states * (2 * n + 1)) * d * d + C * d * (2 * n + 2)
                 triangular += n * C * C / 3
-            return self.n_heads * (3 * (generate + per_chunk) + triangular)
+            return H * (3 * (generate + per_chunk) + triangular) + counting
         rule = {"tile": self.chunk, "momentum": self.momentum, "decays": 1 + self.momentum}
-        count = 3 * (generate + 2 * rows * d) + scan_products(d, rows, T, **rule)
+        usual = 3 * (generate + 2 * rows * d) + scan_products(d, rows, T, **rule)
         if self.start2 is not None:
-            count += 3 * 5 * n * d * d + n * scan_products(d, d, T, **rule)
-        return self.n_heads * count
+            usual += 3 * 5 * n * d * d + n * scan_products(d, d, T, **rule)
+        return H * usual + counting
 
     def components(self):
         if not self.inner_step:  # frozen: as static as any projection
             return []
         size = sum(W0.numel() for W0 in self.initial_weights())
         made = ", ".join(["content", *self.adaptive, "eta", "alpha"])
-        return [component(f"memories ({made})", clock(self), "own targets, in context", size)]
+        rows = [component(f"memories ({made})", clock(self), "own targets, in context", size)]
+        if self.counter is not None:
+            size = count(self.counter)
+            rows.append(component("counters (content)", "every token", "targets, in context", size))
+        return rows
+
+
+class Counter(nn.Module):
+    """Heads that count without end: self-modifying memories of which nothing is fed back.
+
+        W_t = W_{t-1} + eta M_0(v) k^T               y = M_t(q)
+
+    k, v and eta are generated as above, from W_0 at all times, and alpha is 1. (x, q, W) -> (y, W):
+    x, q [B, H, T, d], q of unit length; W [B, H, d, d], what was learned.
+    """
+
+    def __init__(self, n_heads, d):
+        super().__init__()
+        start = torch.randn(n_heads, 3 * d + 1, d) * d**-0.5  # rows memory | k | v | eta
+        start[:, 3 * d :] = 0.0
+        self.start = nn.Parameter(start)
+        self.b_eta = nn.Parameter(torch.zeros(n_heads))
+
+    def forward(self, x, q, W, inner_step=1.0, backend="auto"):
+        d = x.shape[-1]
+        start = full_precision(self.start)
+        memory = start[:, :d].mT
+        made = x @ start[:, d:].mT
+        k = l2norm(x + made[..., :d], EPS)
+        v = l2norm(x + made[..., d : 2 * d], EPS)
+        eta = 2 * inner_step * torch.sigmoid(made[..., 2 * d] + self.b_eta[:, None])
+        target = v + v @ memory
+        rates = (eta, torch.ones_like(eta))
+        y, W, _ = scan(W, k, target, *rates, q, delta=0.0, backend=backend)
+        return q + q @ memory + y, W
 
 
 # --------------------------------------------------------------------------------------------------

@@ -235,9 +235,10 @@ def declare(folder):
         "conv": whole(0), "mode": one("token", "boundary"), "adaptive": either,
         "window_reset": lambda v: v is None or (whole(1)(v) and False),
         "momentum": either, "gate": either, "dgd": either, "retention": either,
+        "counters": whole(0, 1),
     }, d_model=16, n_heads=2, chunk=4, memory="matrix", inner_step=1.0, conv=4, mode="token",
         adaptive=("k", "v"), window_reset=None, momentum=False, gate=True, dgd=True,
-        retention=True)
+        retention=True, counters=0)
     target("NeuralMemory", NeuralMemory, sizes | {
         "chunk": whole(1), "depth": whole(1, 100), "conv": whole(0),
     }, d_model=16, n_heads=2, chunk=4, depth=2, conv=4)
@@ -267,7 +268,7 @@ def declare(folder):
         "mode": one("token", "boundary"), "dgd": switch, "retention": switch, "gate": switch,
         "depth": either, "expand": whole(1, none=True), "window": either,
         "norm_eps": positive, "tied": switch, "rope_base": positive, "model": one(*MIXERS),
-        "window_reset": lambda v: v is None, "adaptive": either,
+        "window_reset": lambda v: v is None, "adaptive": either, "counters": whole(0, 1),
     }
     plain = {f.name: getattr(HopeConfig(**TINY), f.name) for f in fields(HopeConfig)}
     plain |= {"hidden": None, "cms_updates": None, "levels": [4, None]}

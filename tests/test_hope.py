@@ -42,6 +42,7 @@ VARIANTS = {
     "hope, nested": dict(levels=[4, 16, 64], variant="nested"),
     "hope, independent": dict(levels=[8, None], variant="independent"),
     "hope, never learns": dict(inner_step=0.0),
+    "hope, counters": dict(counters=1),
     "hope, windows": dict(window_reset=8, chunk=4, levels=[6, None]),
     "hope, plain gradient": dict(dgd=False, retention=False, gate=False, mode="boundary"),
     "titans, depth 3": dict(model="titans", depth=3),

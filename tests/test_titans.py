@@ -48,6 +48,10 @@ VARIANTS = {
     "mlp, no retention": dict(retention=False, memory="mlp"),
     "chunk 1": dict(chunk=1),
     "mlp, chunk 1": dict(chunk=1, memory="mlp"),
+    "counters": dict(counters=1),
+    "mlp, counters, windows, half step": dict(
+        counters=1, memory="mlp", adaptive=("v",), window_reset=10, inner_step=0.5
+    ),
     "windows": dict(window_reset=10),
     "windows, readable": dict(window_reset=10),
     "mlp, windows, momentum": dict(window_reset=10, memory="mlp", momentum=True),
@@ -59,7 +63,7 @@ VARIANTS = {
     "titans, windows": dict(window_reset=10),
 }
 FUSED = ["matrix", "adaptive k, v, q", "momentum", "momentum, adaptive k, v, q"]
-FUSED += ["mlp", "mlp, momentum", "mlp, momentum, adaptive k, v, q"]
+FUSED += ["counters", "mlp", "mlp, momentum", "mlp, momentum, adaptive k, v, q"]
 SELF_MODIFYING = [name for name in VARIANTS if not name.startswith("titans")]
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -204,7 +208,10 @@ def memories_of(p, h, wide, gates):
 
 
 def self_modifying_by_hand(m, x):
-    """SelfModifyingTitans from its parameters -> (y [B, T, D], memories of every row and head)."""
+    """SelfModifyingTitans from its parameters.
+
+    -> (y [B, T, D], memories of every row and head, [B, counters, d, d] learned by counters)
+    """
     p = {name: value.detach() for name, value in (*m.named_parameters(), *m.named_buffers())}
     B, T, _ = x.shape
     d = D // H
@@ -215,8 +222,13 @@ def self_modifying_by_hand(m, x):
     wide = ["memory", *[name for name in ("k", "v", "q") if name in m.adaptive]]
     gates = ["eta", "alpha", "theta"][: 3 if m.momentum else 2]
     y = torch.zeros(B, T, D)
+    counted = torch.zeros(B, m.counters, d, d)
     ends = []
     for b, h in product(range(B), range(H)):
+        if h >= H - m.counters:
+            out, counted[b, h - H] = counter_by_hand(m, z[b], h)
+            y[b, :, h * d : (h + 1) * d] = torch.stack([rms(o, p["norm.weight"]) for o in out])
+            continue
         for t in range(T):
             if t % (m.window_reset or T) == 0:
                 memories = memories_of(p, h, wide, gates)
@@ -249,13 +261,33 @@ def self_modifying_by_hand(m, x):
         ends.append(memories)
     if "gate_proj.weight" in p:
         y = y * F.silu(x @ p["gate_proj.weight"].T)
-    return y @ p["out_proj.weight"].T, ends
+    return y @ p["out_proj.weight"].T, ends, counted
+
+
+def counter_by_hand(m, z, h):
+    """Head h, a counter, of a row z [T, streams] -> (its reads [T, d], what it has learned)."""
+    p = {name: value.detach()[h - H] for name, value in m.counter.named_parameters()}
+    d = D // H
+    memory, to_k, to_v, to_eta = p["start"].split([d, d, d, 1])
+    W = torch.zeros(d, d)
+    y = []
+    for t in range(len(z)):
+        if t % (m.window_reset or len(z)) == 0:
+            W = torch.zeros(d, d)
+        x = z[t, h * d :][:d]
+        q = unit(z[t, len(m.static) * D + h * d :][:d])  # the last stream
+        k = unit(x + to_k @ x)
+        v = unit(x + to_v @ x)
+        eta = 2 * m.inner_step * torch.sigmoid(to_eta[0] @ x + p["b_eta"])
+        W = W + eta * torch.outer(v + memory @ v, k)
+        y.append(q + (memory + W) @ q)
+    return torch.stack(y), W
 
 
 def assert_end_weights(state, ends, field, get):
     """The stacked weights of `state`, row by row, are those of the separate memories."""
     for i, memories in enumerate(ends):
-        b, h = divmod(i, H)
+        b, h = divmod(i, state[field][0].shape[1])
         first = [get(memory)[0] for memory in memories.values()]
         close(state[field][0][b, h], torch.cat(first))
         if len(state[field]) > 1:
@@ -271,13 +303,30 @@ def test_self_modifying_titans_is_five_memories_token_by_token(name, chunk, T):
     m = build(name, **({"chunk": chunk} if chunk else {}))
     x = torch.randn(2 if T < 20 else 1, T, D)
     y, state = m(x)
-    expected, ends = self_modifying_by_hand(m, x)
+    expected, ends, counted = self_modifying_by_hand(m, x)
     close(y, expected)
+    if m.counters:
+        close(state["counted"], counted)
     assert_end_weights(state, ends, "running", lambda memory: memory.learned)
     if m.momentum:
         assert_end_weights(state, ends, "momentum", lambda memory: memory.momentum)
     if T % m.chunk:
         assert_end_weights(state, ends, "boundary", lambda memory: memory.boundary_learned)
+
+
+@torch.no_grad()
+def test_a_counter_holds_the_number_of_its_tokens_for_ever_and_a_modifying_head_does_not():
+    m = build("counters", conv=0, chunk=64)
+    x = torch.randn(1, 1, D).expand(1, 320, D)
+    state = None
+    counted, learned = [], []
+    for _ in range(4):  # 320 equal tokens each
+        _, state = m(x, state)
+        counted.append(state["counted"])
+        learned.append(state["running"][0])
+    for n, W in enumerate(counted, 1):
+        close(W / n, counted[0])
+    assert (learned[3] - learned[0]).abs().max() < 0.01 * learned[0].abs().max()
 
 
 def titans_by_hand(m, x):
@@ -714,6 +763,7 @@ SHORT = {
     ),
     "boundary, windows, static": dict(mode="boundary", window_reset=8, adaptive=[]),
     "no retention": dict(mode="boundary", retention=False),
+    "counters": dict(counters=1),
     **{model: dict(model=model) for model in ("titans", "titans_mac", "ttt_mlp", "ttt_e2e")},
 }
 
@@ -755,6 +805,12 @@ def test_bad_input_is_named_with_its_value_and_the_legal_range():
         (lambda: SelfModifyingTitans(8, 2, window_reset=100), r"multiple of chunk.*64.*got 100"),
         (lambda: NeuralMemory(8, 2, window_reset=0), r"window_reset.*multiple of chunk.*got 0"),
         (lambda: NeuralMemory(8, 2, window_reset=64.0), r"window_reset.*multiple.*got 64.0"),
+        (lambda: SelfModifyingTitans(8, 2, counters=2), r"below n_heads, 2, .*got 2"),
+        (lambda: SelfModifyingTitans(8, 2, counters=-1), r"counters must be at least 0, got -1"),
+        (
+            lambda: SelfModifyingTitans(8, 2, counters=1, adaptive=("k", "v", "q")),
+            r"counters must be .* 0 where q is adaptive, got 1 and \('k', 'v', 'q'\)",
+        ),
         (lambda: SelfModifyingTitans(8, 2, chunk=2.5), r"chunk must be an integer, got 2.5"),
         (lambda: SelfModifyingTitans(8, 2, conv=2.5), r"width.*must be an integer, got 2.5"),
         (lambda: SelfModifyingTitans(8.0, 2), r"d_model must be a multiple.*got 8.0 and 2"),
