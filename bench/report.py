@@ -250,7 +250,8 @@ def formal() -> str:
     rows = []
     ours = load("tasks_formal_quick.json")["rows"]
     languages = list(ours[0]["mean"])
-    for row in ours + load("tasks_formal_parity.json")["rows"]:
+    counters = load("tasks_formal_counters.json")["rows"]
+    for row in ours + counters + load("tasks_formal_parity.json")["rows"]:
         line = [f"`{row['model']}`", f"{row['parameters'] / 1000:.1f}K"]
         for language in languages:
             bins = []

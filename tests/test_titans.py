@@ -317,10 +317,10 @@ def test_self_modifying_titans_is_five_memories_token_by_token(name, chunk, T):
 @torch.no_grad()
 def test_a_counter_holds_the_number_of_its_tokens_for_ever_and_a_modifying_head_does_not():
     m = build("counters", conv=0, chunk=64)
-    x = torch.randn(1, 1, D).expand(1, 320, D)
+    x = torch.randn(1, 1, D).expand(1, 1000, D)
     state = None
     counted, learned = [], []
-    for _ in range(4):  # 320 equal tokens each
+    for _ in range(4):  # 1,000 equal tokens each
         _, state = m(x, state)
         counted.append(state["counted"])
         learned.append(state["running"][0])
