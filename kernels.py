@@ -1037,4 +1037,5 @@ if __name__ == "__main__":  # apart, as the interpreter must be chosen before Tr
     import sys
     from pathlib import Path
 
-    sys.exit(subprocess.call([sys.executable, Path(__file__).with_name("selfcheck.py")]))
+    command = [sys.executable, Path(__file__).with_name("selfcheck.py"), *sys.argv[1:]]
+    sys.exit(subprocess.call(command))

@@ -3,13 +3,14 @@
 Each file runs this module under its own name; the functions below have the files' names.
 """
 
-import argparse
 import math
 import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from support.flags import Help, Parser
 
 
 def memory():
@@ -161,25 +162,18 @@ def baselines(d_model=128, n_heads=2, lengths=(64, 4096)):
     print("\nOnly attention without a window grows with the text, every other state is bounded.")
 
 
-def _refuse(why):
-    print(f"hope.py: error: {why}", file=sys.stderr)
-    return 2
-
-
 def hope():
     """A model as a nested system: who learns when, from what."""
     from hope import Hope, HopeConfig
+    from hope import __doc__ as about
 
-    parser = argparse.ArgumentParser(prog="hope.py", description="a model as a nested system")
-    parser.add_argument("--preset", default="nano", help="(default nano)")
-    parser.add_argument("--model", default="hope", help="(default hope)")
+    parser = Parser(prog="hope.py", description=about, formatter_class=Help)
+    parser.add_argument("--preset", default="nano", help="size of the model (default: nano)")
+    parser.add_argument("--model", default="hope", help="(default: hope)")
     if sys.argv[1:2] == ["generate"]:
-        sys.exit(_refuse("this command is now `python sample.py generate ...`"))
+        raise ValueError("this command is now `python sample.py generate ...`")
     args = parser.parse_args()
-    try:
-        config = HopeConfig.preset(args.preset, args.model)
-    except ValueError as error:
-        sys.exit(_refuse(error))
+    config = HopeConfig.preset(args.preset, args.model)
     with torch.device("meta"):  # counts only
         model = Hope(config)
     total = sum(p.numel() for p in model.parameters())
@@ -210,4 +204,10 @@ DEMOS = {
     "hope": hope,
 }
 if __name__ in DEMOS:
-    DEMOS[__name__]()
+    try:
+        if __name__ != "hope":  # which alone has flags
+            Parser(prog=f"{__name__}.py", description=DEMOS[__name__].__doc__).parse_args()
+        DEMOS[__name__]()
+    except ValueError as error:
+        print(f"{__name__}.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -9,6 +9,7 @@ import runpy
 import shlex
 import statistics
 import string
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -154,6 +155,15 @@ def test_every_file_of_the_top_level_shows_or_does_something(file):
     assert text.count('\nif __name__ == "__main__":') == 1
     named = re.search(r'run_module\("bench.demos", run_name="(\w+)"\)', text)
     assert not named or named[1] == file.removesuffix(".py") in demos.DEMOS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*demos.DEMOS, "kernels"])
+def test_what_shows_a_concept_has_a_help_and_refuses_other_flags(name):
+    line = [sys.executable, ROOT / f"{name}.py"]
+    done = subprocess.run([*line, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and f"{name}.py" in done.stdout.splitlines()[0]
+    assert subprocess.run([*line, "--wrong"], capture_output=True).returncode == 2
 
 
 def test_an_installation_has_every_module_and_no_folder_of_numbers():
