@@ -5,15 +5,25 @@
 path: a run, or what `eval.py --pretrained` takes. In code, importing this module registers "hope".
 """
 
+import sys
 from pathlib import Path
-
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
 
 from bench.harness import adapter
 from bench.scorer import Scorer
 from support.run import Run
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ModuleNotFoundError as error:
+    if error.name != "lm_eval":
+        raise
+    why = "lm-eval is not installed: pip install -r requirements-eval.txt"
+    if __name__ != "__main__":
+        raise ModuleNotFoundError(why, name=error.name) from None
+    print(f"lm_eval_model: error: {why}", file=sys.stderr)
+    sys.exit(2)
 
 
 @register_model("hope")
