@@ -8,6 +8,8 @@ chosen so that it has as many parameters as they have.
 """
 
 import asyncio
+import contextlib
+import io
 import tempfile
 from pathlib import Path
 
@@ -63,7 +65,10 @@ def main(models=("averages", "linear_attention", "deltanet", "hope"), **how):
     bits = {}
     with tempfile.TemporaryDirectory() as folder:
         for model in models:
-            result = train(TrainConfig(model=model, out=str(Path(folder, model)), **how))
+            config = TrainConfig(model=model, out=str(Path(folder, model)), **how)
+            print(f"{model} ...", flush=True)
+            with contextlib.redirect_stdout(io.StringIO()):  # it names a folder that will not stay
+                result = train(config)
             if result["interrupted"]:
                 break
             bits[model] = result["val_bits_per_byte"]
