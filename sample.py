@@ -12,7 +12,8 @@ in which the CMS levels learn where the model's do, and which stands apart from 
     /load FILE    go on from a state of the same model
     /reset        forget everything that was read
 
-The input may be a pipe. Then nothing is asked for, and the first error ends the command.
+Ctrl-D ends it. The input may be a pipe. Then nothing is asked for, and the first error ends the
+command.
 """
 
 import os
