@@ -269,7 +269,8 @@ class Run:
         """Add to eval.json, keeping what other commands wrote there; a warning where that fails."""
         path = self.folder / "eval.json"
         with warned():
-            self.folder.mkdir(parents=True, exist_ok=True)  # of a pre-trained checkpoint
+            if self.saved is None:  # a pre-trained checkpoint, which has no folder before
+                self.folder.mkdir(parents=True, exist_ok=True)
             with locked(path.with_suffix(".lock"), wait=True):
                 try:
                     kept = dict(parse_json(path.read_text()))
