@@ -165,7 +165,8 @@ def _fetch(folder: str, file: str) -> Path:
             return Path(DownloadManager().download_and_extract(archive), inside, file)
         return Path(DownloadManager().download(f"{folder}/{file}"))
     except Exception as error:  # of the network, of several kinds
-        raise OSError(f"{folder}/{file} could not be fetched ({first_line(error)})") from error
+        why = first_line(error.__cause__ or error)  # fsspec's own error is the address, no reason
+        raise OSError(f"{folder}/{file} could not be fetched ({why})") from error
 
 
 def table() -> str:
