@@ -44,7 +44,8 @@ def watched(model, tokens):
     """Read tokens [1, T] as the model's config says, and see what its memories write.
 
     Returns (logits [1, T, vocab], state, {block: [call, ...]}): for every block that has memories
-    of `scan`, the arguments of the one call that would write all T tokens into each layer.
+    of `scan`, the arguments of the one call that would write all T tokens into each layer, and
+    into its counters.
     """
     made = {}
     hooks = []
@@ -52,8 +53,11 @@ def watched(model, tokens):
 
         def collect(own, memory, args, output):
             layers = len(output[1].get("running", [None]))
+            counted = [seen.pop()] if "counted" in output[1] else []
             for i, call in enumerate(seen):
                 own.setdefault(i % layers, []).append(call)
+            for call in counted:
+                own.setdefault(layers, []).append(call)
             seen.clear()
 
         for number, block in enumerate(model.blocks):
@@ -169,10 +173,15 @@ def report(model, tokens, symbols):
     moments = torch.tensor(points)[torch.linspace(0, len(points) - 1, 9).int().unique()].tolist()
     made |= {"points": points, "moments": moments, "lags": lags}
     for number, layers in found.items():
+        mixer = model.blocks[number].mixer
         for i, call in enumerate(layers):
-            name = f"block {number + 1}" + (f", layer {i + 1}" if layers[1:] else "")
+            name = f"block {number + 1}"
+            if counting(mixer, i):
+                name += ", counters"
+            elif layers[1:] and not counting(mixer, 1):
+                name += f", layer {i + 1}"
             heads = of_heads(call, points, moments, lags)
-            rows = stacked(model.blocks[number].mixer, i, call)
+            rows = stacked(mixer, i, call)
             made["memories"].append({"name": name, "rows": rows, "heads": heads})
     if len(found) < len(model.blocks):
         without = ", ".join(str(i + 1) for i in range(len(model.blocks)) if i not in found)
@@ -230,9 +239,16 @@ def of_heads(call, points, moments, lags):
     return heads
 
 
+def counting(mixer, layer):
+    """Whether what is watched as a layer are the counters, which come after the layers."""
+    return isinstance(mixer, SelfModifyingTitans) and layer == len(mixer.initial_weights())
+
+
 def stacked(mixer, layer, call):
     """[[name, rows], ...] of a head's matrix: memories that share their keys are stacked."""
     *_, rows, _ = call["W"].shape
+    if counting(mixer, layer):
+        return [["content", rows]]
     if not isinstance(mixer, SelfModifyingTitans):
         return [["values", call["W"][0].numel() // call["W"].shape[-1]]]
     blocks = [[name, mixer.d] for name in ("content", *mixer.adaptive)]

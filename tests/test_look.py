@@ -19,6 +19,8 @@ SMALL = {"d_model": 16, "n_layers": 2, "n_heads": 2, "hidden": 24, "chunk": 4}
 MODELS = {
     "hope": {"levels": [8, None]},
     "hope, mlp": {"memory": "mlp", "levels": [8, 16, None], "momentum": True},
+    "hope, counters": {"counters": 1, "levels": [8, None]},
+    "hope, mlp and counters": {"memory": "mlp", "counters": 1, "levels": [8, None]},
     "titans": {},
     "gated_deltanet": {},
     "deltanet": {"levels": [8, None]},
@@ -117,6 +119,7 @@ def test_what_is_watched_writes_what_the_model_then_holds(name):
         own = after["blocks"][number]["mixer"]
         own = own.get("memory", own)
         held = own["running"] if "running" in own else [own["W"]]
+        held = [*held, own["counted"]] if "counted" in own else held
         for call, W in zip(layers, held, strict=True):
             torch.testing.assert_close(trace(call, [0, 22])[-1][0], W[0], rtol=1e-4, atol=1e-5)
 
@@ -141,6 +144,8 @@ def test_a_report_has_what_the_model_has_and_says_what_it_lacks(name):
     assert bool(made["memories"]) == (name in MODELS)
     assert ("memories in blocks 1, 2" in lacks) == (name not in MODELS)
     assert ("retention" in lacks) == (name in ("deltanet", "ttt_mlp"))
+    counters = sum(own["name"].endswith(", counters") for own in made["memories"])
+    assert counters == 2 * ("counters" in name)
     for own in made["memories"]:
         rows = sum(n for _, n in own["rows"])
         for head in own["heads"]:
