@@ -84,8 +84,8 @@ def rates(model: nn.Module, tokens: torch.Tensor) -> dict:
 
         def collect(*_):  # after each mixer: the means of its memories, over all calls of `scan`
             for name, means in found.items():
-                each = [call[name].mean().item() for call in seen]
-                means.append(sum(each) / len(each) if each else None)
+                total = sum(call[name].mean() for call in seen)  # a GPU is asked once
+                means.append(float(total) / len(seen) if seen else None)
             seen.clear()
 
         hooks = [block.mixer.register_forward_hook(collect) for block in model.blocks]
