@@ -75,11 +75,13 @@ def babilong_accuracy(
 
 
 @torch.no_grad()
-def position(scorer: Scorer, tokens: np.ndarray, seq_len: int, context: int, rows=16) -> dict:
+def position(
+    scorer: Scorer, tokens: np.ndarray, seq_len: int, context: int, rows=16, afresh=True
+) -> dict:
     """Loss at every position of rows of `context` tokens: is a memory longer than seq_len used?
 
-    The rows are read twice: with the memory kept all the way, and with the memory starting afresh
-    every seq_len tokens. tokens [N]: its first disjoint rows, at most `rows` of them.
+    The rows are read twice: with the memory kept all the way, and (afresh) with the memory starting
+    afresh every seq_len tokens. tokens [N]: its first disjoint rows, at most `rows` of them.
 
     Returns "kept", "fresh": bits per token of the positions up to seq_len, from there to 2 seq_len,
     to 4 seq_len ... ("to"); "curve": nats of each token [rows, context] in the first reading;
@@ -92,7 +94,7 @@ def position(scorer: Scorer, tokens: np.ndarray, seq_len: int, context: int, row
     rows = min(rows, len(tokens) // context)
     targets = torch.from_numpy(tokens[: rows * context].astype(np.int64)).view(rows, context)
     inputs = torch.cat([torch.full((rows, 1), scorer.encoding.eot_token), targets[:, :-1]], 1)
-    scorer.bar.reset(2 * targets.numel())
+    scorer.bar.reset((1 + afresh) * targets.numel())
 
     def losses(inputs, targets, state=None):
         logits, state = scorer.call(inputs, state)
@@ -110,25 +112,26 @@ def position(scorer: Scorer, tokens: np.ndarray, seq_len: int, context: int, row
         kept[:, here] = nats
         if at < context / 2 <= at + step or at + step >= context:
             peak.append(peak_memory(scorer.device))
-    # the memory afresh in every window; the last one may be shorter
-    fresh = torch.zeros(context)
-    whole = context // seq_len * seq_len
-    for span, length in ((slice(0, whole), seq_len), (slice(whole, context), context - whole)):
-        if span.start == span.stop:
-            continue
-        at_once = max(1, scorer.limit // length)
-        windows = [t[:, span].reshape(-1, length).split(at_once) for t in (inputs, targets)]
-        nats = torch.cat([losses(x, y)[0] for x, y in zip(*windows, strict=True)])
-        fresh[span] = nats.view(rows, -1).mean(0)
-    wrong = ~torch.isfinite(kept.mean(0) + fresh)
+    curves = {"kept": kept.mean(0)}
+    if afresh:  # in every window; the last one may be shorter
+        fresh = curves["fresh"] = torch.zeros(context)
+        whole = context // seq_len * seq_len
+        for span, length in ((slice(0, whole), seq_len), (slice(whole, context), context - whole)):
+            if span.start == span.stop:
+                continue
+            at_once = max(1, scorer.limit // length)
+            windows = [t[:, span].reshape(-1, length).split(at_once) for t in (inputs, targets)]
+            nats = torch.cat([losses(x, y)[0] for x, y in zip(*windows, strict=True)])
+            fresh[span] = nats.view(rows, -1).mean(0)
+    wrong = ~torch.isfinite(sum(curves.values()))
     if wrong.any():
         raise NonFinite(f"position: the loss at {int(wrong.nonzero()[0])} is not finite")
     # means over spans that double
     to = [min(seq_len, context)]
     while to[-1] < context:
         to.append(min(2 * to[-1], context))
-    means = {"kept": [], "fresh": []}
-    for name, curve in (("kept", kept.mean(0)), ("fresh", fresh)):
+    means = {name: [] for name in curves}
+    for name, curve in curves.items():
         for begin, end in zip([0, *to], to, strict=False):
             means[name].append(curve[begin:end].mean().item() / math.log(2))
     result = means | {"to": to, "rows": rows, "curve": kept.numpy()}

@@ -51,7 +51,7 @@ def positions(args) -> dict:
     for name, run in zip(args.runs, runs, strict=True):
         with tqdm(total=0, desc=name, unit=" tokens", unit_scale=True, leave=False) as bar:
             scorer = Scorer(run.model, run.encoding, run.device, bar=bar)
-            made = position(scorer, tokens, length, args.context, args.rows)
+            made = position(scorer, tokens, length, args.context, args.rows, afresh=False)
         read = tokens[: made["rows"] * args.context]
         scale = len(read) / n_bytes(read, run.encoding)  # tokens a byte
         spans = [bits * scale for bits in made["kept"]]
