@@ -82,13 +82,14 @@ def parameters(config: HopeConfig) -> int:
         return sum(p.numel() for p in Hope(config).parameters())
 
 
-def state_numbers(config: HopeConfig, tokens: int) -> int:
+@torch.no_grad()
+def state_numbers(model: Hope, tokens: int) -> int:
     """Numbers that a row's blocks carry after so many tokens: fast weights, caches, tails.
 
     What two names share counts once: running weights are the boundary's where a chunk has ended.
     """
-    with torch.no_grad():
-        _, state = Hope(config)(torch.zeros(1, tokens, dtype=torch.int64))
+    row = torch.zeros(1, tokens, dtype=torch.int64, device=model.embedding.weight.device)
+    _, state = model(row)
     return sum({t.data_ptr(): t.numel() for t in tensors(state["blocks"])}.values())
 
 

@@ -129,7 +129,8 @@ def train_cell(cell: tuple[str, TrainConfig]) -> dict:
     run = Run.start(config, keep=False)
     optimizer = run.new_optimizer()
     seconds = []
-    result = {"bits_per_byte": None}
+    held = state_numbers(run.model, config.seq_len)
+    result = {"bits_per_byte": None, "state_numbers": held}
     try:
         for step in range(config.steps):
             began = time.perf_counter()
@@ -156,15 +157,13 @@ def train_cell(cell: tuple[str, TrainConfig]) -> dict:
 def facts(cell: tuple[str, TrainConfig]) -> dict:
     """What stands before a cell's result in its line."""
     spec, config = cell
-    model = cell_model(config)
     return {
         "spec": spec,
         "lr": config.lr,
         "seed": config.seed,
         "threads": config.threads,
         "tokens": config.steps * config.tokens_per_step,
-        "parameters": parameters(model),
-        "state_numbers": state_numbers(model, config.seq_len),
+        "parameters": parameters(cell_model(config)),
     }
 
 
