@@ -340,6 +340,8 @@ class SelfModifyingTitans(nn.Module):
 class Counter(nn.Module):
     """Heads that count without end: self-modifying memories of which nothing is fed back.
 
+    Not in the paper (deviation 28).
+
         W_t = W_{t-1} + eta M_0(v) k^T               y = M_t(q)
 
     k, v and eta are generated as above, from W_0 at all times, and alpha is 1. (x, q, W) -> (y, W):
