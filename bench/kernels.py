@@ -265,6 +265,11 @@ def training_row(spec: str, preset: str, rows: int, T: int, device) -> dict:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
         step()
     launched = [event for event in profiled.events() if event.device_type.name == "CUDA"]
+    longest = {}
+    for event in launched:
+        ms, count = longest.get(event.name, (0.0, 0))
+        longest[event.name] = ms + event.time_range.elapsed_us() / 1e3, count + 1
+    longest = sorted(longest.items(), key=lambda item: -item[1][0])
     peak = plan.peak_flops(device)
     return {
         "model": spec,
@@ -276,6 +281,7 @@ def training_row(spec: str, preset: str, rows: int, T: int, device) -> dict:
         "mfu": plan.flops_per_token(config, T) * speed / peak if peak else None,
         "gb": gb,
         "launches": len(launched),
+        "longest": [[name[:80], *cost] for name, cost in longest[:15]],  # kernel, ms, launches
         "first_s": first,
     }
 
