@@ -45,37 +45,57 @@ Only the chain must walk the tiles in reverse; everything local runs for all til
 forward keeps W and S at every EVERY-th tile. The backward recomputes the states between ("again"),
 all segments at once, and holds at most SPAN tiles of them, whatever T. What stays from forward to
 backward is 1/EVERY of the states: for heads of width 64, 64 bytes a token in `scan` (its bfloat16
-inputs are 392) and 388 with self-modification (inputs 256).
+inputs are 392) and 97 with self-modification (inputs 256).
 
-Self-modification: with B = W0 + W at the chunk's start and all rows [memory | k | v | eta | alpha]
-stacked,
+Self-modification: a tile is a chunk of up to 64 tokens; longer chunks are several tiles. With
+B = W0 + W at the chunk's start and the rows [memory | k | v | eta | alpha] of the weights,
 
     k, v = l2norm of the rows of B x + x        eta, alpha from its last two rows
     r    = X (B v - W0 k - a0 W k + v - k)      (v - k in the three square blocks only)
 
-and the rest as above with S = 0. A chunk is cut into tiles of 16 tokens, which changes nothing:
-k, v, eta, alpha of all of them come from B. In the backward dk, dv, deta, dalpha give dG [rows, C];
-dx = B^T dG + dk + dv, and dG x^T + d v^T joins dW at the chunk's start. The backward of the read
-alone is `_scan_local` with all tiles at once; dx and dW0 are plain batched products, left to torch.
+and the rest as above with S = 0. So the memory's rows change nothing that is generated, and all
+rows are changed in the same way, each by itself:
+
+    o = X (v - k)       z = X (v - a0 k)        (several tiles: y = X v, z = -X a0 k)
+    r = o + o W0^T + z W^T                      (+ y (B - W0)^T)
+    W' = a1[l] W + r^T (c1[l] eta K)
+
+One program for each head walks the tiles with the controller alone, the rows k, v, eta and alpha
+(`_control_forward`). With its k, o, z the memory's rows are a chain of two small products, split
+over programs (`_memory_states`), and they are read in all tiles at once (`_memory_read`). Mirrored
+in the backward:
+
+    d   = D + (X^T c1[l] eta K) dW'^T           D = X^T (c1 eta ∘ Q K^T)^T dy, controller: 0
+    dW  = a1[l] dW' + d^T (v - a0 k) + E        E = (a1 dy)^T Q, controller: dG^T x
+    dv  = d + d B, summed over the rows         dk = -d - d W0 - a0 d W + ..., as above
+    G   = -(d r^T) ∘ c0 eta ∘ K K^T             gradient of log A0 and, summed, of log eta
+    d log alpha_i = sum_{s < i < t} G[t, s] + the same of a0, a1[l], c1[l]
+
+`_memory_maps` finds what is not sequential in this, `_memory_states` d and dW, `_memory_local` what
+the memory's rows add to the gradients of k, v, q, eta and alpha. With these `_control_chain` walks
+the controller in reverse; its dk, dv, deta, dalpha give dG [rows, C]. dx = B^T dG + dk + dv and dW0
+are plain batched products, left to torch.
 
 Decisions:
 
-- Tiles are held transposed, r^T [rows, C], so that the rows of the memory and not the few tokens
-  fill the 64 rows of a Hopper matrix instruction. Otherwise Triton gives every warp a copy (255
-  registers and spills at C = 32).
-- X: forward substitution in all diagonal blocks of 16 at once, then doubling of the blocks by
-  [[P, 0], [-R L P, R]]. The nilpotent product (I - L)(I + L^2)(I + L^4)... costs the same but takes
-  powers of L: they reach 2^31 where a key repeats with eta = 2, while the inverse has entries of 2.
+- Tiles of `scan` are held transposed, r^T [rows, C], so that the rows of the memory and not the few
+  tokens fill the 64 rows of a Hopper matrix instruction. Otherwise Triton gives every warp a copy
+  (255 registers and spills at C = 32). In self-modification 64 tokens fill them, and a number of
+  each token takes 2 registers of a thread, not 16. There 8 warps would compute all twice.
+- X: from blocks of one row by doubling, [[P, 0], [-R L P, R]]; up to 16 rows a block is one warp's.
+  The nilpotent product (I - L)(I + L^2)(I + L^4)... costs the same but takes powers of L: they
+  reach 2^31 where a key repeats with eta = 2, while the inverse has entries of 2.
 - States, X, decays and sums are float32. float32 operands of a product are split into three tf32
   products (input_precision "tf32x3", about 22 bits; plain tf32 has 11). Where x, q (in `scan`: k,
-  u, q) are bfloat16 so are the operands, all but those of X.
+  u, q) are bfloat16 so are the operands, all but those of X: these are split into two bfloat16
+  each (16 bits, see `_wide`), which takes half the instructions.
+- What a Hopper matrix instruction sums up in place is not also an operand, before or after: ptxas
+  (12.8 and 13.0) takes the rounded numbers from before for those from after, or the other way.
 - No atomics: runs are identical.
 - First derivatives only: a second one raises RuntimeError; ask for backend="torch" there.
-- Registers are what is scarce: 256 x 64 float32 weights fill a quarter of an SM's. So loops hoist
-  nothing (disable_licm), what is needed twice far apart is loaded twice (the second time from a
-  cache), sums join an accumulator with += of a product (with -= Triton keeps two), and weights go
-  round the loop once more in the operands' type, which makes Triton hand them to products in shared
-  memory.
+- Registers are what is scarce. So loops hoist nothing (disable_licm), what is needed twice far
+  apart is loaded twice (the second time from a cache), and sums join an accumulator with += of a
+  product (with -= Triton keeps two).
 """
 
 import functools
@@ -127,20 +147,87 @@ def _decay_gradient(P, p, dP, dp):
 
 
 @triton.jit
-def _inverse(L):
-    """(I + tril(L, -1))^-1, as described at the top of this file."""
-    C: tl.constexpr = L.shape[0]
+def _halves(x):
+    """x = high + low up to 16 bits; high is x cut off, which takes one instruction."""
+    high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+
+
+@triton.jit
+def _wide(a, b, TYPE: tl.constexpr, ONES: tl.constexpr = False):
+    """a @ b of float32 operands, to about 16 bits where TYPE is bfloat16, else as in `_dot`.
+
+    By bfloat16 products of what bfloat16 holds and of the rest. ONES: a is exact in bfloat16.
+    """
+    if TYPE == tl.float32:
+        return _dot(a, b, TYPE)
+    b_high, b_low = _halves(b)
+    if ONES:
+        r = _dot(a, b_low, TYPE)
+        r += _dot(a, b_high, TYPE)
+    else:
+        a_high, a_low = _halves(a)
+        r = _dot(a_low, b_high, TYPE)
+        r += _dot(a_high, b_low, TYPE)
+        r += _dot(a_high, b_high, TYPE)
+    return r
+
+
+@triton.jit
+def _decays(la, et, TYPE: tl.constexpr):
+    """For retentions exp(la): c0 eta and a0 at the top, the last of c1 eta and of a1."""
+    C: tl.constexpr = la.shape[0]
     t = tl.arange(0, C)[:, None]
     s = tl.arange(0, C)[None, :]
-    X = tl.where(t == s, 1.0, 0.0)
-    for j in range(0, 15):  # column j of every block
-        column = tl.sum(tl.where((s == t // 16 * 16 + j) & (t > s), L, 0.0), 1)
-        row = tl.sum(tl.where(t == s // 16 * 16 + j, X, 0.0), 0)
-        X -= tl.where(t // 16 == s // 16, column[:, None] * row[None, :], 0.0)
+    before = tl.cumsum(la) - la
+    whole = tl.sum(la)
+    if TYPE == tl.float32:  # sums that do not cancel
+        c0 = _dot(tl.where(s < t, 1.0, 0.0), tl.where(t > s, la[:, None], 0.0), TYPE)
+        c0 = tl.exp(c0) * et[None, :]
+        last = tl.exp(tl.sum(tl.where(t > s, la[:, None], 0.0), 0)) * et
+    else:  # differences of sums: 5e-4 off at worst, which bfloat16 hides
+        after = before + la - tl.where(et > 0.0, tl.log(tl.maximum(et, 1e-37)), -1e4)
+        c0 = tl.exp(before[:, None] - after[None, :])
+        last = tl.exp(whole - after)
+    return tl.where(s < t, c0, 0.0), tl.exp(before), last, tl.exp(whole)
+
+
+@triton.jit
+def _decays_between(G, TYPE: tl.constexpr):
+    """Gradient of la_i, sum_{s < i < t} G[s, t], from G of the logarithm of A0, transposed."""
+    C: tl.constexpr = G.shape[0]
+    i = tl.arange(0, C)[:, None]
+    t = tl.arange(0, C)[None, :]
+    return tl.sum(tl.where(i < t, _dot(tl.where(t < i, 1.0, 0.0), G, TYPE), 0.0), 1)
+
+
+@triton.jit
+def _decays_outside(before, after):
+    """The same from `before` of the logarithm of a0 and `after` of that of the last of A1."""
+    return tl.cumsum(after - before) - after + tl.sum(before)
+
+
+@triton.jit
+def _inverse(L, TYPE: tl.constexpr):
+    """(I + tril(L, -1))^-1, as described at the top of this file."""
+    C: tl.constexpr = L.shape[0]
+    n: tl.constexpr = C // 16
+    # blocks of 16, each of them in one warp
+    one = tl.arange(0, n)[:, None, None, None] == tl.arange(0, n)[None, None, :, None]
+    B = tl.sum(tl.where(one, tl.reshape(L, (n, 16, n, 16)), 0.0), 2)
+    t = tl.arange(0, 16)[None, :, None]
+    s = tl.arange(0, 16)[None, None, :]
+    X = tl.where(t == s, 1.0, tl.where((t >> 1 == s >> 1) & (t > s), -B, 0.0))
+    for i in tl.static_range(1, 4):  # from the inverses of blocks of 2^i rows to twice as many
+        below = tl.where((t >> i + 1 == s >> i + 1) & (t >> i > s >> i), B, 0.0)
+        X -= _wide(X, _wide(below, X, TYPE), TYPE)
+    X = tl.reshape(tl.where(one, X[:, :, None, :], 0.0), (C, C))
+    t = tl.arange(0, C)[:, None]
+    s = tl.arange(0, C)[None, :]
     for i in tl.static_range(4, 7):
-        if 1 << i < C:  # from the inverses of blocks of 2^i rows to those of twice as many
+        if 1 << i < C:
             below = tl.where((t >> i + 1 == s >> i + 1) & (t >> i > s >> i), L, 0.0)
-            X -= _dot(X, _dot(below, X, tl.float32), tl.float32)
+            X -= _wide(X, _wide(below, X, TYPE), TYPE)
     return X
 
 
@@ -242,9 +329,9 @@ def _put_pair(p, w, z, j, rows, width, row, col, MOMENTUM: tl.constexpr):
 
 
 @triton.jit
-def _square(p, j, C: tl.constexpr):
-    """Where the j-th of the matrices p [..., C, C] lies."""
-    return p + j * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
+def _matrix(p, j, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Where the j-th of the matrices p [..., ROWS, COLS] lies."""
+    return p + j * ROWS * COLS + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
 
 
 @triton.jit
@@ -263,7 +350,7 @@ def _tile(i, T, chunk, PER, C: tl.constexpr):
 # The learning rule
 
 # A kernel is compiled once, not again where one of these is 1 or a multiple of 16.
-COUNTS = ["T", "H", "rows", "chunk", "PER", "segments", "EVERY", "first", "tiles"]
+COUNTS = ["T", "H", "rows", "chunk", "PER", "segments", "EVERY", "first", "tiles", "all_tiles"]
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -295,9 +382,9 @@ def _scan_forward(
         )
         if DELTA:
             d = _delta(delta + n * T + tok, ok, C, DELTA)
-            X = _inverse(d[:, None] * c0 * et[None, :] * _dot(tl.trans(K), K, TYPE))
+            X = _inverse(d[:, None] * c0 * et[None, :] * _dot(tl.trans(K), K, TYPE), TYPE)
             if AGAIN:
-                tl.store(_square(X_kept, n * tiles + i - first, C), X)
+                tl.store(_matrix(X_kept, n * tiles + i - first, C, C), X)
         if i % every == 0:
             kept = n * tl.cdiv(tiles, every) + (i - first) // every
             _put_pair(W_kept, w, z, kept, dv, dk, v, h, MOMENTUM)
@@ -365,7 +452,7 @@ def _scan_chain(
         # through the errors
         if DELTA:
             d = _delta(delta + n * T + tok, ok, C, DELTA)
-            dr = _dot(dr, tl.load(_square(X_kept, kept, C)), tl.float32)
+            dr = _dot(dr, tl.load(_matrix(X_kept, kept, C, C)), tl.float32)
             dw += _dot((-d * a0)[None, :] * dr, tl.trans(K), TYPE)
             if MOMENTUM:
                 dz += _dot((-d * b0)[None, :] * dr, tl.trans(K), TYPE)
@@ -377,14 +464,13 @@ def _scan_chain(
 def _scan_local(
     k, q, eta, alpha, theta, delta, dy, du, W_kept, r_kept, dW_kept,
     dk_out, dq, deta, dalpha, dtheta, ddelta,
-    T, dv, dk, rows, wide, chunk, PER, first, tiles,
+    T, dv, dk, first, tiles,
     C: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, MOMENTUM: tl.constexpr,
-    DELTA: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr,
+    DELTA: tl.constexpr, READ: tl.constexpr,
 ):
     """The rest of the backward, all tiles at once: gradients of k, q and the series.
 
-    Each block of rows has its own copy of them, to be summed. States have `rows` rows and r `wide`
-    columns, of which these are the first dv. Not WRITE: the read only, and its part of du.
+    Each block of rows has its own copy of them, to be summed.
     """
     TYPE: tl.constexpr = k.dtype.element_ty
     n = tl.program_id(0).to(tl.int64)
@@ -395,39 +481,31 @@ def _scan_local(
     t = tl.arange(0, C)
     kept = n * tiles + i - first
     copy = (j * tl.num_programs(0) + n) * T
-    tok, ok, last, begin = _tile(i, T, chunk, PER, C)
+    tok, ok, last, begin = _tile(i, T, C, 1, C)
     K = _get(k, n * T, tok, ok, dk, h)
     et, al, A0, a0, c0, b0, a1, b1, c1, T0, t0, T1, t1 = _weights(
         eta, alpha, theta, n * T, tok, ok, C, MOMENTUM
     )
-    r = _get(r_kept, kept * C - begin, tok, ok, wide, v)
-    w, z = _get_pair(W_kept, kept, rows, dk, v, h, MOMENTUM)
-    dK = tl.zeros([DK, C], tl.float32)
-    dc1 = tl.zeros([C, C], tl.float32)
-    det = tl.zeros([C], tl.float32)
-    da = tl.zeros([C], tl.float32)
-    db = da
-    dt1 = da
-    dT1 = dc1
-    if WRITE:
-        here = t == last
-        dw = _get_state(dW_kept, kept * (1 + MOMENTUM), rows, dk, v, h)
-        wr = _row(c1, last)
-        dwr = tl.sum(_dot(dw, K, TYPE) * r, 0)
-        dK += _dot(tl.trans(dw), (wr * et)[None, :] * r, TYPE)
+    r = _get(r_kept, kept * C - begin, tok, ok, dv, v)
+    w, z = _get_pair(W_kept, kept, dv, dk, v, h, MOMENTUM)
+    here = t == last
+    dw = _get_state(dW_kept, kept * (1 + MOMENTUM), dv, dk, v, h)
+    wr = _row(c1, last)
+    dwr = tl.sum(_dot(dw, K, TYPE) * r, 0)
+    dK = _dot(tl.trans(dw), (wr * et)[None, :] * r, TYPE)
+    det = wr * dwr
+    dc1 = tl.where(here[:, None], (et * dwr)[None, :], 0.0)
+    da = tl.where(here, tl.sum(dw.to(tl.float32) * w.to(tl.float32)), 0.0)
+    if MOMENTUM:
+        # not earlier, for the registers are full
+        dz = _get_state(dW_kept, kept * 2 + 1, dv, dk, v, h)
+        wr = _row(T1, last)
+        dwr = tl.sum(_dot(dz, K, TYPE) * r, 0)
+        dK += _dot(tl.trans(dz), (wr * et)[None, :] * r, TYPE)
         det += wr * dwr
-        dc1 += tl.where(here[:, None], (et * dwr)[None, :], 0.0)
-        da += tl.where(here, tl.sum(dw.to(tl.float32) * w.to(tl.float32)), 0.0)
-        if MOMENTUM:
-            # not earlier, for the registers are full
-            dz = _get_state(dW_kept, kept * 2 + 1, rows, dk, v, h)
-            wr = _row(T1, last)
-            dwr = tl.sum(_dot(dz, K, TYPE) * r, 0)
-            dK += _dot(tl.trans(dz), (wr * et)[None, :] * r, TYPE)
-            det += wr * dwr
-            dT1 += tl.where(here[:, None], (et * dwr)[None, :], 0.0)
-            db += tl.where(here, tl.sum(dw.to(tl.float32) * z.to(tl.float32)), 0.0)
-            dt1 += tl.where(here, tl.sum(dz.to(tl.float32) * z.to(tl.float32)), 0.0)
+        dT1 = tl.where(here[:, None], (et * dwr)[None, :], 0.0)
+        db = tl.where(here, tl.sum(dw.to(tl.float32) * z.to(tl.float32)), 0.0)
+        dt1 = tl.where(here, tl.sum(dz.to(tl.float32) * z.to(tl.float32)), 0.0)
     if READ:
         Q = _get(q, n * T, tok, ok, dk, h)
         dY = _get(dy, n * T, tok, ok, dv, v)
@@ -440,8 +518,6 @@ def _scan_local(
             db += tl.sum(part * Q, 0)
         dM = _dot(tl.trans(dY), r, TYPE)
         QK = _dot(tl.trans(Q), K, TYPE)
-        if not WRITE:
-            _put(du, _dot(dY, c1 * et[None, :] * QK, TYPE), n * T, tok, ok, dv, v)
         G = dM * QK
         dc1 += G * et[None, :]
         det += tl.sum(G * c1, 0)
@@ -450,11 +526,12 @@ def _scan_local(
         _put(dq, dQ + _dot(K, tl.trans(dM), TYPE), copy, tok, ok, dk, h)
     dc0 = al[:, None] * dc1
     da0 = al * da
-    db0 = al * db
+    if MOMENTUM:
+        db0 = al * db
     if DELTA:  # through the errors
         tl.debug_barrier()  # loaded once more, for the registers are full
         K = _get(k, n * T, tok, ok, dk, h)
-        r = _get(r_kept, kept * C - begin, tok, ok, wide, v)
+        r = _get(r_kept, kept * C - begin, tok, ok, dv, v)
         d = _delta(delta + n * T + tok, ok, C, DELTA)
         dr = _get(du, n * T, tok, ok, dv, v)
         part = _dot(tl.trans(w), dr, TYPE)
@@ -493,211 +570,515 @@ def _scan_local(
 
 
 # --------------------------------------------------------------------------------------------------
-# Self-modifying Titans with matrix memories: all rows [memory | k | v | eta | alpha] stacked and
-# padded to 4 D
+# Self-modifying Titans with matrix memories. The controller: rows k and v [D, D], and 16 rows of
+# which eta and alpha are the first two. What is of the 16 lies across, [16, C]: with 16 columns the
+# compiler gives up the backward on 8.0 (32 registers, 8 KB of spills)
 
 
 @triton.jit
-def _blocks(G, lo: tl.constexpr, hi: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
-    """Sum of the blocks lo..hi-1 of G [4 D, C], each [D, C]."""
-    m = tl.arange(0, 4)[:, None, None]
-    return tl.sum(tl.where((lo <= m) & (m < hi), tl.reshape(G, (4, D, C)), 0.0), 0)
+def _load(p, start, tok, ok, width, col):
+    """Rows start + tok, columns col of p [..., width]; 0 where not `ok`."""
+    at = tok[:, None] * width + col[None, :]
+    return tl.load(p + start * width + at, mask=ok[:, None], other=0.0)
 
 
 @triton.jit
-def _stack(x, k, v, eta, alpha, C: tl.constexpr, D: tl.constexpr):
-    """[4 D, C]: x, k, v [D, C] in blocks 0, 1, 2; eta, alpha [C] in the first rows of block 3."""
-    m = tl.arange(0, 4)[:, None, None]
-    i = tl.arange(0, D)[None, :, None]
-    gates = tl.where(i == 0, eta[None, None, :], tl.where(i == 1, alpha[None, None, :], 0.0))
-    stacked = tl.where(
-        m == 1, k[None], tl.where(m == 2, v[None], tl.where(m == 3, gates, x[None]))
-    )
-    return tl.reshape(stacked, (4 * D, C))
+def _save(p, x, start, tok, ok, width, col):
+    tl.store(p + start * width + tok[:, None] * width + col[None, :], x, mask=ok[:, None])
+
+
+@triton.jit
+def _gates(p, start, tok, D: tl.constexpr):
+    """Where the gates of rows start + tok of p [..., 2 D + 16] lie, as [16, tok]."""
+    at = (start + tok) * (2 * D + 16) + 2 * D
+    return p + at[None, :] + tl.arange(0, 16)[:, None]
+
+
+@triton.jit
+def _load_rows(p, start, tok, ok, D: tl.constexpr):
+    """Rows start + tok of p [..., 2 D + 16], in blocks k, v, gates."""
+    col = tl.arange(0, D)
+    k = _load(p, start, tok, ok, 2 * D + 16, col)
+    v = _load(p, start, tok, ok, 2 * D + 16, D + col)
+    return k, v, tl.load(_gates(p, start, tok, D), mask=ok[None, :], other=0.0)
+
+
+@triton.jit
+def _save_rows(p, k, v, gates, start, tok, ok, D: tl.constexpr):
+    col = tl.arange(0, D)
+    _save(p, k, start, tok, ok, 2 * D + 16, col)
+    _save(p, v, start, tok, ok, 2 * D + 16, D + col)
+    tl.store(_gates(p, start, tok, D), gates, mask=ok[None, :])
+
+
+@triton.jit
+def _get_control(p, j, rows, D: tl.constexpr):
+    """The last 2 D + 2 rows of the j-th state in p [..., rows, D]: k, v, gates."""
+    p += (j + 1) * rows * D - (2 * D + 2) * D
+    gate = tl.arange(0, 16)
+    gates = _load(p, 2 * D, gate, gate < 2, D, tl.arange(0, D))
+    return tl.load(_matrix(p, 0, D, D)), tl.load(_matrix(p, 1, D, D)), gates
+
+
+@triton.jit
+def _put_control(p, k, v, gates, j, rows, D: tl.constexpr):
+    p += (j + 1) * rows * D - (2 * D + 2) * D
+    gate = tl.arange(0, 16)
+    tl.store(_matrix(p, 0, D, D), k)
+    tl.store(_matrix(p, 1, D, D), v)
+    _save(p, gates, 2 * D, gate, gate < 2, D, tl.arange(0, D))
+
+
+@triton.jit
+def _rates(z_eta, z_alpha, rate, step, ok):
+    """eta, the logarithm of alpha, and the sigmoid of z_eta; not `ok`: 0."""
+    la = tl.where(ok, tl.maximum(-rate * _softplus(z_alpha), -100.0), 0.0)
+    sigmoid = tl.sigmoid(z_eta)
+    return tl.where(ok, step * (1.0 + tl.exp(la)) * sigmoid, 0.0), la, sigmoid
+
+
+@triton.jit
+def _get_rates(g, A, n, tok, ok, T, NT, step):
+    """`_rates` from what is kept."""
+    at = g + n * T + tok
+    z_eta = tl.load(at, mask=ok, other=0.0)
+    return _rates(z_eta, tl.load(at + NT, mask=ok, other=0.0), step * tl.load(A + n), step, ok)
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _modify_forward(
-    x, q, W0, W, b_eta, b_alpha, A, y, W_T, W_last, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept,
-    T, H, step, chunk, PER, segments, EVERY, first, tiles,
-    C: tl.constexpr, D: tl.constexpr, AGAIN: tl.constexpr,
+def _control_forward(
+    x, W0, W, b_eta, b_alpha, A, W_T, W_last, W_kept, K_kept, V_kept, g, own, Y, Z, last, a1_last,
+    X_kept, r_kept, T, H, step, chunk, PER, segments, EVERY, first, tiles, all_tiles,
+    C: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, AGAIN: tl.constexpr,
 ):
-    """One memory n; PER tiles make a chunk, else as `_scan_forward`."""
+    """One controller n; PER tiles make a chunk (SPLIT: more than one), else as `_scan_forward`."""
     TYPE: tl.constexpr = x.dtype.element_ty
     n = tl.program_id(0).to(tl.int64)
     R = 3 * D + 2
     NT = tl.num_programs(0).to(tl.int64) * T
-    row = tl.arange(0, 4 * D)
     col = tl.arange(0, D)
+    gate = tl.arange(0, 16)[:, None]
+    t = tl.arange(0, C)
     lo = first + tl.program_id(1) * EVERY
-    hi = tl.minimum(lo + EVERY, first + tiles) if AGAIN else tiles
-    every = 1 if AGAIN else EVERY
-    w = _get_state(W, n * segments + lo // EVERY % segments, R, D, row, col)
+    hi = tl.minimum(lo + EVERY, first + tiles) if AGAIN else first + tiles
+    wk, wv, wg = _get_control(W, n * segments + lo // EVERY % segments, R, D)
+    bk = wk.to(TYPE)  # at the chunk's start
+    bv = wv.to(TYPE)
+    bg = wg.to(TYPE)
     be = tl.load(b_eta + n)
     ba = tl.load(b_alpha + n)
     rate = step * tl.load(A + n)
-    narrow = w.to(TYPE)  # carried round the loop: products get it in shared memory, not registers
-    B = narrow
     for i in tl.range(lo, hi, disable_licm=True):
-        tok, ok, last, begin = _tile(i, T, chunk, PER, C)
-        if i % PER == 0:
-            B = (_get_state(W0, n % H, R, D, row, col).to(tl.float32) + w).to(TYPE)
-        if i % every == 0:
-            kept = n * tl.cdiv(tiles, every) + (i - first) // every
-            _put_state(W_kept, w, kept, R, D, row, col)
-        if not AGAIN:
-            if i == (tiles - 1) // PER * PER:
-                _put_state(W_last, w, n, R, D, row, col)
+        tok, ok, _, begin = _tile(i, T, chunk, PER, C)
+        kept = n * tiles + i - first
+        if not SPLIT or i % PER == 0:
+            bk = wk.to(TYPE)
+            bv = wv.to(TYPE)
+            bg = wg.to(TYPE)
+        if AGAIN:
+            _put_control(W_kept, wk, wv, wg, kept, 2 * D + 2, D)
+        else:
+            if i % EVERY == 0:
+                j = n * tl.cdiv(all_tiles, EVERY) + i // EVERY
+                _put_control(W_kept, wk, wv, wg, j, R, D)
+            if i == (all_tiles - 1) // PER * PER:
+                _put_control(W_last, wk, wv, wg, n, R, D)
         # generate from the boundary weights
-        xs = _get(x, n * T, tok, ok, D, col)
-        G = _dot(B, xs, TYPE)
-        K = _blocks(G, 1, 2, C, D) + xs
-        V = _blocks(G, 2, 3, C, D) + xs
-        nk = tl.rsqrt(tl.sum(K * K, 0) + 1e-6)
-        nv = tl.rsqrt(tl.sum(V * V, 0) + 1e-6)
-        K = K * nk[None, :]
-        V = V * nv[None, :]
-        z_eta = tl.sum(tl.where((row == 3 * D)[:, None], G, 0.0), 0) + be
-        z_alpha = tl.sum(tl.where((row == 3 * D + 1)[:, None], G, 0.0), 0) + ba
-        al = tl.where(ok, tl.exp(-rate * _softplus(z_alpha)), 1.0)
-        et = tl.where(ok, step * (1.0 + al) * tl.sigmoid(z_eta), 0.0)
+        W0k, W0v, W0g = _get_control(W0, n % H, R, D)
+        xs = _load(x, n * T, tok, ok, D, col)
+        G = _dot(W0g, tl.trans(xs), TYPE)
+        G += _dot(bg, tl.trans(xs), TYPE)
+        z_eta = tl.sum(tl.where(gate == 0, G, 0.0), 0) + be
+        z_alpha = tl.sum(tl.where(gate == 1, G, 0.0), 0) + ba
+        tl.store(g + n * T + tok, z_eta, mask=ok)
+        tl.store(g + NT + n * T + tok, z_alpha, mask=ok)
+        et, la, _ = _rates(z_eta, z_alpha, rate, step, ok)
+        K = _dot(xs, tl.trans(W0k), TYPE)
+        K += _dot(xs, tl.trans(bk), TYPE)
+        K += xs
+        norm = tl.rsqrt(tl.sum(K * K, 1) + 1e-6)
+        K = (K * norm[:, None]).to(TYPE)
+        _save(K_kept, K, n * T, tok, ok, D, col)
         if AGAIN:
-            _put(K_kept, K, n * T, tok, ok, D, col)
-            _put(V_kept, V, n * T, tok, ok, D, col)
-            series = (et, al, z_eta, z_alpha, nk, nv)
-            for m in tl.static_range(6):
-                tl.store(g_kept + m * NT + n * T + tok, series[m], mask=ok)
-        # the errors of all rows; of M(z) = z + (W0 + W) z the z is added by itself, so that it
-        # never is rounded with W0
-        A0, a0 = _decay(al)
-        X = _inverse(A0 * et[None, :] * _dot(tl.trans(K), K, TYPE))
-        own = V - K
-        none = tl.zeros([C], tl.float32)
-        r = _stack(own, own, own, none, none, C, D) + _dot(B, V, TYPE)
-        r += _dot(_get_state(W0, n % H, R, D, row, col), -K, TYPE)
-        r += _dot(narrow, -a0[None, :] * K, TYPE)
-        r = _dot(r, tl.trans(X), tl.float32)
-        A1 = al[:, None] * A0 + tl.where(tok[:, None] == tok[None, :], 1.0, 0.0)
+            tl.store(g + 2 * NT + n * T + tok, norm, mask=ok)
+        c0, a0, wr, a1 = _decays(la, et, TYPE)
+        tl.store(last + kept * C + t, wr)
+        tl.store(a1_last + kept, a1)
+        X = _inverse(c0 * _dot(K, tl.trans(K), TYPE), TYPE)
         if AGAIN:
-            _put(r_kept, r, (n * tiles + i - first) * C - begin, tok, ok, 4 * D, row)
-            tl.store(_square(X_kept, n * tiles + i - first, C), X)
-        else:  # read
-            Q = _get(q, n * T, tok, ok, D, col)
-            M = A1 * et[None, :] * _dot(tl.trans(Q), K, TYPE)
-            Y = (al * a0)[None, :] * _dot(narrow, Q, TYPE)
-            _put(y, Y + _dot(r, tl.trans(M), TYPE), n * T, tok, ok, D, row)
-        # write
-        w = _row(al * a0, last) * w + _dot(
-            (_row(A1, last) * et)[None, :] * r, tl.trans(K), TYPE
-        )
-        narrow = w.to(TYPE)
+            tl.store(_matrix(X_kept, kept, C, C), X)
+        V = _dot(xs, tl.trans(W0v), TYPE)
+        V += _dot(xs, tl.trans(bv), TYPE)
+        V += xs
+        norm = tl.rsqrt(tl.sum(V * V, 1) + 1e-6)
+        V = V * norm[:, None]
+        if AGAIN:
+            _save(V_kept, V, n * T, tok, ok, D, col)
+            tl.store(g + 3 * NT + n * T + tok, norm, mask=ok)
+        # what the errors of all rows are made of, with the solve
+        z = -a0[:, None] * K
+        if SPLIT:
+            y = _wide(X, V, TYPE).to(TYPE)
+            _save(Y, y, n * T, tok, ok, D, col)
+        else:
+            z += V
+        z = _wide(X, z, TYPE).to(TYPE)
+        tl.store(_matrix(Z, kept, C, D), z)
+        o = _wide(X, V - K.to(tl.float32), TYPE)
+        tl.store(_matrix(own, kept, C, D), o)
+        K = wr[:, None] * K
+        # the errors, then the write; of M(z) = z + (W0 + W) z the z is added by itself, so that it
+        # never is rounded with W0, and at last: see "Decisions"
+        rk = _dot(o, tl.trans(W0k), TYPE)
+        rk += _dot(z, tl.trans(wk), TYPE)
+        if SPLIT:
+            rk += _dot(y, tl.trans(bk), TYPE)
+        rk += o
+        wk = a1 * wk + _dot(tl.trans(rk), K, TYPE)
+        rv = _dot(o, tl.trans(W0v), TYPE)
+        rv += _dot(z, tl.trans(wv), TYPE)
+        if SPLIT:
+            rv += _dot(y, tl.trans(bv), TYPE)
+        rv += o
+        wv = a1 * wv + _dot(tl.trans(rv), K, TYPE)
+        rg = _dot(W0g, tl.trans(o), TYPE)
+        rg += _dot(wg, tl.trans(z), TYPE)
+        if SPLIT:
+            rg += _dot(bg, tl.trans(y), TYPE)
+        wg = a1 * wg + _dot(rg, K, TYPE)
+        if AGAIN:
+            _save_rows(r_kept, rk, rv, rg, kept * C - begin, tok, ok, D)
     if not AGAIN:
-        _put_state(W_T, w, n, R, D, row, col)
+        _put_control(W_T, wk, wv, wg, n, R, D)
+
+
+@triton.jit
+def _series(s_kept, kept, m, C: tl.constexpr):
+    """The m-th series of the kept-th tile: last of c1 eta; eta, alpha, a0, factors of gradients."""
+    return tl.load(s_kept + (kept * 6 + m) * C + tl.arange(0, C))
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _modify_chain(
-    x, q, W0, A, dy, W_kept, K_kept, V_kept, g_kept, r_kept, X_kept,
-    dr_read, dk_read, dgates, dW, d_all, dG_all, T, H, step, chunk, PER, first, tiles,
-    C: tl.constexpr, D: tl.constexpr,
+def _control_chain(
+    x, W0, W_kept, K_kept, V_kept, g, r_kept, Kx_kept, z_kept, c0_kept, s_kept, a1_last,
+    dk_memory, dv_memory, dgates, dW, d_all, dG_all, T, H, chunk, PER, first, tiles,
+    C: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
 ):
-    """Backward through generation, errors and write of one memory n, tile by tile in reverse.
+    """Backward through generation, errors and write of one controller n, in reverse.
 
-    Updated in place: dW, and dgates, from the gradients of eta and alpha in the read to those of
-    z_eta and log alpha.
+    dk_memory, dv_memory and dgates: gradients of k, v, log eta, log alpha in the memory's rows.
+    Updated in place: dW, and dgates to the gradients of z_eta and log alpha.
     """
     TYPE: tl.constexpr = x.dtype.element_ty
     n = tl.program_id(0).to(tl.int64)
     R = 3 * D + 2
     NT = tl.num_programs(0).to(tl.int64) * T
-    row = tl.arange(0, 4 * D)
     col = tl.arange(0, D)
-    t = tl.arange(0, C)
-    # d_all and dG_all hold tokens from `before` on; `held`: where their row of token 0 would be
-    before = first // PER * chunk
-    held = n * (tl.minimum(T, tl.cdiv(first + tiles, PER) * chunk) - before) - before
-    dw = _get_state(dW, n, R, D, row, col)
-    narrow = dw.to(TYPE)
-    rate = step * tl.load(A + n)
+    gate = tl.arange(0, 16)[:, None]
+    # d_all and dG_all hold tokens from `start` on; `held`: where their row of token 0 would be
+    start = first // PER * chunk
+    held = n * (tl.minimum(T, tl.cdiv(first + tiles, PER) * chunk) - start) - start
+    dwk, dwv, dwg = _get_control(dW, n, R, D)
+    bk = tl.zeros_like(dwk)  # SPLIT: gradients of the boundary weights of this chunk so far
+    bv = bk
+    bg = tl.zeros_like(dwg)
     for back in tl.range(1, tiles + 1, disable_licm=True):
         i = first + tiles - back
         kept = n * tiles + tiles - back
-        tok, ok, last, begin = _tile(i, T, chunk, PER, C)
-        g = g_kept + n * T + tok
-        dg = dgates + n * T + tok
-        et = tl.load(g, mask=ok, other=0.0)
-        al = tl.load(g + NT, mask=ok, other=1.0)
-        A0, a0 = _decay(al)
-        A1 = al[:, None] * A0 + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
-        K = _get(K_kept, n * T, tok, ok, D, col)
-        r = _get(r_kept, kept * C - begin, tok, ok, 4 * D, row)
-        # through the write, then the solve
-        wr = _row(A1, last)
-        dr = _dot(narrow, K, TYPE)
-        dwr = tl.sum(dr * r, 0)
-        d = dr * (wr * et)[None, :] + _get(dr_read, n * T, tok, ok, D, row)
-        d = _dot(d, tl.load(_square(X_kept, kept, C)), tl.float32).to(TYPE)
-        _put(d_all, d, held, tok, ok, 4 * D, row)
-        dK = _get(dk_read, n * T, tok, ok, D, col)
-        dK += _dot(tl.trans(narrow), (wr * et)[None, :] * r, TYPE)
-        # dM = -d^T r by 32 rows in every warp: the few tokens would give each warp all of d and r
-        parts = tl.permute(tl.reshape(d, (D // 8, 32, C)), (0, 2, 1))
-        dM = -tl.sum(_dot(parts, tl.reshape(r, (D // 8, 32, C)), TYPE), 0)
+        tok, ok, _, begin = _tile(i, T, chunk, PER, C)
+        # through the write, then the solve: Kx = X^T (wr eta K)
+        Kx = tl.load(_matrix(Kx_kept, kept, C, D))
+        dk = _dot(Kx, tl.trans(dwk), TYPE).to(TYPE)
+        dv = _dot(Kx, tl.trans(dwv), TYPE).to(TYPE)
+        dg = _dot(dwg, tl.trans(Kx), TYPE).to(TYPE)
+        _save_rows(d_all, dk, dv, dg, held, tok, ok, D)
+        # through the products of keys; all [C, C] are transposed
+        rk, rv, rg = _load_rows(r_kept, kept * C - begin, tok, ok, D)
+        G = _dot(rk, tl.trans(dk), TYPE)
+        G += _dot(rv, tl.trans(dv), TYPE)
+        G += _dot(tl.trans(rg), dg, TYPE)
+        G *= -tl.load(_matrix(c0_kept, kept, C, C)).to(tl.float32)
+        N = G.to(TYPE)
+        K = _load(K_kept, n * T, tok, ok, D, col)
+        G *= _dot(K, tl.trans(K), TYPE)
+        d_eta = tl.sum(G, 1)
+        dla = _decays_between(G, TYPE)
         # through the errors
-        w = _get_state(W_kept, kept, R, D, row, col)
-        da = tl.where(t == last, tl.sum(dw * w.to(tl.float32)), 0.0)
-        dw = _row(al * a0, last) * dw + _dot(-a0[None, :] * d, tl.trans(K), TYPE)
-        a1dY = (al * a0)[None, :] * _get(dy, n * T, tok, ok, D, row)
-        dw += _dot(a1dY, tl.trans(_get(q, n * T, tok, ok, D, col)), TYPE)
-        part = _dot(tl.trans(w), d, TYPE)
-        dV = _blocks(d.to(tl.float32), 0, 3, C, D)
-        dV += _dot(tl.trans(_get_state(W0, n % H, R, D, row, col)), d, TYPE)
-        dK -= dV + a0[None, :] * part
-        dV += _dot(tl.trans(_get_state(W_kept, kept - i % PER, R, D, row, col)), d, TYPE)
-        da0 = al * da - tl.sum(part * K, 0)
-        tl.debug_barrier()
-        K = _get(K_kept, n * T, tok, ok, D, col)
-        G = dM * _dot(tl.trans(K), K, TYPE)
-        dM *= A0 * et[None, :]
-        dK += _dot(K, dM + tl.trans(dM), TYPE)
-        # through step sizes and retention; loaded once more, for the registers are full
-        tl.debug_barrier()
-        et = tl.load(g, mask=ok, other=0.0)
-        al = tl.load(g + NT, mask=ok, other=1.0)
-        A0, a0 = _decay(al)
-        dA1 = tl.where(t[:, None] == last, (et * dwr)[None, :], 0.0)
-        det = wr * dwr + tl.sum(G * A0, 0) + tl.load(dg, mask=ok, other=0.0)
-        dal = da * a0 + tl.sum(dA1 * A0, 1)
-        dal = dal + _decay_gradient(A0, a0, al[:, None] * dA1 + G * et[None, :], da0)
-        z_eta = tl.load(g + 2 * NT, mask=ok, other=0.0)
-        z_alpha = tl.load(g + 3 * NT, mask=ok, other=0.0)
-        sig = tl.sigmoid(z_eta)
-        dal = dal + tl.load(dg + NT, mask=ok, other=0.0) + step * det * sig
-        dal = tl.where(ok, dal, 0.0) * al  # of log alpha
-        d_eta = tl.where(ok, step * det * (1.0 + al) * sig * (1.0 - sig), 0.0)
-        d_alpha = -rate * dal * tl.sigmoid(z_alpha)
+        a0 = _series(s_kept, kept, 3, C)
+        wk, wv, wg = _get_control(W_kept, kept, 2 * D + 2, D)
+        a1 = tl.load(a1_last + kept)
+        dla += a1 * (tl.sum(dwk * wk + dwv * wv) + tl.sum(dwg * wg))
+        part = _dot(dk, wk, TYPE)
+        part += _dot(dv, wv, TYPE)
+        part += _dot(tl.trans(dg), wg, TYPE)
+        before = -a0 * tl.sum(part * K, 1)
+        W0k, W0v, W0g = _get_control(W0, n % H, R, D)
+        dV = _dot(Kx, tl.trans(dwk + dwv), TYPE)  # dk + dv once more: registers are scarce
+        dV += _dot(dk, W0k, TYPE)
+        dV += _dot(dv, W0v, TYPE)
+        dV += _dot(tl.trans(dg), W0g, TYPE)
+        dK = -dV - a0[:, None] * part
+        V = _load(V_kept, n * T, tok, ok, D, col)
+        if SPLIT:
+            wk, wv, wg = _get_control(W_kept, kept - i % PER, 2 * D + 2, D)
+            dV += _dot(dk, wk, TYPE)
+            dV += _dot(dv, wv, TYPE)
+            dV += _dot(tl.trans(dg), wg, TYPE)
+            bk += _dot(tl.trans(dk), V, TYPE)
+            bv += _dot(tl.trans(dv), V, TYPE)
+            bg += _dot(dg, V, TYPE)
+        else:
+            dV += part
+        at = n * T + tok
+        dV += _load(dv_memory, n * T, tok, ok, D, col)
+        dV -= V * tl.sum(dV * V, 1)[:, None]
+        dV = (dV * tl.load(g + 3 * NT + at, mask=ok, other=0.0)[:, None]).to(TYPE)
+        # through the keys
+        dK += _dot(N, K, TYPE)
+        dK += _dot(tl.trans(N), K, TYPE)
+        part = _dot(rk, dwk, TYPE)
+        part += _dot(rv, dwv, TYPE)
+        part += _dot(tl.trans(rg), dwg, TYPE)
+        part *= _series(s_kept, kept, 0, C)[:, None]
+        after = tl.sum(part * K, 1)
+        dK += part
+        dK += _load(dk_memory, n * T, tok, ok, D, col)
+        dK -= K * tl.sum(dK * K, 1)[:, None]
+        dK = (dK * tl.load(g + 2 * NT + at, mask=ok, other=0.0)[:, None]).to(TYPE)
+        # through the errors and the step sizes
+        z = tl.load(_matrix(z_kept, kept, C, D))
+        dwk = a1 * dwk + _dot(tl.trans(dk), z, TYPE)
+        dwv = a1 * dwv + _dot(tl.trans(dv), z, TYPE)
+        dwg = a1 * dwg + _dot(dg, z, TYPE)
+        d_eta += after + tl.load(dgates + at, mask=ok, other=0.0)
+        al = _series(s_kept, kept, 2, C)
+        dla += _decays_outside(before, after) + d_eta * al / (1.0 + al)
+        dla += tl.load(dgates + NT + at, mask=ok, other=0.0)
+        d_eta *= _series(s_kept, kept, 4, C)
         # every warp has a copy of these few numbers: none may store before all have loaded
         tl.debug_barrier()
-        tl.store(dg, d_eta, mask=ok)
-        tl.store(dg + NT, dal, mask=ok)
-        # through the generation from the boundary weights
-        V = _get(V_kept, n * T, tok, ok, D, col)
-        nk = tl.load(g + 4 * NT, mask=ok, other=0.0)
-        nv = tl.load(g + 5 * NT, mask=ok, other=0.0)
-        dK = (dK - K * tl.sum(dK * K, 0)[None, :]) * nk[None, :]
-        dV = (dV - V * tl.sum(dV * V, 0)[None, :]) * nv[None, :]
-        dG = _stack(tl.zeros_like(dK), dK, dV, d_eta, d_alpha, C, D)
-        _put(dG_all, dG, held, tok, ok, 4 * D, row)
-        if i % PER == 0:  # all that was generated in this chunk came from the weights at its start
-            tl.debug_barrier()
-            for j in range(0, PER):
-                tok, ok, _, _ = _tile(i + j, T, chunk, PER, C)
-                v = _get(V_kept, n * T, tok, ok, D, col)
-                xs = _get(x, n * T, tok, ok, D, col)
-                dw += _dot(_get(d_all, held, tok, ok, 4 * D, row), tl.trans(v), TYPE)
-                dw += _dot(_get(dG_all, held, tok, ok, 4 * D, row), tl.trans(xs), TYPE)
-        narrow = dw.to(TYPE)
-    _put_state(dW, dw, n, R, D, row, col)
+        tl.store(dgates + at, d_eta, mask=ok)
+        tl.store(dgates + NT + at, dla, mask=ok)
+        dla *= _series(s_kept, kept, 5, C)
+        dG = tl.where(gate == 0, d_eta[None, :], tl.where(gate == 1, dla[None, :], 0.0))
+        _save_rows(dG_all, dK, dV, dG, held, tok, ok, D)
+        xs = _load(x, n * T, tok, ok, D, col)
+        if SPLIT:
+            bk += _dot(tl.trans(dK), xs, TYPE)
+            bv += _dot(tl.trans(dV), xs, TYPE)
+            bg += _dot(dG, xs, TYPE)
+            if i % PER == 0:
+                dwk += bk
+                dwv += bv
+                dwg += bg
+                bk = tl.zeros_like(bk)
+                bv = tl.zeros_like(bv)
+                bg = tl.zeros_like(bg)
+        else:
+            dwk += _dot(tl.trans(dK), xs, TYPE)
+            dwv += _dot(tl.trans(dV), xs, TYPE)
+            dwg += _dot(dG, xs, TYPE)
+    _put_control(dW, dwk, dwv, dwg, n, R, D)
+
+
+# --------------------------------------------------------------------------------------------------
+# The memory's rows, given k, v, eta, alpha and X of the controller: all tiles at once, but for
+# `_memory_states`
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _memory_maps(
+    K_kept, V_kept, g, A, X_kept, q, dy, D0, Kx, z, c0_kept, s_kept, E,
+    T, step, chunk, PER, first, tiles, C: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
+):
+    """What one tile does to gradients: see the top."""
+    TYPE: tl.constexpr = K_kept.dtype.element_ty
+    n = tl.program_id(0).to(tl.int64)
+    i = first + tl.program_id(1)
+    NT = tl.num_programs(0).to(tl.int64) * T
+    col = tl.arange(0, D)
+    t = tl.arange(0, C)
+    kept = n * tiles + i - first
+    tok, ok, _, _ = _tile(i, T, chunk, PER, C)
+    K = _load(K_kept, n * T, tok, ok, D, col)
+    et, la, sigmoid = _get_rates(g, A, n, tok, ok, T, NT, step)
+    c0, a0, wr, _ = _decays(la, et, TYPE)
+    zs = -a0[:, None] * K
+    if not SPLIT:
+        zs += _load(V_kept, n * T, tok, ok, D, col)
+    tl.store(_matrix(z, kept, C, D), zs)
+    tl.store(_matrix(c0_kept, kept, C, C), tl.trans(c0))
+    z_alpha = tl.load(g + NT + n * T + tok, mask=ok, other=0.0)
+    d_alpha = -step * tl.load(A + n) * tl.sigmoid(z_alpha)
+    series = (wr, et, tl.exp(la), a0, 1.0 - sigmoid, d_alpha)
+    for m in tl.static_range(6):
+        tl.store(s_kept + (kept * 6 + m) * C + t, tl.where(ok | (m < 4), series[m], 0.0))
+    X = tl.trans(tl.load(_matrix(X_kept, kept, C, C)))
+    tl.store(_matrix(Kx, kept, C, D), _wide(X, wr[:, None] * K, TYPE))
+    Q = _load(q, n * T, tok, ok, D, col)
+    dY = _load(dy, n * T, tok, ok, D, col)
+    al = tl.exp(la)[:, None]
+    c1 = al * c0 + tl.where(t[:, None] == t[None, :], et[:, None], 0.0)
+    dr = _dot(tl.trans(c1 * _dot(Q, tl.trans(K), TYPE)), dY, TYPE)
+    tl.store(_matrix(D0, kept, C, D), _wide(X, dr, TYPE))
+    tl.store(_matrix(E, kept, D, D), _dot(tl.trans(al * a0[:, None] * dY), Q, TYPE))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _memory_states(
+    W, o, z, y, K, last, a1_last, W0, E, W_T, W_last, W_kept, W_all, r_kept,
+    T, H, rows, chunk, PER, segments, EVERY, first, tiles, all_tiles,
+    C: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, SPLIT: tl.constexpr,
+    BACK: tl.constexpr, AGAIN: tl.constexpr,
+):
+    """Columns [j DV, (j + 1) DV) of the memory's W^T and r of one memory n, tile by tile.
+
+    BACK: of dW^T and d in reverse, with o, z, y, K, r for D, X^T c1[l] eta K, v, v - a0 k, d above.
+    """
+    TYPE: tl.constexpr = o.dtype.element_ty
+    n = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, D)
+    v = tl.program_id(1) * DV + tl.arange(0, DV)
+    t = tl.arange(0, C)
+    lo = first + tl.program_id(2) * EVERY
+    hi = tl.minimum(lo + EVERY, first + tiles) if AGAIN else first + tiles
+    at = v[None, :] * D + col[:, None]  # where the columns of a state lie
+    w = tl.load(W + (n * segments + lo // EVERY % segments) * rows * D + at).to(tl.float32)
+    if BACK:
+        b = tl.zeros_like(w)  # SPLIT: gradients of the boundary weights of this chunk so far
+    else:
+        b = w.to(TYPE)
+        w0 = tl.load(W0 + n % H * rows * D + at)
+    for count in tl.range(lo, hi):
+        i = lo + hi - 1 - count if BACK else count
+        kept = n * tiles + i - first
+        tok, ok, _, begin = _tile(i, T, chunk, PER, C)
+        tl.store(W_all + kept * D * D + at, w)
+        if not AGAIN and not BACK:
+            if i % EVERY == 0:
+                j = n * tl.cdiv(all_tiles, EVERY) + i // EVERY
+                tl.store(W_kept + j * rows * D + at, w)
+            if i == (all_tiles - 1) // PER * PER:
+                tl.store(W_last + n * rows * D + at, w)
+        r = tl.load(o + (kept * C + t)[:, None] * D + v[None, :]).to(tl.float32)
+        r += _dot(tl.load(_matrix(z, kept, C, D)), w, TYPE)
+        if not BACK:
+            r += _dot(tl.load(_matrix(o, kept, C, D)), w0, TYPE)
+        if SPLIT:
+            ys = _load(y, n * T, tok, ok, D, col)
+            if BACK:
+                b += _dot(tl.trans(ys), r, TYPE)
+            else:
+                b = tl.where(i % PER == 0, w, b.to(tl.float32)).to(TYPE)
+                r += _dot(ys, b, TYPE)
+        w *= tl.load(a1_last + kept)
+        if BACK:  # d by tokens, r by tiles
+            _save(r_kept, r, n * T, tok, ok, D, v)
+            w += _dot(tl.trans(tl.load(_matrix(K, kept, C, D))), r, TYPE)
+            w += tl.load(E + kept * D * D + at)
+            if SPLIT:
+                if i % PER == 0:
+                    w += b
+                    b *= 0.0
+        else:
+            _save(r_kept, r, kept * C - begin, tok, ok, D, v)
+            r *= tl.load(last + kept * C + t)[:, None]
+            w += _dot(tl.trans(_load(K, n * T, tok, ok, D, col)), r, TYPE)
+    if not AGAIN:
+        tl.store(W_T + n * rows * D + at, w)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _memory_read(
+    K_kept, q, g, A, W_all, r_kept, y, T, step, chunk, PER, first, tiles,
+    C: tl.constexpr, D: tl.constexpr,
+):
+    TYPE: tl.constexpr = K_kept.dtype.element_ty
+    n = tl.program_id(0).to(tl.int64)
+    i = first + tl.program_id(1)
+    NT = tl.num_programs(0).to(tl.int64) * T
+    col = tl.arange(0, D)
+    kept = n * tiles + i - first
+    tok, ok, _, begin = _tile(i, T, chunk, PER, C)
+    K = _load(K_kept, n * T, tok, ok, D, col)
+    Q = _load(q, n * T, tok, ok, D, col)
+    et, la, _ = _get_rates(g, A, n, tok, ok, T, NT, step)
+    c0, a0, _, _ = _decays(la, et, TYPE)
+    al = tl.exp(la)[:, None]
+    c1 = al * c0 + tl.where(tok[:, None] == tok[None, :], et[:, None], 0.0)
+    Y = al * a0[:, None] * _dot(Q, tl.trans(tl.load(_matrix(W_all, kept, D, D))), TYPE)
+    r = _load(r_kept, kept * C - begin, tok, ok, D, col)
+    Y += _dot(c1 * _dot(Q, tl.trans(K), TYPE), r, TYPE)
+    _save(y, Y, n * T, tok, ok, D, col)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _memory_local(
+    K_kept, q, W0, dy, d_kept, W_kept, r_kept, dW_kept, c0_kept, s_kept, a1_last,
+    dk_out, dv_out, dq, dgates, T, H, chunk, PER, first, tiles,
+    C: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
+):
+    """Gradients of k, v, q, log eta and log alpha in the memory's rows, all tiles at once."""
+    TYPE: tl.constexpr = K_kept.dtype.element_ty
+    n = tl.program_id(0).to(tl.int64)
+    i = first + tl.program_id(1)
+    NT = tl.num_programs(0).to(tl.int64) * T
+    col = tl.arange(0, D)
+    t = tl.arange(0, C)[None, :]
+    s = tl.arange(0, C)[:, None]
+    kept = n * tiles + i - first
+    tok, ok, _, begin = _tile(i, T, chunk, PER, C)
+    K = _load(K_kept, n * T, tok, ok, D, col)
+    Q = _load(q, n * T, tok, ok, D, col)
+    dY = _load(dy, n * T, tok, ok, D, col)
+    r = _load(r_kept, kept * C - begin, tok, ok, D, col)
+    d = _load(d_kept, n * T, tok, ok, D, col)
+    # between tokens; all [C, C] are transposed: rows s wrote, columns t read
+    c0 = tl.load(_matrix(c0_kept, kept, C, C)).to(tl.float32)
+    al = _series(s_kept, kept, 2, C)
+    c1 = al[None, :] * c0 + tl.where(s == t, _series(s_kept, kept, 1, C)[:, None], 0.0)
+    c1 *= _dot(r, tl.trans(dY), TYPE)
+    G = c1 * _dot(K, tl.trans(Q), TYPE)
+    d_eta = tl.sum(G, 1)
+    G = tl.where(s < t, G, 0.0)
+    dla = tl.sum(G, 0)
+    M = c1.to(TYPE)
+    c0 *= -_dot(r, tl.trans(d), TYPE)
+    N = c0.to(TYPE)
+    c0 *= _dot(K, tl.trans(K), TYPE)
+    d_eta += tl.sum(c0, 1)
+    G += c0
+    # through the write
+    w = tl.load(_matrix(W_kept, kept, D, D))
+    dw = tl.load(_matrix(dW_kept, kept, D, D))
+    wr = _series(s_kept, kept, 0, C)
+    dK = wr[:, None] * _dot(r, dw, TYPE)
+    after = tl.sum(dK * K, 1)
+    dla += tl.load(a1_last + kept) * tl.sum(dw.to(tl.float32) * w)
+    # through the read
+    a0 = _series(s_kept, kept, 3, C)
+    dQ = (al * a0)[:, None] * _dot(dY, w, TYPE)
+    before = tl.sum(dQ * Q, 1)
+    dla += before
+    dQ += _dot(tl.trans(M), K, TYPE)
+    _save(dq, dQ, n * T, tok, ok, D, col)
+    dK += _dot(M, Q, TYPE)
+    # through the errors
+    dV = d + _dot(d, tl.load(_matrix(W0 + n % H * (3 * D + 2) * D, 0, D, D)), TYPE)
+    part = _dot(d, w, TYPE)
+    dK -= dV + a0[:, None] * part
+    before -= a0 * tl.sum(part * K, 1)
+    if SPLIT:
+        dV += _dot(d, tl.load(_matrix(W_kept, kept - i % PER, D, D)), TYPE)
+    else:
+        dV += part
+    _save(dv_out, dV, n * T, tok, ok, D, col)
+    dK += _dot(N, K, TYPE)
+    dK += _dot(tl.trans(N), K, TYPE)
+    _save(dk_out, dK, n * T, tok, ok, D, col)
+    dla += _decays_between(G, TYPE) + _decays_outside(before, after)
+    tl.store(dgates + n * T + tok, d_eta + after, mask=ok)
+    tl.store(dgates + NT + n * T + tok, dla, mask=ok)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -712,8 +1093,16 @@ SPAN = 64  # tiles whose states the backward holds at once, a multiple of EVERY
 # three tf32 products of float32 ones overflow: for heads of 64 a thread spills up to 12 KB in
 # `scan` on 8.0. Half the rows and tokens at once cut that to 0.3 KB.
 CROWDED = (8, 12)
-# one stage, no loads ahead: shared memory is full of operands
-LAUNCH = {"scan": dict(num_warps=4, num_stages=1), "modify": dict(num_warps=8, num_stages=1)}
+FORWARD_SPAN = 512  # the same of the forward of self-modification
+TILE = 64  # tokens of its tiles on Hopper
+# One stage is no loads ahead: shared memory is full of operands.
+LAUNCH = {
+    "scan": dict(num_warps=4, num_stages=1),
+    "control": dict(num_warps=4, num_stages=1),
+    "memory": dict(num_warps=4, num_stages=1),
+    "states": dict(num_warps=4, num_stages=3),
+}
+DV = 16  # rows of the memory in one program of `_memory_states`: more programs, shorter steps
 
 
 def _block(n, most):
@@ -814,7 +1203,7 @@ def _scan_backward(
         )
         _scan_local[(N, blocks, tiles)](
             k, q, *series, dy, du, W_all, r, dW_all, *copies,
-            T, dv, dk, dv, dv, C, 1, first, tiles, **constants, WRITE=True,
+            T, dv, dk, first, tiles, **constants,
         )
     summed = []
     for g, t in zip(copies, (k, q, *series), strict=True):
@@ -886,10 +1275,12 @@ def scan(W, k, u, eta, alpha, q, theta, S, delta, tile):
 # --------------------------------------------------------------------------------------------------
 
 
-def _chunks(T, chunk):
-    """Tokens of a tile, tiles of a chunk, tiles of T tokens, tiles between kept states."""
-    C = 16
+def _chunks(x, chunk):
+    """Tokens of a tile, tiles of a chunk, tiles of x, tiles between kept states."""
+    hopper = not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] == 9
+    C = _block(chunk, TILE if hopper else 16)  # elsewhere operands take registers: see CROWDED
     per = triton.cdiv(chunk, C)
+    T = x.shape[1]
     tiles = T // chunk * per + triton.cdiv(T % chunk, C)
     return C, per, tiles, per * max(1, EVERY // per)
 
@@ -902,19 +1293,43 @@ def _modify(x: list[Tensor], chunk: int, step: float) -> list[Tensor]:
     x: x, q [N, T, d], W0 [H, 3d + 2, d], W [N, 3d + 2, d], then b_eta, b_alpha, A [N].
     """
     out = _modify_fake(x, chunk, step)
-    N, T, D = x[0].shape
-    C, per, tiles, every = _chunks(T, chunk)
-    unused = (*out, out[0])  # what only the backward writes
-    _modify_forward[(N,)](
-        *x, *out, *unused, T, len(x[2]), step, chunk, per, 1, every, 0, tiles,
-        C=C, D=D, **LAUNCH["modify"], AGAIN=False,
-    )
+    y, W_T, *states = out
+    x, q, W0, W, *gates = x
+    N, T, D = x.shape
+    H, R, _ = W0.shape
+    C, per, all_tiles, every = _chunks(x, chunk)
+    sizes = dict(C=C, D=D, SPLIT=per > 1)
+    K = torch.empty_like(x)
+    Y = torch.empty_like(x)
+    g = W.new_empty(2, N, T)
+    none = W  # for arguments that are not used
+    span = every * max(1, FORWARD_SPAN // every)
+    for first in range(0, all_tiles, span):
+        tiles = min(span, all_tiles - first)
+        at = (chunk, per, 1, every, first, tiles, all_tiles)
+        o, z, r = x.new_empty(3, N, tiles, C, D)
+        W_all = x.new_empty(N, tiles, D, D)
+        last = W.new_empty(N, tiles, C)
+        a1_last = W.new_empty(N, tiles)
+        start = W_T if first else W
+        _control_forward[(N,)](
+            x, W0, start, *gates, W_T, *states, K, none, g, o, Y, z, last, a1_last, none, none,
+            T, H, step, *at, **sizes, **LAUNCH["control"], AGAIN=False,
+        )
+        _memory_states[(N, D // DV)](
+            start, o, z, Y, K, last, a1_last, W0, none, W_T, *states, W_all, r,
+            T, H, R, *at, **sizes, **LAUNCH["states"], DV=DV, BACK=False, AGAIN=False,
+        )
+        _memory_read[(N, tiles)](
+            K, q, g, gates[2], W_all, r, y, T, step, chunk, per, first, tiles, C=C, D=D,
+            **LAUNCH["memory"],
+        )
     return out
 
 
 @_modify.register_fake
 def _modify_fake(x, chunk, step):
-    _, _, tiles, every = _chunks(x[0].shape[1], chunk)
+    _, _, tiles, every = _chunks(x[0], chunk)
     W = x[3]
     new = W.new_empty
     kept = new(len(W), triton.cdiv(tiles, every), *W.shape[1:])
@@ -934,16 +1349,16 @@ def _modify_backward(
     N, T, D = x.shape
     R = W.shape[1]
     H = len(W0)
-    C, per, all_tiles, every = _chunks(T, chunk)
+    C, per, all_tiles, every = _chunks(x, chunk)
     dx = torch.empty_like(x)
     dq = torch.empty_like(q)
     dW0 = torch.zeros_like(W)
-    K, V, dr, dk = (torch.empty_like(x) for _ in range(4))
-    g = W.new_empty(6, N, T)  # eta, alpha, z_eta, z_alpha and the norms of k and v
+    K, V, Y, d_memory, dk, dv = (torch.empty_like(x) for _ in range(6))
+    g = W.new_empty(4, N, T)  # z_eta, z_alpha, and one over the norms of k and v
     dg = W.new_empty(2, N, T)
     none = W  # for arguments that are not used
-    modify = dict(C=C, D=D, **LAUNCH["modify"])
-    read = dict(C=C, DV=D, DK=D, MOMENTUM=0, DELTA=0, READ=True, WRITE=False, **LAUNCH["scan"])
+    sizes = dict(C=C, D=D, SPLIT=per > 1)
+    W0_all = W0.repeat(N // H, 1, 1)
     span = every * max(1, SPAN // every)
     # the last chunk goes by itself: the gradient of the weights at its start joins there
     tail = (all_tiles - 1) // per * per
@@ -956,32 +1371,56 @@ def _modify_backward(
             states = W_kept
         lo = first // per * chunk
         hi = min(T, triton.cdiv(first + tiles, per) * chunk)
-        W_all = x.new_empty(N, tiles, R, D)
+        segments = triton.cdiv(tiles, every)
+        at = (chunk, per, states.shape[1], every, first, tiles, tiles)
         X = W.new_empty(N, tiles, C, C)
-        r = x.new_empty(N, tiles * C, 4 * D)
-        d = x.new_empty(N, hi - lo, 4 * D)
+        c0 = x.new_empty(N, tiles, C, C)
+        series = W.new_empty(N, tiles, 6, C)
+        a1_last = W.new_empty(N, tiles)
+        last = W.new_empty(N, tiles, C)
+        o, z, D0, Kx, z_write, r_memory = x.new_empty(6, N, tiles, C, D)
+        W_memory, dW_memory, E = x.new_empty(3, N, tiles, D, D)
+        W_control = x.new_empty(N, tiles, 2 * D + 2, D)
+        r = x.new_empty(N, tiles * C, 2 * D + 16)
+        d = x.new_empty(N, hi - lo, 2 * D + 16)
         dG = torch.empty_like(d)
-        _modify_forward[(N, triton.cdiv(tiles, every))](
-            x, q, W0, states, b_eta, b_alpha, A, none, none, none, W_all, K, V, g, r, X,
-            T, H, step, chunk, per, states.shape[1], every, first, tiles, **modify, AGAIN=True,
+        _control_forward[(N, segments)](
+            x, W0, states, b_eta, b_alpha, A, none, none, W_control, K, V, g, o, Y, z, last,
+            a1_last, X, r, T, H, step, *at, **sizes, **LAUNCH["control"], AGAIN=True,
         )
-        _scan_local[(N, 1, tiles)](
-            K, q, g[0], g[1], none, none, dy, dr, W_all, r, none, dk, dq, dg[0], dg[1], none, none,
-            T, D, D, R, 4 * D, chunk, per, first, tiles, **read,
+        _memory_maps[(N, tiles)](
+            K, V, g, A, X, q, dy, D0, Kx, z_write, c0, series, E,
+            T, step, chunk, per, first, tiles, **sizes, **LAUNCH["memory"],
         )
-        _modify_chain[(N,)](
-            x, q, W0, A, dy, W_all, K, V, g, r, X, dr, dk, dg, dW, d, dG,
-            T, H, step, chunk, per, first, tiles, **modify,
+        _memory_states[(N, D // DV, segments)](
+            states, o, z, Y, K, last, a1_last, W0, none, none, none, none, W_memory, r_memory,
+            T, H, R, *at, **sizes, **LAUNCH["states"], DV=DV, BACK=False, AGAIN=True,
+        )
+        _memory_states[(N, D // DV)](
+            dW, D0, Kx, V, z_write, none, a1_last, none, E, dW, none, none, dW_memory, d_memory,
+            T, H, R, chunk, per, 1, every, first, tiles, tiles, **sizes, **LAUNCH["states"],
+            DV=DV, BACK=True, AGAIN=False,
+        )
+        _memory_local[(N, tiles)](
+            K, q, W0, dy, d_memory, W_memory, r_memory, dW_memory, c0, series, a1_last,
+            dk, dv, dq, dg, T, H, chunk, per, first, tiles, **sizes, **LAUNCH["memory"],
+        )
+        _control_chain[(N,)](
+            x, W0, W_control, K, V, g, r, Kx, z_write, c0, series, a1_last, dk, dv, dg, dW, d, dG,
+            T, H, chunk, per, first, tiles, **sizes, **LAUNCH["control"],
         )
         # what is left are plain products, for all chunks at once
         now = slice(lo, hi)
-        B = W0.repeat(N // H, 1, 1)[:, None] + W_all[:, ::per]  # [N, chunks, R, D]
-        through_B = (dG[..., :R].unflatten(1, (B.shape[1], -1)) @ B).flatten(1, 2)
-        dx[:, now] = through_B + sum(dG.split(D, 2)[1:3])
-        dW0 += (d.mT @ (V[:, now] - K[:, now]) + dG.mT @ x[:, now])[:, :R]
+        d = torch.cat([d_memory[:, now], d[..., : 2 * D + 2]], 2)
+        dG = dG[..., : 2 * D + 2]
+        B = W0_all[:, None, D:] + W_control[:, ::per]  # [N, chunks, 2 D + 2, D]
+        through_B = (dG.unflatten(1, (B.shape[1], -1)) @ B).flatten(1, 2)
+        dx[:, now] = through_B + dG[..., :D] + dG[..., D : 2 * D]
+        dW0 += d.mT @ (V[:, now] - K[:, now])
+        dW0[:, D:] += dG.mT @ x[:, now]
         if first == tail:
             dW += d_last
-    z_alpha = g[3]
+    z_alpha = g[1]
     d_alpha = -step * dg[1]
     db_alpha = A * (d_alpha * z_alpha.sigmoid()).sum(1)
     dA = (d_alpha * F.softplus(z_alpha)).sum(1)

@@ -202,15 +202,15 @@ def busy(device):
 
 @contextlib.contextmanager
 def short_spans():
-    """Within, the backward holds few tiles at once: short texts have several spans."""
+    """Within, few tiles are held at once: short texts have several spans."""
     import kernels
 
-    before = kernels.EVERY, kernels.SPAN
-    kernels.EVERY, kernels.SPAN = 2, 4
+    before = kernels.EVERY, kernels.SPAN, kernels.FORWARD_SPAN
+    kernels.EVERY, kernels.SPAN, kernels.FORWARD_SPAN = 2, 4, 4
     try:
         yield
     finally:
-        kernels.EVERY, kernels.SPAN = before
+        kernels.EVERY, kernels.SPAN, kernels.FORWARD_SPAN = before
 
 
 def compare(case: Case, device: torch.device, copies: int, T: int) -> tuple[float, list[str]]:
