@@ -43,6 +43,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from baselines import Attention
 from cms import CMS, MLP
 from hope import loss_fn
 from learn import changed
@@ -153,6 +154,10 @@ class LossModule(nn.Module):
         return self.model(inputs, targets=targets)
 
 
+def has_cache(mixer: nn.Module) -> bool:
+    return any(isinstance(part, Attention) for part in mixer.modules())
+
+
 def parallel(run: Run) -> nn.Module:
     """Wrap the model for training (DDP, FSDP2 or neither): (inputs, targets) -> the loss.
 
@@ -173,8 +178,10 @@ def parallel(run: Run) -> nn.Module:
         functorch.donated_buffer = not learns  # the inner gradients use a graph twice
         learners = model.learners if learns else []
         for block in model.blocks:  # alike, so that the first one's graphs serve them all
-            if block not in learners[1:]:  # which read chunk by chunk: a graph for each position
-                block.mix = torch.compile(block.mix, fullgraph=True, dynamic=False)
+            pieces = block in learners[1:]  # which read chunk by chunk
+            if not (pieces and has_cache(block.mixer)):  # it grows: a graph for each length
+                dynamic = None if pieces else False  # None: one graph for all positions
+                block.mix = torch.compile(block.mix, fullgraph=True, dynamic=dynamic)
             if block not in learners:  # whose weights are views at first, later their own
                 block.cms.compile(fullgraph=True, dynamic=False)
     if config.fsdp:
