@@ -226,6 +226,16 @@ def digits() -> str:
     return markdown(["optimizer", "rate", "test loss", "test accuracy"], rows)
 
 
+def training_steps() -> str:
+    rows = []
+    for row in load("kernels_340m.json")["training"]:
+        cells = [f"{row['tokens_per_s']:,.0f}", f"{row['ratio']:.2f}", f"{row['mfu']:.1%}"]
+        cells += [f"{row['gb']:.0f}", f"{row['launches']:,}"]
+        rows.append([f"`{row['model']}`", f"{row['rows']} x {row['T']:,}", *cells])
+    head = ["model", "rows x tokens", "tokens/s", "Transformer's x", "of the peak", "GB", "launches"]
+    return markdown(head, rows)
+
+
 def kernels() -> str:
     """Registers a thread, bytes of its spill stack, KiB of shared memory of a program."""
     cells = {}
@@ -426,6 +436,7 @@ TABLES = {
     "speed_lengths": speed_lengths,
     "optimizers": optimizers,
     "digits": digits,
+    "training_steps": training_steps,
     "kernels": kernels,
     "formal": formal,
     "mad": mad,
