@@ -308,8 +308,7 @@ def make_shards(
     if "shards" in begun:  # a manifest: all is done
         (out / PLAN).unlink(missing_ok=True)
         return begun
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out / LOCK):
+    with _own(out):
         for torn in out.glob("*.tmp"):
             if LEFT.fullmatch(torn.name):
                 torn.unlink()
@@ -338,6 +337,20 @@ def make_shards(
         atomic_write(out / MANIFEST, lambda beside: beside.write_text(text))
         (out / PLAN).unlink()
         return manifest
+
+
+@contextlib.contextmanager
+def _own(out: Path):
+    """Within, the folder exists and is locked; a new one that stayed empty is removed again."""
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(out / LOCK):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # of the first that is not empty
+            for folder in new:
+                folder.rmdir()
 
 
 def _begun(out: Path, plan: dict) -> dict:

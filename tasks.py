@@ -34,6 +34,7 @@ Images, for ctm.py: perfect mazes, made and solved here, and pictures in a folde
 import itertools
 import random
 import re
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -693,4 +694,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        print("python tasks.py: an example of every task, over its own text; no flags")
+        sys.exit(0 if sys.argv[1] in ("-h", "--help") else 2)
     main()

@@ -4,6 +4,7 @@ Every function takes a `Scorer`, reads without lm-eval and counts tokens on the 
 """
 
 import math
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +20,23 @@ def needles(scorer: Scorer, haystack: str, lengths, samples, seed=0, words=None)
     """Accuracy in %, [kinds of needles][lengths].
 
     A question scores the fraction of its answers that stand in the 128 tokens written after it
-    (RULER). words: adjectives and nouns of the keys.
+    (RULER). words: adjectives and nouns of the keys. ValueError, before anything is read, for a
+    length in which a question has no room.
     """
+    own = (words, scorer.length)
+    made = {}
+    for kind, length in product(NEEDLES, lengths):
+        seeds = range(seed, seed + samples)
+        made[kind, length] = [needle(kind, haystack, length, i, *own) for i in seeds]
     scorer.bar.reset(len(NEEDLES) * samples * sum(lengths))
     values = []
     for kind in NEEDLES:
         row = []
         for length in lengths:
-            made = []
-            for i in range(samples):
-                made.append(needle(kind, haystack, length, seed + i, words, scorer.length))
-            texts = scorer.generate([scorer.tokens(one["prompt"]) for one in made], 128)
+            asked = made[kind, length]
+            texts = scorer.generate([scorer.tokens(one["prompt"]) for one in asked], 128)
             found = []
-            for one, text in zip(made, texts, strict=True):
+            for one, text in zip(asked, texts, strict=True):
                 found.append(np.mean([answer in text for answer in one["answers"]]))
             row.append(100 * float(np.mean(found)))
         values.append(row)

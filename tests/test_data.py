@@ -614,7 +614,7 @@ def test_missing_libraries_are_named_with_their_command(library, tmp_path, monke
     assert not out.exists()
     with pytest.raises(ValueError, match="pip install tokenizers"):
         make(library, out)
-    assert not contents(out)
+    assert not out.exists()
     make(library, out, vocab="bytes")  # a ready vocabulary needs no trainer
 
 
@@ -632,7 +632,17 @@ def test_bad_flags_are_refused(library, tmp_path):
     for flags, message in refused.items():
         with pytest.raises(ValueError, match=message):
             main(["text", str(library), "--out", str(out), "--jobs", "1", *flags.split()])
-        assert not out.exists() or not contents(out)
+        assert not out.exists()
+
+
+def test_a_refused_command_leaves_no_folder_but_those_that_were_there(library, tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "mine").mkdir()
+    for out in ("new/deep/er", "mine"):
+        with pytest.raises(ValueError, match="vocab must be from 258 to"):
+            make(library, tmp_path / out, vocab="999999")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert not contents(tmp_path / "mine")
 
 
 def test_folder_of_other_shards_or_of_something_else_is_refused(library, shards, tmp_path):

@@ -158,7 +158,7 @@ def test_every_file_of_the_top_level_shows_or_does_something(file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hope", "cms", "kernels"])  # one demonstration for all
+@pytest.mark.parametrize("name", ["hope", "cms", "kernels", "tasks"])  # one demonstration for all
 def test_what_shows_a_concept_has_a_help_and_refuses_other_flags(name):
     line = [sys.executable, ROOT / f"{name}.py"]
     done = subprocess.run([*line, "--help"], capture_output=True, text=True)

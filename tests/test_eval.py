@@ -474,6 +474,13 @@ def test_who_finds_needles_scores_100_percent_and_who_does_not_0():
         assert found == [[accuracy, accuracy]] * 6
 
 
+def test_a_length_without_room_for_a_question_is_refused_before_anything_is_read():
+    scorer = Scorer(None, tokenizer())
+    text = "no full stop and so a sentence of 400 characters " * 99
+    with pytest.raises(ValueError, match="at least 7.. for .* question of S-NIAH-2, got 600"):
+        needles(scorer, text, [2000, 600], samples=2, words=WORDS)
+
+
 def test_a_stream_of_pieces_is_answered_as_the_whole_text():
     model = tiny(chunk=64)  # with short chunks a random model makes much of rounding
     text = needle("S-NIAH-2", TEXT, 900, words=WORDS)["prompt"]
