@@ -87,7 +87,7 @@ def staged(args, record):
     """`domains` and `classes`: every learner's settings are chosen, with them every seed is run."""
     changes = {}
     if args.command == "domains":
-        to_choose, to_report = domains(args.data)
+        to_choose, to_report = domains(args.data, args.quick)
     else:
         sets = {}
         for half, (name, stages_of) in enumerate(SETS.items()):
@@ -126,7 +126,8 @@ def staged(args, record):
                 return None
             return average if higher_is_better else -average
 
-        lrs = LRS[:1] if method == "none" else LRS
+        tried = LRS[2:] if args.quick else LRS
+        lrs = tried[:1] if method == "none" else tried
         grid = itertools.product(lrs, STRENGTHS if method == "ewc" else (None,))
         best = best_of(grid, score)
         if best is None:

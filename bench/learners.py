@@ -155,7 +155,7 @@ def run(learner, stages, seed, lr, ewc, quick, first, hope="hope", before=None, 
     for number, stage in enumerate(stages[1:], 1):
         if anchor:
             began = time.process_time()
-            anchor.finish(stages[number - 1].examples(model))
+            anchor.finish(stages[number - 1].examples(model, quick))
             cost["seconds"] += time.process_time() - began
         if method != "none":
             penalty = anchor.penalty if anchor else lambda: 0.0

@@ -2,7 +2,6 @@
 
 import json
 import os
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -243,14 +242,13 @@ def test_quick_needs_no_data_but_the_standard_library(command, tmp_path, monkeyp
     monkeypatch.setattr(learners, "SIZE", TINY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NESTED_DATA", "nowhere")  # it is not even asked
-    monkeypatch.setattr(continual, "domains", partial(domains, scored=1024))
     words = [*command.split(), "--quick", "--seeds=1", "--learners=hope 3 levels"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert out.count("hope 3 levels") >= 5
+    assert out.count("hope 3 levels") == 4  # two rates to choose from, the seed, the table
     (results,) = tmp_path.glob("runs/quick/*.jsonl")
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert lines and all(np.isfinite(line["matrix"]).all() for line in lines)
+    assert len(lines) == 3 and all(np.isfinite(line["matrix"]).all() for line in lines)
 
 
 def test_domains_and_lines_of_the_standard_library_share_nothing():
@@ -262,6 +260,7 @@ def test_domains_and_lines_of_the_standard_library_share_nothing():
         for held_out in (a.held_out, b.held_out):
             assert held_out.astype(np.uint8).tobytes() not in text
         assert not np.array_equal(a.held_out, b.held_out)
+    assert [len(stage.held_out) for stage in domains(None, quick=True)[1]] == [1_024] * 4
     first, second = code_lines(0)[1], code_lines(1)[1]
     assert [len(stage.classes) for stage in (*first, *second)] == [4] * 6
     assert all(set(stage.y.tolist()) == set(stage.classes) for stage in first)
@@ -298,11 +297,11 @@ def test_a_setting_that_diverges_is_not_chosen(monkeypatch, tmp_path):
         return {"matrix": [[8.0, 8.0], [5.0, 8.0], [6.0 - 100 * lr, 5.0]]}
 
     stages = [SimpleNamespace(name="a"), SimpleNamespace(name="b")]
-    monkeypatch.setattr(continual, "domains", lambda data: (stages, stages))
+    monkeypatch.setattr(continual, "domains", lambda data, quick: (stages, stages))
     monkeypatch.setattr(continual, "run", fake_run)
     monkeypatch.setattr(continual, "staged_table", lambda lines: [])
     learner = "transformer finetune"
-    args = SimpleNamespace(command="domains", data="", quick=True, learners=[learner], seeds=1)
+    args = SimpleNamespace(command="domains", data="", quick=False, learners=[learner], seeds=1)
     record = continual.Record(tmp_path / "cells.jsonl")
     continual.staged(args, record)
     chosen = [line["lr"] for line in record.finished.values() if line["seed"] == 0]
