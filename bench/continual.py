@@ -143,7 +143,7 @@ def staged(args, record):
 @torch.no_grad()
 def stream(args, record):
     """`stream`: novels that are read once, learning, and then as much of something else."""
-    rows = 2 if args.quick else 4
+    rows = 1 if args.quick else 4
     length = 4_096 if args.quick else 16_384
     root = Path("runs/continual-quick" if args.quick else "runs/continual")
     if args.data is None:
