@@ -56,7 +56,7 @@ from support.flags import Parser
 from support.plots import heat_map, picture
 from train import NonFinite
 
-LRS = (1.7e-4, 5e-4, 1.5e-3, 4.5e-3)  # of the stages after the first, to choose from
+LRS = (1.7e-4, 5e-4, 1.5e-3, 4.5e-3)  # of the stages after the first, to choose from; quick: two
 STRENGTHS = (1e1, 1e2, 1e3)  # of the penalty of EWC, to choose from, at each of those rates
 STEPS = (0.04, 0.12, 0.4)  # inner step sizes of the first level, to choose from
 COMMANDS = ("stream", "domains", "classes", "cost")
