@@ -232,7 +232,8 @@ def training_steps() -> str:
         cells = [f"{row['tokens_per_s']:,.0f}", f"{row['ratio']:.2f}", f"{row['mfu']:.1%}"]
         cells += [f"{row['gb']:.0f}", f"{row['launches']:,}"]
         rows.append([f"`{row['model']}`", f"{row['rows']} x {row['T']:,}", *cells])
-    head = ["model", "rows x tokens", "tokens/s", "Transformer's x", "of the peak", "GB", "launches"]
+    head = ["model", "rows x tokens", "tokens/s", "Transformer's x", "of the peak", "GB"]
+    head.append("launches")
     return markdown(head, rows)
 
 
