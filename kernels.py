@@ -89,8 +89,8 @@ Decisions:
   products (input_precision "tf32x3", about 22 bits; plain tf32 has 11). Where x, q (in `scan`: k,
   u, q) are bfloat16 so are the operands, all but those of X: these are split into two bfloat16
   each (16 bits, see `_wide`), which takes half the instructions.
-- What a Hopper matrix instruction sums up in place is not also an operand, before or after: ptxas
-  (12.8 and 13.0) takes the rounded numbers from before for those from after, or the other way.
+- What is an operand is not what a Hopper matrix instruction sums up in place: ptxas (12.8, 13.0)
+  takes the sum, rounded, for what was there before, rounded.
 - No atomics: runs are identical.
 - First derivatives only: a second one raises RuntimeError; ask for backend="torch" there.
 - Registers are what is scarce. So loops hoist nothing (disable_licm), what is needed twice far
