@@ -538,11 +538,11 @@ def test_step_compiles_without_a_graph_break_to_the_same_gradients(model, update
     torch.manual_seed(0)
     own = {"model": model, "hidden": 36, "n_layers": 2, "cms_updates": updates}
     model = Hope(HopeConfig(**SMALL | own))
-    rows = torch.randint(257, (2, 33))
+    rows = torch.randint(257, (2, 17))
     grads = []
     with functorch.patch("donated_buffer", functorch.donated_buffer):  # and back
         for compiled in (False, True):
-            config = TrainConfig(compile=compiled, seq_len=32)
+            config = TrainConfig(compile=compiled, seq_len=16)
             device = torch.device("cpu")
             run = types.SimpleNamespace(model=model, config=config, device=device)
             step = training.parallel(run)
