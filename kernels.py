@@ -45,10 +45,11 @@ Only the chain must walk the tiles in reverse; everything local runs for all til
 forward keeps W and S at every EVERY-th tile. The backward recomputes the states between ("again"),
 all segments at once, and holds at most SPAN tiles of them, whatever T. What stays from forward to
 backward is 1/EVERY of the states: for heads of width 64, 64 bytes a token in `scan` (its bfloat16
-inputs are 392) and 97 with self-modification (inputs 256).
+inputs are 392) and 97 with self-modification (inputs 256; with tiles of 16 tokens 388).
 
-Self-modification: a tile is a chunk of up to 64 tokens; longer chunks are several tiles. With
-B = W0 + W at the chunk's start and the rows [memory | k | v | eta | alpha] of the weights,
+Self-modification: a tile is a chunk of up to 64 tokens (on Hopper; elsewhere of up to 16), longer
+chunks are several tiles. With B = W0 + W at the chunk's start and the rows [memory | k | v | eta |
+alpha] of the weights,
 
     k, v = l2norm of the rows of B x + x        eta, alpha from its last two rows
     r    = X (B v - W0 k - a0 W k + v - k)      (v - k in the three square blocks only)
@@ -1089,12 +1090,12 @@ def _memory_local(
 # 1/8 of the parallel work it had then.
 EVERY = 8
 SPAN = 64  # tiles whose states the backward holds at once, a multiple of EVERY
+FORWARD_SPAN = 512  # the same of the forward of self-modification
+TILE = 64  # tokens of its tiles on Hopper, at most; elsewhere 16
 # Major compute capabilities whose matrix instructions take their operands from registers, which
 # three tf32 products of float32 ones overflow: for heads of 64 a thread spills up to 12 KB in
 # `scan` on 8.0. Half the rows and tokens at once cut that to 0.3 KB.
 CROWDED = (8, 12)
-FORWARD_SPAN = 512  # the same of the forward of self-modification
-TILE = 64  # tokens of its tiles on Hopper
 # One stage is no loads ahead: shared memory is full of operands.
 LAUNCH = {
     "scan": dict(num_warps=4, num_stages=1),

@@ -258,7 +258,7 @@ def measure(
 ) -> dict:
     """Bytes of one training step, as on a GPU. fake: without memory. bf16: products in bfloat16.
 
-    kernels: with those, whose backward passes hold for a while what is not counted, below 1 GB.
+    kernels: with those, whose backward passes hold for a while what is not counted, below 2 GB.
 
     "kept" for the backward pass beyond weights and gradients; "extra", the most of the pass beyond
     that; "optimizer", its state; "step", the most of its step beyond that.

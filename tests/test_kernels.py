@@ -215,6 +215,16 @@ def test_the_fused_chunk_step_and_every_gradient_equal_torch(seed, tile, dtype, 
     assert_equal_up_to(TOLERANCE[dtype], results(ours, problem), results(expected, exact(problem)))
 
 
+@pytest.mark.parametrize("chunk", [14, 20])  # one tile, two tiles
+def test_a_chunk_step_of_several_spans_equals_torch(chunk, monkeypatch):
+    """More tiles than either pass holds at once; in the backward the last chunk goes by itself."""
+    for name, value in dict(TILE=16, EVERY=2, SPAN=2, FORWARD_SPAN=2).items():
+        monkeypatch.setattr(kernels, name, value)
+    problem = modify_problem(0, 2, 1, 65, 16)
+    ours, expected = both_modify(chunk, 0.9)
+    assert_equal_up_to(1e-5, results(ours, problem), results(expected, exact(problem)))
+
+
 def split_by_hand(x, q, W, W0, b_eta, b_alpha, A, chunk, step):
     """The chunk step as kernels.py splits it: first the rows of keys, values and gates alone."""
     d = x.shape[-1]
@@ -556,7 +566,7 @@ STACK = {
 # Arguments of the kernels that are in the operands' type (W_kept in the backward only), and counts.
 NARROW = {"k", "u", "q", "x", "dq", "du", "dk_out", "dv_out", "W0", "d_all", "dG_all", "d_kept"}
 NARROW |= {"r_kept", "K_kept", "V_kept", "dW_kept", "W_all", "dk_memory", "dv_memory", "own", "o"}
-NARROW |= {"z", "Z", "y_kept", "K", "E", "D0", "Kx", "Kx_kept", "z_kept", "c0_kept"}
+NARROW |= {"z", "Z", "K", "E", "D0", "Kx", "Kx_kept", "z_kept", "c0_kept"}
 INTEGERS = {"dv", "dk", *kernels.COUNTS}
 
 
