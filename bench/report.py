@@ -227,11 +227,14 @@ def digits() -> str:
 
 
 def training_steps() -> str:
+    forms = {"tokens_per_s": ",.0f", "ratio": ".2f", "mfu": ".1%", "gb": ".0f", "launches": ","}
     rows = []
     for row in load("kernels_340m.json")["training"]:
-        cells = [f"{row['tokens_per_s']:,.0f}", f"{row['ratio']:.2f}", f"{row['mfu']:.1%}"]
-        cells += [f"{row['gb']:.0f}", f"{row['launches']:,}"]
-        rows.append([f"`{row['model']}`", f"{row['rows']} x {row['T']:,}", *cells])
+        cells = [f"`{row['model']}`", f"{row['rows']} x {row['T']:,}"]
+        for key, form in forms.items():
+            value = row.get(key)  # what failed has none
+            cells.append("-" if value is None else format(value, form))
+        rows.append(cells)
     head = ["model", "rows x tokens", "tokens/s", "Transformer's x", "of the peak", "GB"]
     head.append("launches")
     return markdown(head, rows)
