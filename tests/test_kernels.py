@@ -486,7 +486,7 @@ def on_gpu(monkeypatch, capability):
 
 
 def test_float32_heads_of_64_are_refused_where_they_overflow_the_registers(monkeypatch):
-    """An H100 holds them; the backward on an A100 would spill 9 KB a thread."""
+    """An H100 holds them; the backward on an A100 would spill 17 KB a thread."""
     gpu = dict(is_cuda=True, device="cuda:0")
     like, narrow = (types.SimpleNamespace(**gpu, dtype=t) for t in (torch.float32, torch.bfloat16))
     refused = {"A100": (8, 0), "A10": (8, 6), "L4": (8, 9), "B200": (10, 0), "RTX 5090": (12, 0)}
@@ -541,6 +541,7 @@ KERNELS = {
     "control again": ("_control_forward", "control", MODIFY | dict(AGAIN=True)),
     "control chain": ("_control_chain", "control", MODIFY),
     "memory states": ("_memory_states", "states", STATES | dict(BACK=False, AGAIN=False)),
+    "memory again": ("_memory_states", "states", STATES | dict(BACK=False, AGAIN=True)),
     "memory back": ("_memory_states", "states", STATES | dict(BACK=True, AGAIN=False)),
     "memory read": ("_memory_read", "memory", dict(C=64, D=64)),
     "memory maps": ("_memory_maps", "memory", MODIFY),
@@ -557,6 +558,7 @@ STACK = {
     "control again": (416, 384, 1312, 448),
     "control chain": (768, 1088, 1280, 1024),
     "memory states": (0, 0, 0, 0),
+    "memory again": (0, 0, 0, 0),
     "memory back": (0, 0, 0, 0),
     "memory read": (0, 0, 0, 0),
     "memory maps": (0, 0, 0, 0),
@@ -593,6 +595,15 @@ def merged(ptx):
                 del known[other]
                 changed.discard(other)
     return found
+
+
+def test_what_ptxas_merges_is_found_in_ptx():
+    product = "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%r1,%r2}, %rd1, %rd2, 1, 1;"
+    rounded = "cvt.rn.bf16x2.f32 \t%r{}, %r1, %r2;"
+    assert merged("\n".join([rounded.format(8), product, rounded.format(9)])) == [rounded.format(9)]
+    assert merged("\n".join([rounded.format(8), rounded.format(9), product])) == []
+    new = "add.f32 \t%r1, %r1, %r3;"  # the operand is another one
+    assert merged("\n".join([rounded.format(8), product, new, rounded.format(9)])) == []
 
 
 def compiled(name, target=90, dtype="bf16", **changes):
@@ -662,7 +673,7 @@ def test_every_kernel_compiles_within_its_registers(number, target):
     assert [(row["kernel"], row["target"]) for row in usage] == [(name, target) for name in STACK]
     for row in usage:
         assert row["shared"] <= SHARED[target] * 1024, row
-        assert 40 < row["registers"] <= 255, row  # 32 or 40 where the compiler gave up
+        assert row["registers"] > 64 or row["stack"] == 0, row  # few: the compiler gave up
         assert row["stack"] <= STACK[row["kernel"]][number], row
         assert row["merged"] == 0, row
 
