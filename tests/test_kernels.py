@@ -215,7 +215,7 @@ def test_the_fused_chunk_step_and_every_gradient_equal_torch(seed, tile, dtype, 
     assert_equal_up_to(TOLERANCE[dtype], results(ours, problem), results(expected, exact(problem)))
 
 
-@pytest.mark.parametrize("chunk", [14, 20])  # one tile, two tiles
+@pytest.mark.parametrize("chunk", [pytest.param(14, marks=pytest.mark.slow), 20])  # 1, 2 tiles
 def test_a_chunk_step_of_several_spans_equals_torch(chunk, monkeypatch):
     """More tiles than either pass holds at once; in the backward the last chunk goes by itself."""
     for name, value in dict(TILE=16, EVERY=2, SPAN=2, FORWARD_SPAN=2).items():
