@@ -206,7 +206,7 @@ def short_spans():
     import kernels
 
     before = kernels.EVERY, kernels.SPAN, kernels.FORWARD_SPAN
-    kernels.EVERY, kernels.SPAN, kernels.FORWARD_SPAN = 2, 4, 4
+    kernels.EVERY, kernels.SPAN, kernels.FORWARD_SPAN = 2, 2, 2
     try:
         yield
     finally:
