@@ -176,6 +176,22 @@ def learn_from(model, x, tokens, states, full, step):
     return logits, after
 
 
+class _Behind(torch.autograd.Function):
+    """w itself, deeper in the graph than what made `held`.
+
+    autograd looks for w in all that is as deep: else in all chunks that were read before.
+    """
+
+    @staticmethod
+    def forward(ctx, w, *held):
+        ctx.held = len(held)
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, *[None] * ctx.held
+
+
 @torch.enable_grad()
 def inner_gradients(model, x, tokens, blocks, retain, create):
     """A chunk x [B, C, d_model] read from the states `blocks`, and gradients at the fast weights.
@@ -185,9 +201,11 @@ def inner_gradients(model, x, tokens, blocks, retain, create):
     gradients), the last a dict or None per block and level, as the fast weights.
     """
 
+    held = [t for t in tensors([block["mixer"] for block in blocks]) if t.requires_grad]
+
     def alias(w):
         # A node of its own: the gradient is this chunk's alone, though the state depends on w too.
-        return w.view_as(w) if w.requires_grad else w.detach().requires_grad_()
+        return _Behind.apply(w, *held) if w.requires_grad else w.detach().requires_grad_()
 
     fast = [map_state(alias, block["cms"]["fast"]) for block in blocks]
     read_from = []
