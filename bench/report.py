@@ -173,12 +173,12 @@ def speed() -> str:
     return markdown(head, rows)
 
 
-def speed_lengths() -> str:
+def speed_lengths(file="speed_lengths.json") -> str:
     """Fastest on the longest rows first."""
     cells = {}
-    for row in load("speed_lengths.json")["rows"]:
+    for row in load(file)["rows"]:
         cells.setdefault(row["model"], {})[row["seq_len"]] = row
-    lengths = list(cells["hope"])
+    lengths = list(cells["transformer"])
     order = sorted(cells, key=lambda model: -cells[model][lengths[-1]]["tokens_per_s"])
     rows = []
     for model in order:
@@ -438,6 +438,7 @@ TABLES = {
     "position": lambda: position.table(load("position.json")),
     "speed": speed,
     "speed_lengths": speed_lengths,
+    "speed_updates": lambda: speed_lengths("speed_updates.json"),
     "optimizers": optimizers,
     "digits": digits,
     "training_steps": training_steps,
