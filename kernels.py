@@ -155,22 +155,18 @@ def _halves(x):
 
 
 @triton.jit
-def _wide(a, b, TYPE: tl.constexpr, ONES: tl.constexpr = False):
+def _wide(a, b, TYPE: tl.constexpr):
     """a @ b of float32 operands, to about 16 bits where TYPE is bfloat16, else as in `_dot`.
 
-    By bfloat16 products of what bfloat16 holds and of the rest. ONES: a is exact in bfloat16.
+    By bfloat16 products of what bfloat16 holds and of the rest.
     """
     if TYPE == tl.float32:
         return _dot(a, b, TYPE)
+    a_high, a_low = _halves(a)
     b_high, b_low = _halves(b)
-    if ONES:
-        r = _dot(a, b_low, TYPE)
-        r += _dot(a, b_high, TYPE)
-    else:
-        a_high, a_low = _halves(a)
-        r = _dot(a_low, b_high, TYPE)
-        r += _dot(a_high, b_low, TYPE)
-        r += _dot(a_high, b_high, TYPE)
+    r = _dot(a_low, b_high, TYPE)
+    r += _dot(a_high, b_low, TYPE)
+    r += _dot(a_high, b_high, TYPE)
     return r
 
 
@@ -646,6 +642,30 @@ def _get_rates(g, A, n, tok, ok, T, NT, step):
     return _rates(z_eta, tl.load(at + NT, mask=ok, other=0.0), step * tl.load(A + n), step, ok)
 
 
+@triton.jit
+def _generate(x, W0, b, TYPE: tl.constexpr):
+    """Rows of (W0 + b) x + x for tokens x, of unit length, and one over their norms."""
+    y = _dot(x, tl.trans(W0), TYPE)
+    y += _dot(x, tl.trans(b), TYPE)
+    y += x
+    norm = tl.rsqrt(tl.sum(y * y, 1) + 1e-6)
+    return y * norm[:, None], norm
+
+
+@triton.jit
+def _errors(o, z, y, W0, w, b, TYPE: tl.constexpr, SPLIT: tl.constexpr):
+    """o + o W0^T + z w^T, and + y b^T where SPLIT.
+
+    Of M(o) = o + W0 o the o is added by itself, so that it never is rounded with W0, and at last:
+    see "Decisions".
+    """
+    r = _dot(o, tl.trans(W0), TYPE)
+    r += _dot(z, tl.trans(w), TYPE)
+    if SPLIT:
+        r += _dot(y, tl.trans(b), TYPE)
+    return r + o
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _control_forward(
     x, W0, W, b_eta, b_alpha, A, W_T, W_last, W_kept, K_kept, V_kept, g, own, Y, Z, last, a1_last,
@@ -694,11 +714,8 @@ def _control_forward(
         tl.store(g + n * T + tok, z_eta, mask=ok)
         tl.store(g + NT + n * T + tok, z_alpha, mask=ok)
         et, la, _ = _rates(z_eta, z_alpha, rate, step, ok)
-        K = _dot(xs, tl.trans(W0k), TYPE)
-        K += _dot(xs, tl.trans(bk), TYPE)
-        K += xs
-        norm = tl.rsqrt(tl.sum(K * K, 1) + 1e-6)
-        K = (K * norm[:, None]).to(TYPE)
+        K, norm = _generate(xs, W0k, bk, TYPE)
+        K = K.to(TYPE)
         _save(K_kept, K, n * T, tok, ok, D, col)
         if AGAIN:
             tl.store(g + 2 * NT + n * T + tok, norm, mask=ok)
@@ -708,11 +725,7 @@ def _control_forward(
         X = _inverse(c0 * _dot(K, tl.trans(K), TYPE), TYPE)
         if AGAIN:
             tl.store(_matrix(X_kept, kept, C, C), X)
-        V = _dot(xs, tl.trans(W0v), TYPE)
-        V += _dot(xs, tl.trans(bv), TYPE)
-        V += xs
-        norm = tl.rsqrt(tl.sum(V * V, 1) + 1e-6)
-        V = V * norm[:, None]
+        V, norm = _generate(xs, W0v, bv, TYPE)
         if AGAIN:
             _save(V_kept, V, n * T, tok, ok, D, col)
             tl.store(g + 3 * NT + n * T + tok, norm, mask=ok)
@@ -724,23 +737,16 @@ def _control_forward(
         else:
             z += V
         z = _wide(X, z, TYPE).to(TYPE)
+        if not SPLIT:
+            y = z  # not used
         tl.store(_matrix(Z, kept, C, D), z)
         o = _wide(X, V - K.to(tl.float32), TYPE)
         tl.store(_matrix(own, kept, C, D), o)
         K = wr[:, None] * K
-        # the errors, then the write; of M(z) = z + (W0 + W) z the z is added by itself, so that it
-        # never is rounded with W0, and at last: see "Decisions"
-        rk = _dot(o, tl.trans(W0k), TYPE)
-        rk += _dot(z, tl.trans(wk), TYPE)
-        if SPLIT:
-            rk += _dot(y, tl.trans(bk), TYPE)
-        rk += o
+        # the errors, then the write
+        rk = _errors(o, z, y, W0k, wk, bk, TYPE, SPLIT)
         wk = a1 * wk + _dot(tl.trans(rk), K, TYPE)
-        rv = _dot(o, tl.trans(W0v), TYPE)
-        rv += _dot(z, tl.trans(wv), TYPE)
-        if SPLIT:
-            rv += _dot(y, tl.trans(bv), TYPE)
-        rv += o
+        rv = _errors(o, z, y, W0v, wv, bv, TYPE, SPLIT)
         wv = a1 * wv + _dot(tl.trans(rv), K, TYPE)
         rg = _dot(W0g, tl.trans(o), TYPE)
         rg += _dot(wg, tl.trans(z), TYPE)

@@ -227,17 +227,21 @@ def digits() -> str:
 
 
 def training_steps() -> str:
-    forms = {"tokens_per_s": ",.0f", "ratio": ".2f", "mfu": ".1%", "gb": ".0f", "launches": ","}
+    columns = {
+        "tokens_per_s": ("tokens/s", ",.0f"),
+        "ratio": ("Transformer's x", ".2f"),
+        "mfu": ("of the peak", ".1%"),
+        "gb": ("GB", ".0f"),
+        "launches": ("launches", ","),
+    }
     rows = []
     for row in load("kernels_340m.json")["training"]:
         cells = [f"`{row['model']}`", f"{row['rows']} x {row['T']:,}"]
-        for key, form in forms.items():
+        for key, (_, form) in columns.items():
             value = row.get(key)  # what failed has none
             cells.append("-" if value is None else format(value, form))
         rows.append(cells)
-    head = ["model", "rows x tokens", "tokens/s", "Transformer's x", "of the peak", "GB"]
-    head.append("launches")
-    return markdown(head, rows)
+    return markdown(["model", "rows x tokens", *(title for title, _ in columns.values())], rows)
 
 
 def kernels() -> str:
