@@ -669,12 +669,7 @@ def compiled_elsewhere(*words):
 @pytest.mark.slow
 @pytest.mark.parametrize("number, target", list(enumerate(SHARED)))
 def test_every_kernel_compiles_within_its_registers(number, target):
-    """For two of the GPUs here, half a minute each; the table has all."""
-    if target in (80, 90):
-        usage = compiled_elsewhere(str(target))
-    else:
-        table = (ROOT / "results/kernels_compiled.jsonl").read_text().splitlines()
-        usage = [row for row in map(json.loads, table) if row["target"] == target]
+    usage = compiled_elsewhere(str(target))
     assert [(row["kernel"], row["target"]) for row in usage] == [(name, target) for name in STACK]
     for row in usage:
         assert row["shared"] <= SHARED[target] * 1024, row

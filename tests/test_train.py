@@ -529,14 +529,15 @@ def test_missing_package_of_a_logger_is_one_line(here, capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("updates", ["off", "first_order"])
 @pytest.mark.parametrize("model", ["hope", "transformer"])
-def test_step_compiles_without_a_graph_break_to_the_same_gradients(model, monkeypatch):
+def test_step_compiles_without_a_graph_break_to_the_same_gradients(model, updates, monkeypatch):
     compile_ = torch.compile  # of which nn.Module.compile makes use
     monkeypatch.setattr(torch, "compile", partial(compile_, backend="aot_eager"))
     torch.compiler.reset()  # graphs of other models count
     torch.manual_seed(0)
     own = {"model": model, "hidden": 36, "n_layers": 3, "levels": [8, None]}
-    own["cms_blocks"] = 2
+    own |= {"cms_blocks": 2, "cms_updates": updates}
     model = Hope(HopeConfig(**SMALL | own))
     rows = torch.randint(257, (2, 25))
     grads = []
