@@ -196,12 +196,16 @@ class Attention(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # Matrix memories: q, k [..., T, dk], v [..., T, dv], rates [..., T] -> (y [..., T, dv], W_T, None),
-# from W [..., dv, dk] on (None: zeros)
+# from W [..., dv, dk] on (None: zeros). v's type is that of the products: see `scan`.
 
 
-def _zeros(v, k):
-    lead = torch.broadcast_shapes(v.shape[:-2], k.shape[:-2])
-    return v.new_zeros(*lead, v.shape[-1], k.shape[-1])
+def _remember(q, k, v, beta, alpha, W, backend, delta):
+    """`scan` from W on."""
+    if W is None:
+        lead = torch.broadcast_shapes(v.shape[:-2], k.shape[:-2])
+        W = full_precision(v.new_zeros(*lead, v.shape[-1], k.shape[-1]))
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    return scan(W, k, v, beta, alpha, q, delta=delta, backend=backend)
 
 
 def retention(q, k, v, alpha, W=None, backend="auto"):
@@ -209,8 +213,7 @@ def retention(q, k, v, alpha, W=None, backend="auto"):
     floats(k=k, v=v, alpha=alpha)
     if alpha.shape[-1] == 1:
         alpha = alpha.expand(*alpha.shape[:-1], k.shape[-2])
-    W = _zeros(v, k) if W is None else W
-    return scan(W, k, v, torch.ones_like(alpha), alpha, q, delta=0.0, backend=backend)
+    return _remember(q, k, v, torch.ones_like(alpha), alpha, W, backend, delta=0.0)
 
 
 def gated_delta_net(q, k, v, beta, alpha, W=None, backend="auto"):
@@ -219,8 +222,7 @@ def gated_delta_net(q, k, v, beta, alpha, W=None, backend="auto"):
     Retention acts before the error is taken, hence delta = alpha.
     """
     floats(k=k, v=v)
-    W = _zeros(v, k) if W is None else W
-    return scan(W, k, v, beta, alpha, q, delta=alpha, backend=backend)
+    return _remember(q, k, v, beta, alpha, W, backend, delta=alpha)
 
 
 def linear_attention(q, k, v, W=None, backend="auto"):
@@ -261,7 +263,7 @@ class LinearAttention(Recurrent):
     def remember(self, q, k, v, rates, state):
         q = phi(q, q.detach().amax(-1, keepdim=True).clamp(max=0))  # y is blind to phi(q)'s length
         k = phi(k)
-        y, W, _ = linear_attention(q, k, with_one(v), state["W"], self.backend)
+        y, W, _ = linear_attention(q, k, with_one(full_precision(v)), state["W"], self.backend)
         weight = y[..., -1:]
         weight = weight.masked_fill(weight < 1e-30, 1.0)  # all keys so far have underflowed: y is 0
         return y[..., :-1] / weight, {"W": W}
@@ -368,8 +370,7 @@ class Comba(GatedDeltaNet):
     def rule(self, q, k, v, beta, alpha, W, backend):
         b = self.b.sigmoid()
         q = q - self.D * b.unsqueeze(-1) * k
-        W = _zeros(v, k) if W is None else W
-        return scan(W, k, v, beta, alpha, q, delta=alpha * b, backend=backend)
+        return _remember(q, k, v, beta, alpha, W, backend, delta=alpha * b)
 
 
 class Mamba2(GatedDeltaNet):
@@ -387,7 +388,7 @@ class Mamba2(GatedDeltaNet):
 
     def remember(self, q, k, v, rates, state):
         dt = F.softplus(rates[0] + self.dt_bias[:, None])
-        u = dt.unsqueeze(-1) * v
+        u = (dt.unsqueeze(-1) * v).to(v.dtype)
         y, W, _ = retention(q, k, u, self.alpha(rates[0]), state["W"], self.backend)
         return y + self.D * v, {"W": W}
 
@@ -435,7 +436,8 @@ class ChunkMemory(Recurrent):
             y, running = recomputed(self.write, *now, boundary, running)  # as in TTT's paper
             return y, running, momentum
 
-        return over_chunks(one_chunk, (q, k, v, eta, alpha), state, self.chunk)
+        streams = (q, k, full_precision(v), eta, alpha)
+        return over_chunks(one_chunk, streams, state, self.chunk)
 
     def components(self):
         return deep_memory(self, self.start)

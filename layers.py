@@ -72,7 +72,7 @@ class ShortConvolution(nn.Module):
         if of_rows(tail, x) is None:
             tail = x.new_zeros(x.shape[0], width - 1, x.shape[2])
         x = torch.cat([tail, x], 1)
-        y = causal_convolution(x, self.weight)
+        y = causal_convolution(x, self.weight).to(x.dtype)
         # a copy, or the state would keep the whole input alive
         return y, x[:, x.shape[1] - width + 1 :].clone()
 
@@ -380,8 +380,9 @@ class Recurrent(nn.Module):
     """A memory with projections, short convolution, heads, norm per head and output gate around it.
 
     A kind of memory says how it remembers: remember(q, k [B, H, T, dk], v [B, H, T, dv],
-    rates [n, B, H, T], state) -> (y [B, H, T, dv], what goes into the state). rates: numbers per
-    head and token. conv: width of a short convolution with SiLU over q, k, v, 0 for none. expand:
+    rates [n, B, H, T], state) -> (y [B, H, T, dv], what goes into the state). v has the type of the
+    projection (bfloat16 under autocast), all else float32 at least. rates: numbers per head and
+    token. conv: width of a short convolution with SiLU over q, k, v, 0 for none. expand:
     dv / dk, with dk = d_model / n_heads. project: False returns the read alone, normalised.
 
     (x [B, T, d_model], state) -> (y [B, T, d_model], state), state a dict with "position", "conv"
@@ -423,7 +424,8 @@ class Recurrent(nn.Module):
         if self.conv is not None:
             qkv, tail = self.conv(qkv, tail)
         qkv = qkv.split(self.sizes[:3], dim=-1)
-        q, k, v = (heads(full_precision(z), self.n_heads) for z in qkv)
+        q, k, v = (heads(z, self.n_heads) for z in qkv)
+        q, k = full_precision(q), full_precision(k)
         if rates.shape[-1]:
             rates = full_precision(rates).unflatten(-1, (-1, self.n_heads)).permute(2, 0, 3, 1)
         with torch.autocast(x.device.type, enabled=False):

@@ -447,7 +447,7 @@ def default_cases(gpu: bool) -> list[Case]:
     """What Hope and its rivals ask for: in training on a GPU, and in float32."""
     width, chunk = (64, 64) if gpu else (16, 16)
     cases = [Case("self_modify", dtype, width, chunk) for dtype in ("bfloat16", "float32")]
-    cases += [Case("scan", "float32", width, delta="series"), Case("scan", "float32", width)]
+    cases += [Case("scan", "bfloat16", width, delta="series"), Case("scan", "float32", width)]
     return cases + [Case("scan", "float32", width, momentum=True, delta=0.0)]
 
 

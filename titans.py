@@ -415,7 +415,7 @@ class NeuralMemory(Recurrent):
     def remember(self, q, k, v, rates, state):
         q = l2norm(q, EPS)
         k = l2norm(k, EPS)
-        v = l2norm(v, EPS)
+        v = l2norm(full_precision(v), EPS)
         eta, theta, alpha = rates + self.bias[:, None, :, None]  # [B, H, T] each
         eta = torch.sigmoid(eta) * torch.sigmoid(-theta) / self.chunk  # 1 - theta, all its digits
         theta = torch.sigmoid(theta)

@@ -163,15 +163,18 @@ def test_states_between_kept_ones_are_recomputed(monkeypatch):
 
 
 def test_repeated_keys_at_the_largest_step_stay_exact():
-    """k_t = k, eta = 2, alpha = 1: powers of the triangular matrix reach 2^31, its inverse 2."""
+    """k_t = k, eta = 2, alpha = 1: powers of the triangular matrix reach 2^31, its inverse 2.
+
+    k k^T is exactly 1: were it 1e-7 more, that alone would be 1e-5 of y, whoever computes it.
+    """
     args = scan_problem(2, N=1, T=64, dk=16, dv=16, momentum=False, delta=1.0)
-    k = args["k"].detach()[:, :1].expand(1, 64, 16)
+    k = 0.25 * args["k"].detach()[:, :1].sign().expand(1, 64, 16)
     eta = torch.full_like(args["eta"], 2)
     args |= dict(k=k, q=k, eta=eta, alpha=torch.ones_like(args["alpha"]))
     args = [x.detach() if torch.is_tensor(x) else x for x in args.values()]
     ours = scan_with("triton", tile=32)(*args)[0]
     expected = scan_with("torch")(*exact(args))[0]
-    assert (ours - expected).norm() <= 1e-5 * expected.norm()
+    assert (ours - expected).norm() <= 5e-6 * expected.norm()
 
 
 def test_vanishing_retention_and_momentum_keep_exact_gradients():

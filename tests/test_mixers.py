@@ -7,6 +7,7 @@ import torch
 from test_titans import VARIANTS, build
 from textbook import close
 
+import baselines
 from baselines import (
     DLA,
     RWKV7,
@@ -26,6 +27,7 @@ from baselines import (
     TitansMAL,
 )
 from layers import map_state, tensors
+from memory import scan
 
 D = 8
 SIZES = (D, 2)  # two heads of width 4
@@ -186,3 +188,25 @@ def test_every_parameter_is_trained_and_every_row_of_every_initial_memory(mixer)
         if name.startswith("start"):  # every row but alpha's where it is fixed
             fixed = name == "start" and "log_A" in dict(mixer.named_buffers())
             assert (p.grad.abs().amax(-1) == 0).sum() == fixed * len(p), name
+
+
+@pytest.mark.parametrize("kind", [DeltaNet, GatedDeltaNet, Comba, Mamba2, RetNet])
+def test_matrix_memories_multiply_in_bfloat16_under_autocast(kind, monkeypatch):
+    """In float32 their kernels take several times as long."""
+    seen = []
+
+    def watched(W, k, u, eta, alpha, q, **options):
+        seen.append((W.dtype, k.dtype, u.dtype, q.dtype, eta.dtype, alpha.dtype))
+        return scan(W, k, u, eta, alpha, q, **options)
+
+    monkeypatch.setattr(baselines, "scan", watched)
+    torch.manual_seed(0)
+    mixer = kind(64, 2).float()
+    x = torch.randn(2, 40, 64).float()
+    exact, _ = mixer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = mixer(x)
+    wide, narrow = torch.float32, torch.bfloat16
+    assert seen == [(wide,) * 6, (wide, narrow, narrow, narrow, wide, wide)]
+    assert state["W"].dtype == wide
+    assert (y - exact).norm() < 0.02 * exact.norm()
