@@ -75,6 +75,11 @@ def rotations(position, T, width, base, factors, dtype, device):
         return torch.complex(angle.cos(), angle.sin())[:, None].to(device=device, dtype=dtype)
 
 
+@torch.compiler.assume_constant_result  # or a compiled block makes it on the CPU in every step
+def known_rotations(*args):
+    return rotations(*args)
+
+
 def rotate(x, position, base=10000.0, factors=None):
     """RoPE of x [B, T, H, dk] at positions position..position + T - 1; neighbours form the pairs.
 
@@ -83,7 +88,8 @@ def rotate(x, position, base=10000.0, factors=None):
     """
     exact = x if x.dtype == torch.float64 else x.float()
     pairs = torch.view_as_complex(exact.unflatten(-1, (-1, 2)))  # [B, T, H, dk / 2]
-    table = rotations(position, x.shape[1], x.shape[-1], base, factors, pairs.dtype, x.device)
+    known = (position, x.shape[1], x.shape[-1], base, factors, pairs.dtype, x.device)
+    table = known_rotations(*known)
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
@@ -201,6 +207,7 @@ class Attention(nn.Module):
 
 def _remember(q, k, v, beta, alpha, W, backend, delta):
     """`scan` from W on."""
+    floats(q=q, k=k, v=v)
     if W is None:
         lead = torch.broadcast_shapes(v.shape[:-2], k.shape[:-2])
         W = full_precision(v.new_zeros(*lead, v.shape[-1], k.shape[-1]))

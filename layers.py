@@ -12,6 +12,7 @@ A state is a plain tree of tensors and numbers. At the end: how tokens are drawn
 
 import difflib
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -120,6 +121,9 @@ class _ComputedAgain(torch.autograd.Function):
     def forward(ctx, function, parameters, *inputs):
         ctx.function = function
         ctx.parameters = parameters
+        kind = inputs[0].device.type
+        dtype = torch.get_autocast_dtype(kind)
+        ctx.autocast = partial(torch.autocast, kind, dtype, torch.is_autocast_enabled(kind))
         ctx.save_for_backward(*inputs[len(parameters) :])
         return tuple(function(*inputs[len(parameters) :]))
 
@@ -130,7 +134,7 @@ class _ComputedAgain(torch.autograd.Function):
         inputs = []
         for tensor, need in zip(ctx.saved_tensors, needed, strict=True):
             inputs.append(tensor.detach().requires_grad_(need))
-        with torch.enable_grad():
+        with torch.enable_grad(), ctx.autocast():
             outputs = ctx.function(*inputs)
         pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
         outputs, grads = zip(*pairs, strict=True)

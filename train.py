@@ -92,13 +92,15 @@ def update(model, optimizer, lr: float, losses, grad_clip: float = math.inf) -> 
     """One training step: backward of each part of the loss, clip, step -> (loss, gradient norm).
 
     losses: an iterable of scalars that sum to the loss; the next is asked for after the backward
-    pass of the one before. Raises NonFinite, which names the tensor, and then changes nothing.
+    pass of the one before. `Graphed` has done its own. Raises NonFinite, which names the tensor,
+    and then changes nothing.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)
     loss = 0.0
     for part in losses:
-        part.backward()
+        if part.requires_grad:
+            part.backward()
         loss = loss + part.detach()
     loss = total([loss.item()])[0] / world()  # the same in all processes, and so is what follows
     try:
@@ -144,14 +146,69 @@ def kernel_gap(model: nn.Module, inputs, targets) -> float:
 
 
 class LossModule(nn.Module):
-    """(inputs, targets) -> the loss of a micro-batch: what DDP must see."""
+    """(inputs, targets, share) -> share of the loss of a micro-batch: what DDP must see."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs, targets):
-        return self.model(inputs, targets=targets)
+    def forward(self, inputs, targets, share=1.0):
+        with precision(inputs.device):
+            return self.model(inputs, targets=targets) * share
+
+
+class Graphed(nn.Module):
+    """A LossModule that does its backward pass too, both in one CUDA graph -> share of the loss.
+
+    Hope's step is thousands of kernels of microseconds each, which Python and autograd launch more
+    slowly than a GPU runs them. Recorded once, they are launched as one: the same kernels in the
+    same order, so the same numbers. The first two calls run as they are, as they compile; and so do
+    rows of another shape than the first ones, and all where recording fails, which is said.
+    """
+
+    def __init__(self, module: LossModule):
+        super().__init__()
+        self.module = module
+        self.calls = 0
+        self.rows = None  # inputs and targets that the graph reads, [2, B, T]
+        self.graph = None
+
+    def forward(self, inputs, targets, share=1.0):
+        rows = torch.stack([inputs, targets])
+        if self.rows is None:
+            self.rows = rows
+        fits = rows.shape == self.rows.shape
+        self.calls += fits
+        if fits and self.calls == 3:
+            self.record(share)
+        if not fits or self.graph is None:
+            return self.run(inputs, targets, share)
+        self.rows.copy_(rows)
+        self.graph.replay()
+        for p, grad in self.grads.items():  # which the next replay overwrites
+            p.grad = grad.clone() if p.grad is None else p.grad.add_(grad)
+        return self.loss.clone()
+
+    def run(self, inputs, targets, share):
+        loss = self.module(inputs, targets, share)
+        loss.backward()
+        return loss.detach()
+
+    def record(self, share):
+        before = {p: p.grad for p in self.parameters()}
+        self.zero_grad()
+        torch.cuda.empty_cache()  # the graph's memory is its own
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.loss = self.run(*self.rows, share)
+        except RuntimeError as error:
+            say(f"not as one CUDA graph, so more slowly: {first_line(error)}")
+        else:
+            self.graph = graph
+            self.grads = {p: p.grad for p in self.parameters() if p.grad is not None}
+        for p, grad in before.items():
+            p.grad = grad
 
 
 def has_cache(mixer: nn.Module) -> bool:
@@ -159,7 +216,7 @@ def has_cache(mixer: nn.Module) -> bool:
 
 
 def parallel(run: Run) -> nn.Module:
-    """Wrap the model for training (DDP, FSDP2 or neither): (inputs, targets) -> the loss.
+    """Wrap the model for training (DDP, FSDP2, Graphed or neither): as LossModule.
 
     After backward(), gradients are averaged over the processes.
     """
@@ -191,21 +248,19 @@ def parallel(run: Run) -> nn.Module:
         distributed.shard(model, dtype, units, whole, gather_blocks=compiled)
         return module
     if world() == 1:
-        return module
+        return Graphed(module) if compiled and run.device.type == "cuda" else module
     ids = [run.device] if run.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(module, ids, gradient_as_bucket_view=True)
 
 
-def micro_batches(forward: nn.Module, inputs, targets, rows: int, device) -> Iterator[torch.Tensor]:
+def micro_batches(forward: nn.Module, inputs, targets, rows: int) -> Iterator[torch.Tensor]:
     """The losses of this rank's rows of a step, `rows` at a time, weighted to sum to the mean."""
     parts = list(zip(inputs.split(rows), targets.split(rows), strict=True))
     for number, (x, y) in enumerate(parts, 1):
         last = number == len(parts)  # DDP averages over the processes only once
         waits = not last and hasattr(forward, "no_sync")
         with forward.no_sync() if waits else contextlib.nullcontext():
-            with precision(device):
-                loss = forward(x, y) * (len(x) / len(inputs))
-            yield loss
+            yield forward(x, y, len(x) / len(inputs))
 
 
 @torch.no_grad()
@@ -310,7 +365,7 @@ def train_steps(run: Run, forward, optimizer, start: int, report) -> int:
             # forward, backward, clip, step
             lr = schedule(run.model, step, steps, config)
             micro_batch = config.micro_batch or rows_per_rank
-            losses = micro_batches(forward, inputs, targets, micro_batch, run.device)
+            losses = micro_batches(forward, inputs, targets, micro_batch)
             record = {"step": done, "tokens": done * config.tokens_per_step}
             try:
                 loss, norm = update(run.model, optimizer, lr, losses, config.grad_clip)

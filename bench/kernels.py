@@ -35,7 +35,7 @@ from support.checkpoint import first_line
 from support.config import TrainConfig
 from support.flags import whole_number
 from support.run import device_for, settle_kernels
-from train import parallel
+from train import Graphed, parallel
 
 WIDTH = 64  # of a head
 RIVALS = ("eager", "fla")
@@ -254,13 +254,17 @@ def training_row(spec: str, preset: str, rows: int, T: int, device) -> dict:
     """A training step of `rows` rows of T tokens: tokens/s, the part of the peak, peak memory."""
     torch.compiler.reset()  # the number of graphs is limited, over all models
     config = spec_config(spec, preset)
-    model, *batch = build(config, rows, T, device)
+    module, *batch = build(config, rows, T, device)
+    model = module.model
     settle_kernels(model, device)
     train = TrainConfig(seq_len=T, batch_size=rows)
     run = SimpleNamespace(model=model, config=train, device=device)
-    step = partial(training_step, parallel(run), *batch)
+    forward = parallel(run)
+    step = partial(training_step, forward, *batch)
     first = step()
+    step()  # the last that compiles
     torch.cuda.reset_peak_memory_stats()
+    step()  # recorded
     speed = rows * T / statistics.median(step() for _ in range(5))
     gb = torch.cuda.max_memory_allocated() / 1e9
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
@@ -282,6 +286,8 @@ def training_row(spec: str, preset: str, rows: int, T: int, device) -> dict:
         "mfu": plan.flops_per_token(config, T) * speed / peak if peak else None,
         "gb": gb,
         "launches": len(launched),
+        "graph": forward.graph is not None if isinstance(forward, Graphed) else False,
+        "busy_ms": sum(event.time_range.elapsed_us() for event in launched) / 1e3,
         "longest": [[name[:80], *cost] for name, cost in longest[:15]],  # kernel, ms, launches
         "first_s": first,
     }

@@ -30,7 +30,8 @@ from support.config import TrainConfig
 from support.flags import whole_number, whole_numbers
 from support.plan import peak_memory
 from support.plots import INK, label_ends, picture
-from support.run import device_for, optimizer_for, precision
+from support.run import device_for, optimizer_for
+from train import LossModule
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
 
@@ -147,53 +148,53 @@ def step_memory(config, batch_size: int, seq_len: int, device: str, threads: int
         # glibc, left alone, keeps freed tensors among living ones: the mark would tell of its
         # hoard, not of the step's need
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 16 * 2**10)
-    model, inputs, targets = build(config, batch_size, seq_len, device)
-    optimizer = optimizer_for(model, TrainConfig())
+    forward, inputs, targets = build(config, batch_size, seq_len, device)
+    optimizer = optimizer_for(forward.model, TrainConfig())
     # a small step loads libraries and makes the optimizer's state
-    training_step(model, inputs[:1, :16], targets[:1, :16])
+    training_step(forward, inputs[:1, :16], targets[:1, :16])
     optimizer.step()
-    model.zero_grad(set_to_none=True)
+    forward.zero_grad(set_to_none=True)
     if inputs.is_cuda:
         torch.cuda.reset_peak_memory_stats(inputs.device)
     else:
         with suppress(OSError):  # the high-water mark falls to the resident size
             Path("/proc/self/clear_refs").write_text("5")
     before = peak_memory(device)
-    training_step(model, inputs, targets)
+    training_step(forward, inputs, targets)
     return None if before is None else peak_memory(device) - before
 
 
 def profile(spec: str, config: HopeConfig, args) -> None:
     """Prints the 15 operations that take the most time of their own in one training step."""
     length = args.seq_len[0]
-    model, inputs, targets = build(config, args.batch, length, args.device)
-    training_step(model, inputs, targets)
+    forward, inputs, targets = build(config, args.batch, length, args.device)
+    training_step(forward, inputs, targets)
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if inputs.is_cuda:
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds) as run:
-        training_step(model, inputs, targets)
+        training_step(forward, inputs, targets)
     print(f"{spec}: one training step of {args.batch} x {length} tokens")
     order = "self_cuda_time_total" if inputs.is_cuda else "self_cpu_time_total"
     print(run.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=60))
 
 
 def build(config: HopeConfig, batch_size: int, seq_len: int, device) -> tuple:
-    """(model, inputs, targets) with random weights and tokens."""
+    """(LossModule, inputs, targets) with random weights and tokens."""
     torch.manual_seed(0)
     shape = (batch_size, seq_len + 1)
     tokens = torch.randint(min(config.vocab_size, 256), shape, device=device)
-    return Hope(config).to(device), tokens[:, :-1], tokens[:, 1:]
+    return LossModule(Hope(config).to(device)), tokens[:, :-1], tokens[:, 1:]
 
 
-def training_step(model, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+def training_step(forward, inputs: torch.Tensor, targets: torch.Tensor) -> float:
     """Forward, loss, backward; seconds. Gradients are cleared first."""
-    model.zero_grad(set_to_none=True)
+    forward.zero_grad(set_to_none=True)
     wait(inputs.device)
     began = time.perf_counter()
-    with precision(inputs.device):
-        loss = model(inputs, targets=targets)
-    loss.backward()
+    loss = forward(inputs, targets)
+    if loss.requires_grad:  # train.Graphed has done it
+        loss.backward()
     wait(inputs.device)
     return time.perf_counter() - began
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import learn
 from hope import Hope, HopeConfig
-from layers import map_state, tensors
+from layers import computed_again, map_state, tensors
 from support.checkpoint import load_state, save_state
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -557,3 +557,17 @@ def test_steps_rise_with_the_buffer_that_training_sets():
     again.load_state_dict(model.state_dict())  # a checkpoint of a half trained model is that model
     with torch.no_grad():
         assert torch.equal(again(x)[0], model(x)[0])
+
+
+def test_what_is_computed_again_has_the_precision_of_the_first_time():
+    weight = torch.nn.Parameter(torch.randn(3, 3))
+    types = []
+
+    def product(x):
+        types.append((x @ weight).dtype)
+        return x @ weight
+
+    with torch.autocast("cpu", torch.bfloat16):
+        y = computed_again(product, [weight], torch.randn(2, 3))
+    y.sum().backward()
+    assert types == [torch.bfloat16, torch.bfloat16]

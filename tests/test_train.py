@@ -1,5 +1,6 @@
 """What train.py and eval.py promise: exact resumption, complete checkpoints, one-line errors."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -551,6 +552,76 @@ def test_step_compiles_without_a_graph_break_to_the_same_gradients(model, update
             grads.append([p.grad for p in model.parameters()])
             model.zero_grad()
     torch.testing.assert_close(grads[1], grads[0])
+
+
+class Recording:
+    """What torch.cuda has for graphs, on a CPU: a replay runs the same calls on the same rows."""
+
+    def __init__(self, monkeypatch, module, fails=False):
+        self.fails = fails
+        self.replays = 0
+        self.module = module
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph", self.recording)
+
+    @contextlib.contextmanager
+    def recording(self, graph):
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        yield
+
+    def replay(self):
+        self.replays += 1
+        outer = {p: p.grad for p in self.module.parameters()}
+        self.module.zero_grad()
+        self.module.loss.copy_(self.module.run(*self.module.rows, self.share))
+        for p, grad in self.module.grads.items():
+            grad.copy_(p.grad)
+        for p, grad in outer.items():
+            p.grad = grad
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4])
+@pytest.mark.parametrize("fails", [False, True])
+def test_steps_from_a_graph_are_those_of_the_loop(micro_batch, fails, monkeypatch, capsys):
+    found = []
+    for graphed in (False, True):
+        torch.manual_seed(0)
+        model = Hope(HopeConfig(**SMALL | {"levels": [8, None], "cms_updates": "first_order"}))
+        optimizer = torch.optim.AdamW(model.parameters())
+        forward = training.LossModule(model)
+        if graphed:
+            forward = training.Graphed(forward)
+            graph = Recording(monkeypatch, forward, fails)
+            graph.share = micro_batch / 4
+        losses = []
+        for step in range(4):
+            torch.manual_seed(step)
+            rows = torch.randint(257, (4, 25))
+            parts = training.micro_batches(forward, rows[:, :-1], rows[:, 1:], micro_batch)
+            losses.append(training.update(model, optimizer, 1e-3, parts, 1.0))
+        found.append((losses, list(model.parameters())))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    of_first_shape = {1: 16, 2: 8, 3: 4, 4: 4}[micro_batch]
+    assert graph.replays == (0 if fails else of_first_shape - 2)
+    said = "not as one CUDA graph, so more slowly: operation not permitted when stream is capturing"
+    assert (said in capsys.readouterr().out) == fails
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("updates", ["off", "first_order"])
+def test_a_graph_of_a_step_gives_its_losses_on_the_device(here, updates, monkeypatch, capsys):
+    found = []
+    for graphed in (True, False):
+        if not graphed:
+            monkeypatch.setattr(training, "Graphed", lambda module: module)
+        own = {"device": "cuda", "compile": True, "set": SMALL | {"cms_updates": updates}}
+        run = f"graphed-{graphed}"
+        train(small(out=run, **own))
+        found.append(losses(run))
+    assert "graph" not in capsys.readouterr().out.replace("graphed-", "")
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 # Bad input: one line, exit status 2, nothing written
