@@ -57,11 +57,11 @@ GPUS = {
 USABLE = 0.92  # of a GPU's memory: the driver, libraries and fragmentation take the rest
 
 # What computes the mixers -> the part of a GPU's peak that a training step reaches, an assumption:
-# as measured for 340m in 8 rows of 4,096 on an H200 (results/kernels_340m.json; the chunk step was
-# not split then); torch's is an estimate.
+# as measured for 340m in 8 rows of 4,096 on an H200, Hope with updates (results/kernels_340m.json);
+# torch's is an estimate.
 MFU = {
-    "attention": 0.35,
-    "fused kernels": 0.11,
+    "attention": 0.37,
+    "fused kernels": 0.18,
     "torch, chunk by chunk": 0.03,
 }
 ATTENTION, KERNELS, TORCH = MFU
