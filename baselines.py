@@ -59,7 +59,7 @@ from titans import NeuralMemory
 # Attention
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=512)  # of the chunks of a row, which learners read one by one
 def rotations(position, T, width, base, factors, dtype, device):
     """exp(i t base^(-2j / width)) for t = position.. (T of them), j < width / 2: [T, 1, width / 2].
 

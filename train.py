@@ -43,7 +43,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from baselines import Attention
+from baselines import Attention, RetNet
 from cms import CMS, MLP
 from hope import loss_fn
 from learn import changed
@@ -56,6 +56,7 @@ from support.monitor import ProgressBar, counting, interrupts, plot, rates, say,
 from support.run import Run, precision, product_type, resumed
 from support.vocabulary import n_bytes
 
+LOGITS = 2**30  # at most, of a batch of validation, about 10 bytes each
 WATCH_EVERY = 100  # steps between two looks at eta and alpha, each a forward pass of one row
 
 
@@ -171,22 +172,28 @@ class Graphed(nn.Module):
         self.module = module
         self.calls = 0
         self.rows = None  # inputs and targets that the graph reads, [2, B, T]
+        self.share = None  # that it has
         self.graph = None
 
     def forward(self, inputs, targets, share=1.0):
         rows = torch.stack([inputs, targets])
         if self.rows is None:
-            self.rows = rows
-        fits = rows.shape == self.rows.shape
-        self.calls += fits
-        if fits and self.calls == 3:
-            self.record(share)
-        if not fits or self.graph is None:
+            self.rows, self.share = rows, share
+        if rows.shape != self.rows.shape or share != self.share:
+            with torch.compiler.set_stance("force_eager"):
+                return self.run(inputs, targets, share)
+        self.calls += 1
+        if self.calls == 3:
+            self.record()
+        if self.graph is None:
             return self.run(inputs, targets, share)
         self.rows.copy_(rows)
         self.graph.replay()
-        for p, grad in self.grads.items():  # which the next replay overwrites
-            p.grad = grad.clone() if p.grad is None else p.grad.add_(grad)
+        for p, grad in self.grads.items():
+            if share == 1:  # nothing is added to it
+                p.grad = grad
+            else:  # the next replay overwrites it
+                p.grad = grad.clone() if p.grad is None else p.grad.add_(grad)
         return self.loss.clone()
 
     def run(self, inputs, targets, share):
@@ -194,16 +201,21 @@ class Graphed(nn.Module):
         loss.backward()
         return loss.detach()
 
-    def record(self, share):
+    def record(self):
         before = {p: p.grad for p in self.parameters()}
         self.zero_grad()
-        torch.cuda.empty_cache()  # the graph's memory is its own
+        device = self.rows.device
         graph = torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()  # the graph's memory is its own
+        # a stream of its GPU, which need not be the current one; a failure leaves that stream set
+        stream = torch.cuda.Stream(device)
+        now = torch.cuda.stream(torch.cuda.current_stream(device))
         try:
-            with torch.cuda.graph(graph):
-                self.loss = self.run(*self.rows, share)
-        except RuntimeError as error:
-            say(f"not as one CUDA graph, so more slowly: {first_line(error)}")
+            with torch.cuda.device(device), now, torch.cuda.graph(graph, stream=stream):
+                self.loss = self.run(*self.rows, self.share)
+        except RuntimeError as error:  # of the end of recording; what was wrong came before
+            why = first_line(error.__context__ or error)
+            say(f"not as one CUDA graph, so more slowly: {why}")
         else:
             self.graph = graph
             self.grads = {p: p.grad for p in self.parameters() if p.grad is not None}
@@ -211,8 +223,8 @@ class Graphed(nn.Module):
             p.grad = grad
 
 
-def has_cache(mixer: nn.Module) -> bool:
-    return any(isinstance(part, Attention) for part in mixer.modules())
+def rotates(mixer: nn.Module) -> bool:
+    return any(isinstance(part, Attention | RetNet) for part in mixer.modules())
 
 
 def parallel(run: Run) -> nn.Module:
@@ -236,7 +248,7 @@ def parallel(run: Run) -> nn.Module:
         learners = model.learners if learns else []
         for block in model.blocks:  # alike, so that the first one's graphs serve them all
             pieces = block in learners[1:]  # which read chunk by chunk
-            if not (pieces and has_cache(block.mixer)):  # it grows: a graph for each length
+            if not (pieces and rotates(block.mixer)):  # by tables: a graph for each position
                 dynamic = None if pieces else False  # None: one graph for all positions
                 block.mix = torch.compile(block.mix, fullgraph=True, dynamic=dynamic)
             if block not in learners:  # whose weights are views at first, later their own
@@ -408,7 +420,8 @@ def train_steps(run: Run, forward, optimizer, start: int, report) -> int:
 def validation(run: Run, report, step: int, tokens: np.ndarray, show=False) -> float:
     """Bits per byte of held-out tokens, reported. show: a progress bar."""
     config = run.config
-    rows = 4 * (config.micro_batch or config.batch_size // world())  # no graph, so there is room
+    rows = 4 * (config.micro_batch or config.batch_size // world())  # nothing is kept of them
+    rows = min(rows, max(1, LOGITS // (config.seq_len * run.model.config.vocab_size)))
     start = run.encoding.eot_token
     with torch.compiler.set_stance("force_eager"):  # other rows than those that are compiled
         nats, count = validate(run.model, tokens, rows, config.seq_len, run.device, start, show)

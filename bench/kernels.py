@@ -262,9 +262,9 @@ def training_row(spec: str, preset: str, rows: int, T: int, device) -> dict:
     forward = parallel(run)
     step = partial(training_step, forward, *batch)
     first = step()
-    step()  # the last that compiles
+    loop = step()  # the last that compiles, a little; the next is recorded
     torch.cuda.reset_peak_memory_stats()
-    step()  # recorded
+    step()
     speed = rows * T / statistics.median(step() for _ in range(5))
     gb = torch.cuda.max_memory_allocated() / 1e9
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
@@ -286,7 +286,8 @@ def training_row(spec: str, preset: str, rows: int, T: int, device) -> dict:
         "mfu": plan.flops_per_token(config, T) * speed / peak if peak else None,
         "gb": gb,
         "launches": len(launched),
-        "graph": forward.graph is not None if isinstance(forward, Graphed) else False,
+        "graph": isinstance(forward, Graphed) and forward.graph is not None,
+        "loop_s": loop,  # the same step without a graph
         "busy_ms": sum(event.time_range.elapsed_us() for event in launched) / 1e3,
         "longest": [[name[:80], *cost] for name, cost in longest[:15]],  # kernel, ms, launches
         "first_s": first,

@@ -105,7 +105,7 @@ def trace(call, points):
     W, S = call["W"], call["S"]
     states = [(W, S)]
     for begin, end in pairwise(points):
-        _, W, S = scan(**part(call, begin, end, W, S))
+        _, W, S = scan(**part(call, begin, end, W, S), backend="torch")
         states.append((W, S))
     return states
 
@@ -113,7 +113,7 @@ def trace(call, points):
 def surprise(call):
     """e_t [..., T, dv] = eta_t (u_t - delta_t W_{t-1} k_t) of every token."""
     W, k, delta = call["W"], call["k"], call["delta"]
-    ahead, _, _ = scan(**call, q=k.roll(-1, -2))  # W_t k_{t+1}
+    ahead, _, _ = scan(**call, q=k.roll(-1, -2), backend="torch")  # W_t k_{t+1}
     before = torch.cat([k[..., :1, :] @ W.mT, ahead[..., :-1, :]], -2)
     delta = delta.unsqueeze(-1) if torch.is_tensor(delta) else delta
     return call["eta"].unsqueeze(-1) * (call["u"] - delta * before)
@@ -142,7 +142,7 @@ def planted(call, lags, starts=8, pairs=4):
         v = v / v.norm(dim=-2, keepdim=True) * length[..., None, None]
         W = W + (v - W @ k) @ k.mT  # [pairs, ..., dv, dk]
         for now, then in pairwise([0, *lags]):
-            _, W, S = scan(**part(call, start + now, start + then, W, S))
+            _, W, S = scan(**part(call, start + now, start + then, W, S), backend="torch")
             errors.append(((W @ k - v).norm(dim=(-2, -1)) / length).mean(0))
             kept = log_alpha[..., start + then] - log_alpha[..., start]
             forgotten.append(-kept.expm1())

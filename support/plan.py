@@ -57,11 +57,11 @@ GPUS = {
 USABLE = 0.92  # of a GPU's memory: the driver, libraries and fragmentation take the rest
 
 # What computes the mixers -> the part of a GPU's peak that a training step reaches, an assumption:
-# as measured for 340m in 8 rows of 4,096 on an H200, Hope with updates (results/kernels_340m.json);
-# torch's is an estimate.
+# as measured for 340m in 8 rows of 4,096 on an H200, Hope with updates, without a graph as several
+# GPUs are (results/kernels_340m.json); torch's is an estimate.
 MFU = {
     "attention": 0.37,
-    "fused kernels": 0.18,
+    "fused kernels": 0.16,
     "torch, chunk by chunk": 0.03,
 }
 ATTENTION, KERNELS, TORCH = MFU
@@ -342,6 +342,8 @@ def per_gpu(
 ) -> dict:
     """Bytes on one GPU: weights, gradients, optimizer, activations (or its step), total.
 
+    On one GPU a step's graph (train.Graphed) keeps its memory, and the sums of micro-batches have
+    their own.
     size, largest, embedding: parameters of the model, of its largest block, of its embedding.
     """
     activations, optimizer, step = costs
@@ -351,7 +353,11 @@ def per_gpu(
         gathered = (4 + 4) * embedding + 2 * (2 + 4) * largest
     parts = {"weights": 4 * size, "gradients": 4 * size, "optimizer": optimizer}
     parts = {name: amount / shards for name, amount in parts.items()}
-    parts["activations"] = max(activations(rows) + gathered, step / shards)
+    if gpus == 1:
+        parts["gradients"] *= 1 + (rows < train.batch_size)
+        parts["activations"] = activations(rows) + step
+    else:
+        parts["activations"] = max(activations(rows) + gathered, step / shards)
     return parts | {"total": sum(parts.values())}
 
 

@@ -530,8 +530,16 @@ def test_missing_package_of_a_logger_is_one_line(here, capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-@pytest.mark.parametrize("updates", ["off", "first_order"])
-@pytest.mark.parametrize("model", ["hope", "transformer"])
+@pytest.mark.parametrize(
+    "model, updates",
+    [
+        ("hope", "off"),
+        ("hope", "first_order"),
+        ("transformer", "off"),
+        ("transformer", "first_order"),
+        ("retnet", "first_order"),
+    ],
+)
 def test_step_compiles_without_a_graph_break_to_the_same_gradients(model, updates, monkeypatch):
     compile_ = torch.compile  # of which nn.Module.compile makes use
     monkeypatch.setattr(torch, "compile", partial(compile_, backend="aot_eager"))
@@ -563,12 +571,19 @@ class Recording:
         self.module = module
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph", self.recording)
+        for name in ("device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+        for name in ("Stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda device: None)
 
     @contextlib.contextmanager
-    def recording(self, graph):
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        yield
+    def recording(self, graph, stream):
+        try:
+            yield
+            if self.fails:
+                raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        except RuntimeError:  # as torch.cuda.graph does at the end
+            raise RuntimeError("operation failed due to a previous error in capture") from None
 
     def replay(self):
         self.replays += 1
