@@ -250,7 +250,7 @@ def read_still(model, tokens, state=None):
     if state is not None:
         blocks = [{"mixer": None, "cms": block["cms"]} for block in state["blocks"]]
         state = {"blocks": blocks}
-    logits = model(tokens, state)[0][:, :-1]
+    logits = model(tokens, state, "off")[0][:, :-1]
     return F.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
 
 
