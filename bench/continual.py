@@ -21,15 +21,14 @@ with the sign that makes more forgetting worse and more transfer better, for acc
 per byte. Cost stands beside it: parameter updates, FLOPs (6 per parameter and token trained on),
 seconds of the processor.
 
-Learning rates, the strength of EWC and inner step sizes are chosen with SEARCH_SEED, on held-out
-data of their own. A finished cell is a line of the results (bench/cells.py): the same command goes
-on where it was stopped, or only draws.
+Learning rates and the strength of EWC are chosen with SEARCH_SEED, on held-out data of their own. A
+finished cell is a line of the results (bench/cells.py): the same command goes on where it was
+stopped, or only draws.
 """
 
 import argparse
 import itertools
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -42,11 +41,9 @@ from bench.learners import (
     LEARNERS,
     STREAM,
     cost,
-    inner_steps,
     metrics,
     read_novels,
     run,
-    second_half,
     stream_model,
 )
 from bench.streams import WORDS, banking77, clinc150, code_lines, domains, joined, texts
@@ -58,7 +55,6 @@ from train import NonFinite
 
 LRS = (1.7e-4, 5e-4, 1.5e-3, 4.5e-3)  # of the stages after the first, to choose from; quick: two
 STRENGTHS = (1e1, 1e2, 1e3)  # of the penalty of EWC, to choose from, at each of those rates
-STEPS = (0.04, 0.12, 0.4)  # inner step sizes of the first level, to choose from
 COMMANDS = ("stream", "domains", "classes", "cost")
 SETS = {"clinc150": clinc150, "banking77": banking77}
 
@@ -140,7 +136,6 @@ def staged(args, record):
             measured(learner, seed, *best)
 
 
-@torch.no_grad()
 def stream(args, record):
     """`stream`: novels that are read once, learning, and then as much of something else."""
     rows = 1 if args.quick else 4
@@ -148,27 +143,11 @@ def stream(args, record):
     root = Path("runs/continual-quick" if args.quick else "runs/continual")
     if args.data is None:
         root = root.with_name("continual-stdlib")
-    to_choose, to_report = texts(args.data, root / "texts", rows, length)
-
-    def choose(learner, seed):
-        model = stream_model(learner, seed, root, args.quick)
-        losses = {}
-        for first in STEPS:
-            losses[first] = second_half(model, to_choose["novel"], inner_steps(learner, first))
-        finite = [first for first in STEPS if math.isfinite(losses[first])]
-        best = best_of(finite, lambda first: -losses[first])
-        if best is None:
-            raise NonFinite(f"{learner} diverged with all steps")
-        return {"step": best, "second half": losses}
+    _, read = texts(args.data, root / "texts", rows, length)
 
     def measure(learner, seed):
-        model = stream_model(learner, seed, root, args.quick)
-        return read_novels(learner, model, to_report, inner_steps(learner, first_step[learner]))
+        return read_novels(learner, stream_model(learner, seed, root, args.quick), read)
 
-    first_step = {}
-    for learner in STREAM:
-        settings = {"learner": learner, "seed": SEARCH_SEED}
-        first_step[learner] = cell(args, record, settings, choose)["step"]
     for seed, learner in itertools.product(range(args.seeds), STREAM):
         cell(args, record, {"learner": learner, "seed": seed}, measure)
 
@@ -224,12 +203,12 @@ def staged_table(lines):
 
 
 def stream_table(lines):
-    lines = [line for line in lines if line["seed"] != SEARCH_SEED]
-    head = ["levels", "step", "second half: without", "with updates", "level"]
+    head = ["levels", "second half: without", "with updates", "level"]
     head += ["gain right after", "after another novel (that alone)", "after code (that alone)"]
+    head += ["read again: after another novel (that alone)", "after code (that alone)"]
     out = [row(head), "|" + "---|" * len(head)]
     for learner, own in in_order(lines).items():
-        first = [learner, f"{own[0]['steps'][0]:g}"]
+        first = [learner]
         first += [spread(column(own, "second half", how)) for how in ("without", "with")]
         for level in learning(own):
             name = level if level == "all" else f"{level} alone"
@@ -238,9 +217,17 @@ def stream_table(lines):
                 left = spread(column(own, "gain", what, level))
                 alone = np.mean(column(own, "gain of the other alone", what, level))
                 cells.append(f"{left} ({alone:.3f})")
+            cells += [again(own, what) if first[0] else "" for what in ("another novel", "code")]
             out.append(row(cells))
             first = [""] * len(first)
     return out
+
+
+def again(own, what):
+    """How much better a text is read again and learned on than from the start, after `what`."""
+    start = np.array(column(own, "again", "from the start"))
+    both, alone = (start - column(own, "again", name) for name in (what, f"{what} alone"))
+    return f"{spread(both)} ({np.mean(alone):.3f})"
 
 
 def learning(own):
@@ -267,7 +254,6 @@ def plot(lines, command, path):
 def draw_stream(figure, lines):
     """What learning gains while a novel is read, and what is left of it after something else."""
     reading, left = figure.subplots(1, 2)
-    lines = [line for line in lines if line["seed"] != SEARCH_SEED]
     for number, (learner, own) in enumerate(in_order(lines).items()):
         color = f"C{number}"
         curve = np.mean(column(own, "curve"), 0)  # [16, without and with learning]

@@ -6,8 +6,8 @@ et al. 2017, diagonal Fisher information of every finished stage), and Hope has 
 (`LevelOptimizer`): level l of the MLPs steps every PERIODS[l] training steps; embedding, mixers and
 norms step with the slowest. Stage 1 is trained by all in the ordinary way.
 
-Token clock: a model of ordinary training reads a text once, and the CMS levels learn from it in
-context (`Hope.learn`).
+Token clock: a model that was trained through its steps in context reads a text once, and the CMS
+levels learn from it as they did in training (`Hope.learn`).
 """
 
 import contextlib
@@ -188,6 +188,7 @@ def metrics(matrix, higher_is_better):
 # --------------------------------------------------------------------------------------------------
 # The token clock: a text read once
 
+ROW = 2048  # tokens of a row in training
 STREAM = {  # chunks of the levels in tokens, all of which update, and the variant
     "1 fast level": ([128], "sequential"),
     "3 levels": ([128, 512, 2048], "sequential"),
@@ -207,7 +208,7 @@ def stream_model(name, seed, root, quick):
 
 
 def trained(folder, data, levels, seed, quick):
-    """The model of an ordinary run of train.py without steps in context; resumes a stopped one."""
+    """The model of a run of train.py, through steps in context; resumes a stopped one."""
     if not (folder / "sample.txt").exists():
         if (folder / "config.json").exists():
             config = resumed(str(folder))
@@ -215,8 +216,10 @@ def trained(folder, data, levels, seed, quick):
             config = TrainConfig(
                 out=str(folder),
                 data=str(data),
-                set={"levels": levels, "cms_blocks": None, "cms_updates": "off", **SIZE},
+                set={"levels": levels, "cms_blocks": None, **SIZE},
                 seed=seed,
+                seq_len=ROW,
+                batch_size=1,
                 eval_every=0,
                 tokens=8_192 if quick else 800_000,
                 threads=1,
@@ -224,17 +227,6 @@ def trained(folder, data, levels, seed, quick):
         with contextlib.redirect_stdout(io.StringIO()):
             train(config)
     return Run.open(folder, "cpu").model
-
-
-def inner_steps(name, first):
-    """Step size of each level: grows with sqrt(chunk), as noise of a mean falls."""
-    levels, _ = STREAM[name]
-    return [first * math.sqrt(chunk / levels[0]) for chunk in levels]
-
-
-def learned(model, tokens, state=None, step=None):
-    """(loss, state) of reading tokens with steps, whatever the config of the model says."""
-    return model.learn(tokens, state, "first_order", step)
 
 
 def bits(loss):
@@ -250,7 +242,7 @@ def read_still(model, tokens, state=None):
     if state is not None:
         blocks = [{"mixer": None, "cms": block["cms"]} for block in state["blocks"]]
         state = {"blocks": blocks}
-    logits = model(tokens, state, "off")[0][:, :-1]
+    logits = model(tokens, state, updates="off")[0][:, :-1]
     return F.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
 
 
@@ -274,18 +266,13 @@ def gains(model, tokens, state):
     return found
 
 
-def second_half(model, novel, step):
-    """Bits per byte of the second halves of novels [B, T], learning as they are read."""
-    loss, _ = learned(model, novel, step=step)
-    return bits(loss[:, novel.shape[1] // 2 :])
-
-
 @torch.no_grad()
-def read_novels(name, model, read, step):
+def read_novels(name, model, read):
     """A novel is read once, and then as much of something else: what is gained, and what is left.
 
     read: {"novel", "another novel", "code"}, tokens [B, T] each. gain: how much better the model
-    then knows the second half of the novel (see `gains`).
+    then knows the second half of the novel, learning no more (see `gains`). "again": bits per byte
+    of reading that half again and learning on, from the start and after what was read before.
     """
     began = time.process_time()
     novel = read["novel"]
@@ -293,26 +280,31 @@ def read_novels(name, model, read, step):
     half = length // 2
     again = novel[:, half:]
     still = read_still(model, novel)
-    loss, state = learned(model, novel, step=step)
+    loss, state = model.learn(novel)
     curve = []
     for i in range(0, length, length // 16):
         curve.append([bits(x[:, i : i + length // 16]) for x in (still, loss)])
     gain = {"novel": gains(model, again, state)}
     alone = {}
+    read_on = {"from the start": bits(model.learn(again)[0])}
     for what in ("another novel", "code"):
-        gain[what] = gains(model, again, learned(model, read[what], state, step)[1])
-        alone[what] = gains(model, again, learned(model, read[what], step=step)[1])
+        after = {what: model.learn(read[what], state)[1]}
+        after[f"{what} alone"] = model.learn(read[what])[1]
+        gain[what], alone[what] = (gains(model, again, own) for own in after.values())
+        for name_of, own in after.items():
+            again_loss, _ = model.learn(again, own)
+            read_on[name_of] = bits(again_loss[:, 1:])  # the start has no prediction of the first
     levels, variant = STREAM[name]
     return {
         "levels": levels,
         "variant": variant,
-        "steps": step,
         "length": length,
         "parameters": sum(p.numel() for p in model.parameters()),
         "second half": {"without": bits(still[:, half:]), "with": bits(loss[:, half:])},
         "curve": curve,
         "gain": gain,
         "gain of the other alone": alone,
+        "again": read_on,
         "seconds": round(time.process_time() - began, 1),
     }
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from bench import position
 from bench.ablation import ABLATION
+from bench.continual import again
 from bench.tables import markdown, published
 from support.checkpoint import atomic_write
 
@@ -315,13 +316,13 @@ def by_learner(name: str) -> dict[str, list[dict]]:
 
 
 def stream() -> str:
-    head = ["levels", "step", "second half: without", "with updates", "held by", "gain right after"]
-    head += ["after another novel", "after code"]
+    head = ["levels", "second half: without", "with updates", "held by", "gain right after"]
+    head += ["after another novel", "after code", "read again: after another novel", "after code"]
     rows = []
     for learner, own in by_learner("continual_stream.jsonl").items():
         first = own[0]
         nested = " nested" * (first["variant"] == "nested")
-        line = [f"{first['levels']}{nested}", f"{first['steps'][0]:g}"]
+        line = [f"{first['levels']}{nested}"]
         for which in ("without", "with"):
             line.append(spread(of_seeds(own, "second half", which)))
         for level in holders(learner, first):
@@ -330,8 +331,10 @@ def stream() -> str:
             for text in ("another novel", "code"):
                 alone = statistics.mean(of_seeds(own, "gain of the other alone", text, level))
                 line.append(f"{spread(of_seeds(own, 'gain', text, level))} ({alone:.3f})")
-            rows.append(line)
-            line = ["", "", "", ""]
+            if line[0]:
+                line += [again(own, text) for text in ("another novel", "code")]
+            rows.append(line + [""] * (len(head) - len(line)))
+            line = ["", "", ""]
     return markdown(head, rows)
 
 

@@ -27,6 +27,7 @@ from support.corpus import batch, documents, join
 from support.vocabulary import encode, n_bytes, tokenizer
 from train import validate
 
+TURN = 512  # bytes of a novel, then of code
 FRONT_MATTER = 20_000  # bytes at the beginning of a book that are not read
 WORDS = 4096  # hash buckets of words: no vocabulary is learned from any data
 LENGTH = 16  # words of a query that are read
@@ -264,9 +265,10 @@ def joined(stages, after):
 def texts(data, folder, rows, length):
     """What to read, {"novel", "another novel", "code"}: int64 tokens [rows, length] each.
 
-    Two such dictionaries, to choose step sizes on and to report, all of different books and files.
-    The beginnings of still others are written to `folder`, to train on. Without data, long modules
-    of the standard library are the novels.
+    Two such dictionaries, to choose a set-up on and to report, all of different books and files.
+    The beginnings of still others are written to `folder`, to train on, a novel and code by turns:
+    what was read before the other comes again after it. Without data, long modules of the standard
+    library are the novels.
     """
     code = [text for _, text in documents("stdlib")]
     novels = code if data is None else [t for _, t in documents(str(existing(data, "novels")))]
@@ -277,8 +279,10 @@ def texts(data, folder, rows, length):
     if not folder.exists():
         folder.mkdir(parents=True)
         for i in range(40):
-            (folder / f"novel{i}.txt").write_bytes(novels[4 * rows + i][:25_000])
-            (folder / f"code{i}.txt").write_bytes(code[read + i * 100_000 :][:25_000])
+            pair = novels[4 * rows + i][:25_000], code[read + i * 100_000 :][:25_000]
+            turns = [text[j : j + TURN] for j in range(0, 25_000, TURN) for text in pair]
+            text = b"\n".join(turns).decode(errors="ignore")
+            (folder / f"{i}.txt").write_text(text, encoding="utf-8")
     both = []
     for part in (0, 1):
         own = novels[2 * rows * part : 2 * rows * (part + 1)]

@@ -16,8 +16,6 @@ from bench.learners import (
     STREAM,
     build,
     gains,
-    inner_steps,
-    learned,
     level_optimizer,
     metrics,
     run,
@@ -144,20 +142,16 @@ def test_ewc_is_the_quadratic_of_the_fisher_around_every_finished_stage():
 # The token clock
 
 
-def test_slower_levels_step_farther():
-    assert STREAM["3 levels"][0] == [128, 512, 2048]
-    assert inner_steps("3 levels", 1e-3) == pytest.approx([1e-3, 2e-3, 4e-3])
-
-
 def test_a_level_that_learned_alone_holds_all_of_the_gain():
     torch.manual_seed(0)
     sizes = {"d_model": 16, "n_layers": 2, "n_heads": 1, "hidden": 24}
     model = Hope(HopeConfig(levels=[4, 8, 16], cms_updates="off", **sizes))
     tokens = torch.randint(97, 123, (1, 8)).repeat(1, 16)
     with torch.no_grad():
-        found = gains(model, tokens, learned(model, tokens, step=[0.0, 0.3, 0.0])[1])
+        only = model.learn(tokens, updates="first_order", step=[0.0, 0.3, 0.0])[1]
+        found = gains(model, tokens, only)
         assert found["all"] == found["2"] > 0.05 and found["1"] == found["3"] == 0
-        nothing = gains(model, tokens, learned(model, tokens, step=0.0)[1])
+        nothing = gains(model, tokens, model.learn(tokens, updates="first_order", step=0.0)[1])
         assert set(nothing.values()) == {0.0}
 
 
@@ -229,7 +223,7 @@ def test_a_stream_is_measured_once_and_then_only_drawn(novels, tmp_path, monkeyp
     picture = results.with_suffix(".png")
     lines = results.read_text()
     first = capsys.readouterr().out.split("\n\n")[-2]
-    assert first.count("alone |") == 6 and lines.count("\n") == 2 * len(STREAM)
+    assert first.count("alone |") == 6 and "nan" not in first and lines.count("\n") == len(STREAM)
     picture.unlink()
     monkeypatch.setattr(Hope, "learn", None)
     assert main(command) == 0
@@ -284,7 +278,7 @@ def test_committed_results_are_finished_cells_of_the_commands_that_made_them(nam
     args = SimpleNamespace(command=command, quick=False, set="clinc150", data="")
     own = ("learner", "seed") if command == "stream" else ("learner", "seed", "lr", "ewc")
     lines = list(record.finished.values())
-    assert len(lines) == {"domains": 38, "classes_clinc150": 38, "stream": 12}[name]
+    assert len(lines) == {"domains": 38, "classes_clinc150": 38, "stream": 9}[name]
     for line in lines:
         settings = {key: line[key] for key in own}
         assert continual.cell(args, record, settings, measure=None) is line
