@@ -228,7 +228,6 @@ def gated_delta_net(q, k, v, beta, alpha, W=None, backend="auto"):
 
     Retention acts before the error is taken, hence delta = alpha.
     """
-    floats(k=k, v=v)
     return _remember(q, k, v, beta, alpha, W, backend, delta=alpha)
 
 

@@ -140,9 +140,9 @@ def stream(args, record):
     """`stream`: novels that are read once, learning, and then as much of something else."""
     rows = 1 if args.quick else 4
     length = 4_096 if args.quick else 16_384
-    root = Path("runs/continual-quick" if args.quick else "runs/continual")
+    root = Path("runs/stream-quick" if args.quick else "runs/stream")
     if args.data is None:
-        root = root.with_name("continual-stdlib")
+        root = root.with_name("stream-stdlib")
     _, read = texts(args.data, root / "texts", rows, length)
 
     def measure(learner, seed):
